@@ -1,0 +1,143 @@
+"""A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never a pickle, never half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel
+
+from kvfuse.errors import CheckpointError
+from kvfuse.fusers import Fuser
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def save_fuser(fuser: Fuser, folder: str | Path, notes: str = "") -> Path:
+    """Write a fuser beside its destination and move it there in one step.
+
+    Args:
+        fuser: What to save; only its own weights are written, no model's.
+        folder: Replaced if it holds a fuser.
+        notes: Markdown for the end of the model card, e.g. what was measured.
+
+    Raises:
+        CheckpointError: ``folder`` holds something that is not a fuser.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise CheckpointError(f"expected {folder} to be new or hold a fuser, got a folder with other files; choose another")
+
+    def write(place: Path) -> None:
+        fuser.save_pretrained(place)
+        (place / CARD).write_text(model_card(fuser, notes), encoding="utf-8")
+
+    return write_folder(folder, write)
+
+
+def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser:
+    """Read a fuser from a local folder or the Hub, after checking that it is whole.
+
+    Args:
+        source: Folder or Hub id.
+        subfolder: Folder inside of it.
+        options: For ``from_pretrained``, e.g. ``dtype``; ``revision`` for the Hub.
+
+    Raises:
+        CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of ours.
+    """
+    folder = _local(source, options.pop("revision", None)) / subfolder
+    _require_whole(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"expected the {CONFIG} of a fuser in {folder}, got: {str(error).splitlines()[0]}; train or download it again"
+        ) from error
+    if not config.model_type.startswith("kvfuse-"):
+        raise CheckpointError(f"expected a fuser in {folder}, got a model of type {config.model_type!r}; name the fuser's folder")
+    fuser, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **{"dtype": "auto", **options})
+    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
+    if wrong:
+        raise CheckpointError(
+            f"expected {WEIGHTS} in {folder} to fit its {CONFIG}, got other tensors, such as {wrong[0]}; train or download it again"
+        )
+    return fuser.eval()
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a new folder beside ``folder``, flush it to disk, and put it in ``folder``'s place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        fresh, old = Path(beside, "new"), Path(beside, "old")
+        fresh.mkdir()
+        write(fresh)
+        for path in (*(path for path in fresh.rglob("*") if path.is_file()), fresh):
+            _flush(path)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def model_card(fuser: Fuser, notes: str = "") -> str:
+    """The README of a fuser: which pair it serves, how to use it, what was measured."""
+    receiver, sharer = fuser.config.receiver, fuser.config.sharer
+    return f"""---
+library_name: kvfuse
+tags: [cache-to-cache]
+---
+
+# {fuser.config.model_type}: {sharer["name"]} -> {receiver["name"]}
+
+A fuser for Cache-to-Cache (https://arxiv.org/abs/2510.03215): it writes the KV-cache of the sharer into the receiver's.
+{sum(parameter.numel() for parameter in fuser.parameters()):,} parameters, {str(fuser.dtype).removeprefix("torch.")}.
+
+```python
+from kvfuse import CacheToCache
+
+model = CacheToCache.from_pretrained(receiver="{receiver["name"]}", sharer="{sharer["name"]}", fuser="this folder")
+print(model.chat("your question", max_new_tokens=64))
+```
+
+{notes}
+"""
+
+
+def _local(source: str | Path, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=list(PICKLES)))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"expected a fuser at {str(source)!r}, found no such folder or Hub repository; check the name") from error
+
+
+def _require_whole(folder: Path) -> None:
+    pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+    if not (folder / WEIGHTS).is_file():
+        got = f"the pickle {pickles[0]}, which is never opened" if pickles else "none"
+        raise CheckpointError(f"expected {WEIGHTS} in {folder}, got {got}; save the fuser with kvfuse")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"expected a whole {WEIGHTS} in {folder}, got a truncated or damaged file ({error}); copy it again"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

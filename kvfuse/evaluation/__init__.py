@@ -1,0 +1,1 @@
+"""Compare ways of answering on the same questions."""

@@ -1,0 +1,30 @@
+"""Fused cache = receiver's cache + what the fusers make of the sharers' caches, at the aligned positions."""
+
+from collections.abc import Sequence
+
+from kvfuse.fusers import Fuser
+from kvfuse.kv_cache import KV
+from kvfuse.token_alignment import AlignedPrompt
+
+
+def fuse(receiver: KV, sharers: Sequence[KV], fusers: Sequence[Fuser], prompt: AlignedPrompt) -> KV:
+    """Run every sharer's fuser on the clean receiver cache and add up the residuals (paper, Eq. 3).
+
+    Args:
+        receiver: ``(L_r, B, H_r, T - 1, D_r)``: all prompt positions but the last.
+        sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
+        fusers: One per sharer.
+        prompt: Which receiver position reads which sharer position.
+
+    Returns:
+        ``(L_r, B, H_r, T - 1, D_r)`` in the receiver's dtype; equal to ``receiver`` where nothing is fused.
+    """
+    fused = receiver
+    for sharer, fuser, reads in zip(sharers, fusers, prompt.sharers, strict=False):  # fewer sharers may take part
+        rows, positions = (prompt.fuse_mask & (reads.index >= 0)).nonzero(as_tuple=True)
+        if len(rows):
+            weight = next(fuser.parameters())  # a fuser wrapped for distributed training tells neither device nor dtype
+            mine = receiver.tokens(rows, positions).to(weight.device, weight.dtype)
+            theirs = sharer.tokens(rows, reads.index[rows, positions]).to(weight.device, weight.dtype)
+            fused = fused.add_tokens(rows, positions, fuser(mine, theirs))
+    return fused

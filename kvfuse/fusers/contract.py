@@ -1,0 +1,88 @@
+"""What a fuser is: the receiver's and a sharer's KV in, the residual for the receiver's KV out."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvfuse.errors import PairError
+from kvfuse.kv_cache import KV, KVSpec
+from kvfuse.layer_alignment import align_layers
+
+
+class FuserConfig(PreTrainedConfig):
+    """What every fuser knows of the pair it serves, saved beside its weights.
+
+    Attributes:
+        receiver: Identity of the receiver: name, KV shape, tokenizer, weights (:class:`kvfuse.language_model.Identity`).
+        sharer: Identity of the sharer.
+        token_alignment: ``identity`` | ``span``.
+        layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
+        fuse: ``all`` | ``messages``: which prompt positions are fused.
+    """
+
+    receiver: dict | None = None
+    sharer: dict | None = None
+    token_alignment: str = "span"
+    layer_alignment: str | list[int] = "terminal"
+    fuse: str = "all"
+
+    @property
+    def receiver_kv(self) -> KVSpec:
+        return KVSpec(**self.receiver["kv"])
+
+    @property
+    def sharer_kv(self) -> KVSpec:
+        return KVSpec(**self.sharer["kv"])
+
+    @property
+    def layers(self) -> list[int]:
+        """The sharer layer that feeds each receiver layer."""
+        return align_layers(self.receiver_kv.num_layers, self.sharer_kv.num_layers, self.layer_alignment)
+
+
+class Fuser(PreTrainedModel):
+    """Base of all fusers: write :meth:`forward` and :meth:`reset_parameters`.
+
+    A fuser is position-wise: a token's residual depends on that token's KV alone, so it may run on any set of tokens.
+    A closed gate gives a residual of exactly zero.
+    """
+
+    config_class: ClassVar = FuserConfig
+    base_model_prefix = "fuser"
+    config: FuserConfig
+
+    def forward(self, receiver: KV, sharer: KV) -> KV:
+        """Compute the residual of all layers at once (paper, Eq. 3).
+
+        Args:
+            receiver: ``(L_r, B, H_r, T, D_r)``.
+            sharer: ``(L_s, B, H_s, T, D_s)``, the same ``T`` tokens.
+
+        Returns:
+            What to add to the receiver's keys and values, ``(L_r, B, H_r, T, D_r)``.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+
+    def set_progress(self, share: float) -> None:
+        """Told before every training step which share of the run (0 … 1) is done; for annealing."""
+
+    def gate_parameters(self) -> list[Any]:
+        """Parameters that train with their own learning rate and without weight decay."""
+        return []
+
+    def _init_weights(self, module: Any) -> None:
+        """transformers' hook; :meth:`reset_parameters` does the work, once for the whole fuser."""
+
+
+def require_uniform(config: FuserConfig) -> None:
+    """Refuse models whose keys and values differ in shape, for fusers that stack the two.
+
+    Raises:
+        PairError: Keys and values have different sizes.
+    """
+    for whose, spec in (("receiver", config.receiver_kv), ("sharer", config.sharer_kv)):
+        if spec.key_dim != spec.value_dim:
+            raise PairError(f"expected a {whose} with keys and values of one size, got {spec}; use another fuser or model")

@@ -1,0 +1,69 @@
+"""Building blocks that run one small network per group, all groups in one product.
+
+A fuser has two groups a layer, one for keys and one for values, all of one shape: tensors are ``(G, N, C)`` with ``G = 2L``.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GroupedLinear(nn.Module):
+    """One linear layer per group.
+
+    Attributes:
+        weight: ``(G, in, out)``.
+        bias: ``(G, 1, out)`` or None.
+    """
+
+    def __init__(self, groups: int, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(groups, 1, outputs)) if bias else None
+
+    def reset_parameters(self, zero: bool = False) -> None:
+        """Draw as ``nn.Linear`` does, or set to zero."""
+        bound = 0.0 if zero else 1 / math.sqrt(self.weight.shape[1])
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(G, N, in)`` to ``(G, N, out)``."""
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm with one weight ``(G, 1, C)`` per group."""
+
+    def __init__(self, groups: int, features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, 1, features))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``(G, N, C)``."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class GroupedFFN(nn.Module):
+    """Residual feed-forward block ``x + dropout(W2(gelu(W1(norm(x)))))`` per group, without biases (paper's code, fact 1.2)."""
+
+    def __init__(self, groups: int, features: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = GroupedRMSNorm(groups, features)
+        self.w1 = GroupedLinear(groups, features, hidden, bias=False)
+        self.w2 = GroupedLinear(groups, hidden, features, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        for part in (self.norm, self.w1, self.w2):
+            part.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(G, N, C)`` to ``(G, N, C)``."""
+        return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))

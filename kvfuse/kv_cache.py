@@ -1,0 +1,133 @@
+"""KV-caches as tensors: read them from and write them to transformers' caches. The only file that knows their format."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from kvfuse.errors import PairError
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """The shape of one token's KV-cache.
+
+    Attributes:
+        num_layers: Layers that hold keys and values (a hybrid model has others too, which are not counted).
+        num_kv_heads: Heads per layer after grouping (GQA).
+        key_dim: Dimension of one key head.
+        value_dim: Dimension of one value head.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        dims = f"{self.key_dim}" if self.key_dim == self.value_dim else f"{self.key_dim}/{self.value_dim}"
+        return f"{self.num_layers} layers x {self.num_kv_heads} KV heads x {dims}"
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of a stretch of tokens, layers stacked.
+
+    Attributes:
+        key: ``(L, B, H, T, D)``, as the cache holds them: after RoPE.
+        value: ``(L, B, H, T, D)``.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    @property
+    def spec(self) -> KVSpec:
+        num_layers, _, num_kv_heads, _, key_dim = self.key.shape
+        return KVSpec(num_layers, num_kv_heads, key_dim, self.value.shape[-1])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        return type(self)(self.key.to(device, dtype), self.value.to(device, dtype))
+
+    def tokens(self, rows: Tensor, positions: Tensor) -> Self:
+        """Pick single tokens out of a batch.
+
+        Args:
+            rows: ``(N,)`` int64, the batch row of each token.
+            positions: ``(N,)`` int64, its position in that row.
+
+        Returns:
+            ``(L, 1, H, N, D)``: the tokens side by side as one row.
+        """
+        rows, positions = rows.to(self.key.device), positions.to(self.key.device)
+        return type(self)(*(part[:, rows, :, positions].permute(1, 2, 0, 3)[:, None] for part in (self.key, self.value)))
+
+    def add_tokens(self, rows: Tensor, positions: Tensor, residual: "KV") -> Self:
+        """A copy with ``residual`` ``(L, 1, H, N, D)`` added at the tokens that :meth:`tokens` picks, in this KV's dtype."""
+        rows, positions = rows.to(self.key.device), positions.to(self.key.device)
+        parts = []
+        for part, added in ((self.key, residual.key), (self.value, residual.value)):
+            added = added[:, 0].permute(2, 0, 1, 3).to(part)  # (N, L, H, D)
+            by_token = part.permute(1, 3, 0, 2, 4)  # (B, T, L, H, D)
+            parts.append(by_token.index_put((rows, positions), added, accumulate=True).permute(2, 0, 3, 1, 4))
+        return type(self)(*parts)
+
+    def zeros_like(self) -> Self:
+        return type(self)(torch.zeros_like(self.key), torch.zeros_like(self.value))
+
+
+def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache to prefill into that keeps every position, also in layers with a sliding window.
+
+    Masks stay right: transformers sizes them from the cache. :func:`write_cache` restores the windows.
+    """
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = DynamicLayer()
+    return cache
+
+
+def read_cache(cache: Cache) -> KV:
+    """Stack the layers of a cache that hold keys and values.
+
+    Raises:
+        PairError: The model keeps no keys and values, or layers of different shapes.
+    """
+    layers = [cache.layers[i] for i in _kv_layers(cache)]
+    shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers}
+    if len(shapes) != 1:
+        got = "none" if not shapes else f"layers of {len(shapes)} shapes, such as {sorted(shapes)[:2]}"
+        raise PairError(f"expected a model with a KV-cache of one shape in all its attention layers, got {got}; use another model")
+    device = layers[0].keys.device
+    return KV(*(torch.stack([getattr(layer, part).to(device) for layer in layers]) for part in ("keys", "values")))
+
+
+def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV) -> DynamicCache:
+    """A cache to decode from: ``kv`` in the layers that hold keys and values, everything else as it was prefilled.
+
+    Args:
+        config: The model's own configuration.
+        prefilled: The cache that ``kv`` was read from; it is left untouched where it holds keys and values.
+        kv: What to write, ``(L, B, H, T, D)``.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
+    for i, layer in enumerate(prefilled.layers):
+        cache.layers[i] = cache.layers[i] if i in _kv_layers(prefilled) else layer
+    for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
+        layer = prefilled.layers[i]
+        key, value = key.to(layer.keys.device), value.to(layer.keys.device)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):  # holds recurrent state as well, which goes along
+            layer.keys, layer.values = key, value
+            cache.layers[i] = layer
+        else:
+            cache.layers[i].update(key, value)  # a windowed layer keeps what it needs
+    return cache
+
+
+def _kv_layers(cache: Cache) -> list[int]:
+    return [i for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]

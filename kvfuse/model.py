@@ -1,0 +1,166 @@
+"""Two models, or more, that answer together: align, prefill, fuse, decode, in that order."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any, Self
+
+from transformers import Cache, TextIteratorStreamer
+
+from kvfuse.chat import Prompt, as_chat
+from kvfuse.checkpoint import load_fuser
+from kvfuse.decode import decode
+from kvfuse.errors import PairError, PromptError
+from kvfuse.fuse import fuse
+from kvfuse.fusers import Fuser
+from kvfuse.kv_cache import KV, read_cache, write_cache
+from kvfuse.language_model import LanguageModel, check_identity
+from kvfuse.prefill import prefill
+from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, stack
+
+
+class CacheToCache:
+    """A receiver that answers from its own KV-cache and the caches of one or more sharers.
+
+    Args:
+        receiver: The model that answers.
+        sharers: The models that only read.
+        fusers: One per sharer, trained for exactly this pair.
+
+    Raises:
+        PairError: A fuser belongs to another pair.
+    """
+
+    def __init__(self, receiver: LanguageModel, sharers: Sequence[LanguageModel], fusers: Sequence[Fuser]) -> None:
+        if len(sharers) != len(fusers) or not sharers:
+            raise PairError(f"expected one fuser per sharer, got {len(fusers)} for {len(sharers)}; name as many of each")
+        for sharer, fuser in zip(sharers, fusers, strict=True):
+            check_identity("receiver", fuser.config.receiver, receiver)
+            check_identity("sharer", fuser.config.sharer, sharer)
+        if len({fuser.config.fuse for fuser in fusers}) > 1:
+            raise PairError("expected fusers that fuse the same positions, got some for all and some for messages; train them alike")
+        self.receiver, self.sharers, self.fusers = receiver, list(sharers), list(fusers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        receiver: str | Path | None = None,
+        sharer: str | Path | Sequence[str | Path] | None = None,
+        fuser: str | Path | Sequence[str | Path] = (),
+        **model_options: Any,
+    ) -> Self:
+        """Load models and fusers from local folders or the Hub.
+
+        Args:
+            receiver: Folder or Hub id; by default the one that the first fuser names.
+            sharer: One or more; by default those that the fusers name.
+            fuser: One per sharer, in the same order.
+            model_options: For both models, e.g. ``dtype``, ``device_map``.
+
+        Raises:
+            PairError: Models and fusers that do not fit, or a model that is not there.
+            CheckpointError: A fuser that is missing or damaged.
+        """
+        fusers = [load_fuser(one) for one in _as_list(fuser)]
+        sharers = _as_list(sharer) if sharer is not None else [fuser.config.sharer["name"] for fuser in fusers]
+        if receiver is None and fusers:
+            receiver = fusers[0].config.receiver["name"]
+        models = [LanguageModel.from_pretrained(name, **model_options) for name in (receiver, *sharers)]
+        for one in fusers:
+            one.to(models[0].model.device)
+        return cls(models[0], models[1:], fusers)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Continue a batch of prompts with transformers' ``generate``.
+
+        Args:
+            prompts: Texts and chats; one alone is a batch of one.
+            options: Any of ``generate``: ``max_new_tokens``, sampling, beams, ``streamer``, …
+
+        Returns:
+            ``(B, T + new)`` int64 ids of the receiver, or what ``return_dict_in_generate`` asks for.
+
+        Raises:
+            PromptError: A prompt is empty, or longer than a model's context.
+        """
+        prompt = stack([self.align(prompt) for prompt in _as_batch(prompts)])
+        return self.decode(prompt, self.prefill(prompt), **options)
+
+    def chat(self, messages: Prompt, **options: Any) -> str:
+        """Answer one chat, or one question, as text. ``options`` are those of :meth:`generate`."""
+        prompt = stack([self.align(as_chat(messages))])
+        ids = self.decode(prompt, self.prefill(prompt), **options)
+        return self.receiver.tokenizer.decode(ids[0, prompt.ids.shape[1] :], skip_special_tokens=True)
+
+    def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
+        """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
+        prompt = stack([self.align(as_chat(messages))])
+        cache = self.prefill(prompt)
+        streamer = TextIteratorStreamer(self.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.decode(prompt, cache, streamer=streamer, **options)
+            except BaseException as error:  # carried over to the caller's thread
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def align(self, prompt: Prompt) -> AlignedReading:
+        """Step 1: tokenize a prompt for every model and align it.
+
+        Raises:
+            PromptError: It is empty, or longer than a model's context.
+        """
+        sharers = [(sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
+        aligned = align(prompt, self.receiver.tokenizer, sharers, self.fusers[0].config.fuse)
+        _require_room(self.receiver, len(aligned.receiver.ids))
+        for sharer, (reading, _) in zip(self.sharers, aligned.sharers, strict=True):
+            _require_room(sharer, len(reading.ids))
+        return aligned
+
+    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[Callable[[KV, KV], KV]] | None = None) -> Cache | None:
+        """Steps 2 and 3: read the prompt with every model and fuse their caches.
+
+        Args:
+            prompt: A batch.
+            fusers: In place of the pair's own; an empty list gives the receiver's own cache.
+
+        Returns:
+            The receiver's cache of all positions but the last, fused; None for prompts of one token.
+        """
+        if prompt.ids.shape[1] < 2:
+            return None
+        fusers = self.fusers if fusers is None else fusers
+        cache = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1])
+        read = list(zip(self.sharers, prompt.sharers, strict=True))[: len(fusers)]
+        sharers = [read_cache(prefill(one.model, reads.ids, reads.mask)) for one, reads in read]
+        fused = fuse(read_cache(cache), sharers, fusers, prompt)
+        return write_cache(self.receiver.model.config, cache, fused)
+
+    def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
+        """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
+        tokenizer = self.receiver.tokenizer
+        options.setdefault("pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
+
+
+def _require_room(model: LanguageModel, length: int) -> None:
+    if model.context is not None and length > model.context:
+        raise PromptError(f"expected a prompt of at most {model.context} tokens for {model.name}, got {length}; shorten it")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | Path) else list(value)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    return [prompts] if single else prompts

@@ -1,0 +1,235 @@
+"""The same prompt as receiver ids and sharer ids; for every receiver position the sharer position that covers it.
+
+```
+text        What  is   Oslo ?   <eot> <assistant>
+receiver    What  is   Os   lo  ?   <end> <start> assistant \\n
+sharer      What  is   Oslo ?   <eot> <assistant>
+index       0     1    2    2   3   5     5       5         -      (the last prompt token is never fused)
+```
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvfuse.chat import Prompt, RenderedPrompt, as_chat, render
+from kvfuse.errors import PairError
+
+TOKEN_ALIGNMENTS = ("identity", "span")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharerPrompt:
+    """What one sharer reads, and where the receiver finds it.
+
+    Attributes:
+        ids: ``(B, T_s)`` int64, padded left.
+        mask: ``(B, T_s)`` int64, 1 where there is a token.
+        index: ``(B, T)`` int64, for each receiver position the position in ``ids`` to read; -1: nothing to read.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedPrompt:
+    """A batch of prompts as every model reads it. All tensors stay on the CPU until a model needs them.
+
+    Attributes:
+        ids: ``(B, T)`` int64, the receiver's, padded left.
+        mask: ``(B, T)`` int64, 1 where there is a token.
+        sharers: One entry per sharer.
+        fuse_mask: ``(B, T)`` bool, the receiver positions to fuse; never the last one, which is the first query.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    sharers: tuple[SharerPrompt, ...]
+    fuse_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One model's tokenization of one prompt.
+
+    Attributes:
+        ids: ``(n,)`` int64.
+        offsets: ``(n, 2)`` int64, the characters of the text that each token covers.
+        prompt: The text.
+        pad_id: What to pad ``ids`` with.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    prompt: RenderedPrompt
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class AlignedReading:
+    """One prompt as every model reads it: a row of an :class:`AlignedPrompt` before padding.
+
+    Attributes:
+        receiver: The receiver's reading.
+        fusable: ``(n,)`` bool, the receiver positions to fuse.
+        sharers: Each sharer's reading with its index ``(n,)`` int64, -1: nothing to read.
+    """
+
+    receiver: Reading
+    fusable: np.ndarray
+    sharers: tuple[tuple[Reading, np.ndarray], ...]
+
+
+def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """Render and tokenize a prompt for one model.
+
+    Raises:
+        PromptError: See :func:`kvfuse.chat.render`.
+    """
+    rendered = render(prompt, tokenizer)
+    encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return Reading(np.array(encoded["input_ids"], dtype=np.int64), offsets, rendered, tokenizer.pad_token_id or 0)
+
+
+def align(
+    prompt: Prompt,
+    receiver: PreTrainedTokenizerBase,
+    sharers: Sequence[tuple[PreTrainedTokenizerBase, str]],
+    fuse: str = "all",
+) -> AlignedReading:
+    """Tokenize one prompt for all models and align it.
+
+    Args:
+        prompt: A text or a chat.
+        receiver: The receiver's tokenizer.
+        sharers: Each sharer's tokenizer and how it is aligned, one of :data:`TOKEN_ALIGNMENTS`. Under ``identity`` the
+            sharer reads the receiver's ids; under ``span`` its own.
+        fuse: ``all`` positions but the last, or only those of ``messages`` (the paper, for different tokenizers).
+
+    Raises:
+        PairError: An unknown name.
+        PromptError: See :func:`kvfuse.chat.render`.
+    """
+    mine = read(prompt, receiver)
+    aligned = []
+    for tokenizer, how in sharers:
+        if how not in TOKEN_ALIGNMENTS:
+            raise PairError(f"expected token_alignment to be one of {', '.join(TOKEN_ALIGNMENTS)}, got {how!r}; choose one")
+        theirs = mine if how == "identity" else read(prompt, tokenizer)
+        aligned.append((theirs, np.arange(len(mine.ids)) if how == "identity" else align_spans(mine, theirs)))
+    return AlignedReading(mine, _fusable(mine, fuse), tuple(aligned))
+
+
+def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
+    """Pad aligned prompts, all of the same models, into a batch."""
+    ids, mask = pad_left([row.receiver.ids for row in rows], rows[0].receiver.pad_id)
+    sharers = []
+    for column in zip(*(row.sharers for row in rows), strict=True):
+        their_ids, their_mask = pad_left([theirs.ids for theirs, _ in column], column[0][0].pad_id)
+        length = their_ids.shape[1]
+        shifted = [np.where(index >= 0, index + length - len(theirs.ids), -1) for theirs, index in column]
+        sharers.append(SharerPrompt(ids=their_ids, mask=their_mask, index=pad_left(shifted, -1)[0]))
+    fuse_mask = pad_left([row.fusable for row in rows], 0)[0].bool()
+    return AlignedPrompt(ids=ids, mask=mask, sharers=tuple(sharers), fuse_mask=fuse_mask)
+
+
+def describe(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> Iterator[str]:
+    """An alignment in two columns, line by line: each receiver token and the sharer token it reads."""
+    aligned = align(as_chat(prompt), receiver, [(sharer, how)])
+    reading, index = aligned.sharers[0]
+    mine = [repr(receiver.decode(token))[1:-1] for token in aligned.receiver.ids]
+    theirs = [repr(sharer.decode(token))[1:-1] for token in reading.ids]
+    width = max(map(len, [*mine, "receiver"]))
+    yield f"{'receiver':{width}}  sharer"
+    for token, position, fused in zip(mine, index, aligned.fusable, strict=True):
+        yield f"{token:{width}}  {theirs[position] if fused and position >= 0 else '-'}"
+    fused_count = int((aligned.fusable & (index >= 0)).sum())
+    yield f"{how}: {len(mine)} receiver tokens, {fused_count} fused; {len(theirs)} sharer tokens"
+
+
+def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
+    """For each receiver token the sharer token with the largest character overlap, ties to the later one.
+
+    A token of the template reads the last token of the sharer's template at the same place, which has read everything up
+    to there; so the receiver's final template tokens read the sharer's last prompt token. Equal readings align by identity.
+
+    Returns:
+        ``(n,)`` int64, never decreasing; -1 before the sharer's first token.
+    """
+    if receiver.prompt.text == sharer.prompt.text and np.array_equal(receiver.ids, sharer.ids):
+        return np.arange(len(receiver.ids))
+    starts, ends = _in_messages(receiver)
+    sharer_starts, sharer_ends = _in_messages(sharer)
+    in_message = np.flatnonzero(ends > starts)
+    readable = np.flatnonzero(sharer_ends > sharer_starts)
+    sections = _sections(receiver)
+    last = np.searchsorted(_sections(sharer), sections, side="right") - 1  # the sharer's last token there, or before it
+    index = np.where(sections % 2 == 0, last, -1)
+    if len(readable):
+        best, overlap = _largest_overlap(starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable])
+        index[in_message] = np.where(overlap > 0, readable[best], -1)
+    return np.maximum.accumulate(index)
+
+
+def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    """Stack rows of unequal length into ``(B, T)`` int64, padded left, with the mask of what is not padding."""
+    length = max(len(row) for row in rows)
+    padded = np.stack([np.pad(row.astype(np.int64), (length - len(row), 0), constant_values=fill) for row in rows])
+    mask = np.stack([np.arange(length) >= length - len(row) for row in rows])
+    return torch.from_numpy(padded), torch.from_numpy(mask).long()
+
+
+def _fusable(reading: Reading, fuse: str) -> np.ndarray:
+    """``(n,)`` bool: the positions of a prompt that may be fused."""
+    starts, ends = _in_messages(reading)
+    fusable = np.ones(len(reading.ids), dtype=bool) if fuse == "all" else ends > starts
+    fusable[-1:] = False
+    return fusable
+
+
+def _in_messages(reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's first and last character within the messages alone, on an axis that is the same for all models.
+
+    Message ``i`` takes up its own length on the axis, trimmed or not. A token of the template covers nothing.
+    """
+    starts, ends = np.zeros((2, len(reading.ids)), dtype=np.int64)
+    origin = 0
+    for content, span in zip(reading.prompt.messages, reading.prompt.spans, strict=True):
+        first, last = np.clip(reading.offsets, span.start, span.end).T
+        inside = last > first
+        shift = origin + span.skipped - span.start
+        starts[inside], ends[inside] = first[inside] + shift, last[inside] + shift
+        origin += len(content)
+    return starts, ends
+
+
+def _sections(reading: Reading) -> np.ndarray:
+    """``(n,)``, never decreasing: 2k for a token of the template before message k, 2k + 1 for one of message k itself."""
+    boundaries = np.array([(span.start, span.end) for span in reading.prompt.spans]).reshape(-1)
+    middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
+    return np.maximum.accumulate(np.searchsorted(2 * boundaries, middles, side="left"))
+
+
+def _largest_overlap(
+    starts: np.ndarray, ends: np.ndarray, their_starts: np.ndarray, their_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each interval of ours the one of theirs that overlaps it most, ties to the later, and by how much.
+
+    All four are sorted. Pairs are laid out flat: interval ``i`` of ours meets theirs ``low[i] … high[i]``.
+    """
+    low = np.minimum(np.searchsorted(their_ends, starts, side="right"), len(their_ends) - 1)
+    high = np.maximum(np.searchsorted(their_starts, ends, side="left") - 1, low)
+    counts = high - low + 1
+    first = np.cumsum(counts) - counts
+    ours = np.repeat(np.arange(len(starts)), counts)
+    theirs = np.arange(counts.sum()) - np.repeat(first - low, counts)
+    overlap = np.maximum(np.minimum(ends[ours], their_ends[theirs]) - np.maximum(starts[ours], their_starts[theirs]), 0)
+    best = np.maximum.reduceat(overlap * (len(their_ends) + 1) + theirs, first) if len(starts) else first
+    return best % (len(their_ends) + 1), best // (len(their_ends) + 1)

@@ -1,0 +1,153 @@
+"""A training run as one YAML file, every key checked before anything is loaded."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvfuse.errors import RecipeError
+from kvfuse.fusers import FUSERS
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FuserSection(BaseModel):
+    """``fuser``: its kind and its options; which there are depends on the kind (see the fuser's configuration)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str = "c2c"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class DataSection(_Section):
+    """``data``: where the examples come from."""
+
+    path: Path
+    """A file of chats (JSON lines) or of plain text."""
+    format: Literal["chat", "text"] = "chat"
+    """``chat``: rows with ``messages``, or with ``prompt`` and ``response``. ``text``: documents, each cut into prompt and response."""
+    separator: str = "<|endoftext|>"
+    """Between two documents of a text file."""
+    prompt_characters: int = Field(200, ge=1)
+    """Where a document is cut, at the next white space."""
+    response_characters: int = Field(200, ge=1)
+    """How much of the rest is the response, to the next white space."""
+    limit: int | None = Field(None, ge=2)
+    """Use the first so many examples."""
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    """The last so much of them is held out."""
+
+
+class TrainSection(_Section):
+    """``train``: how long and how fast; defaults are the paper's (A.3.5)."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; by default ``epochs`` over the data."""
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(4, ge=1)
+    """Examples per device and forward pass."""
+    accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    learning_rate: float = Field(1e-4, gt=0)
+    gate_learning_rate: float | None = Field(None, gt=0)
+    """Of the gate logits; by default 20 x ``learning_rate``, without which they hardly move."""
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; it falls linearly after."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = 42
+    save_steps: int = Field(200, ge=1)
+    """Steps between checkpoints; a killed run goes on from the last."""
+
+
+class Recipe(_Section):
+    """Everything that makes a fuser."""
+
+    receiver: str
+    """Folder or Hub id of the model that answers."""
+    sharer: str
+    """Folder or Hub id of the model that only reads."""
+    output: Path
+    """Folder for the fuser."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the two models are loaded as; the fuser itself always trains in float32."""
+    token_alignment: Literal["auto", "identity", "span"] = "auto"
+    """``auto``: identity for identical tokenizers, else span."""
+    fuser: FuserSection = FuserSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and the ``key=value`` words after it, e.g. ``train.steps=100``; relative paths are those of the shell.
+
+    Raises:
+        RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
+    for override in overrides:
+        key, found, value = override.partition("=")
+        if not found:
+            raise RecipeError(f"expected key=value, got {override!r}; write for example train.steps=100")
+        _set(content, key.split("."), yaml.safe_load(value), override)
+    return _validated(content)
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"expected a section before the last dot of {override!r}, got a value; check the key")
+    content[keys[-1]] = value
+
+
+def _validated(content: dict[str, Any]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+    known = _fuser_options(recipe.fuser.kind)
+    for option in recipe.fuser.options:
+        if option not in known:
+            raise RecipeError(_unknown(f"fuser.{option}", known))
+    return recipe
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = {"data": DataSection, "train": TrainSection}.get(str(first["loc"][0]), Recipe) if len(first["loc"]) > 1 else Recipe
+        return _unknown(key, list(section.model_fields))
+    if first["type"] == "missing":
+        return f"expected the key {key} in the recipe, got none; add it"
+    return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(key.split(".")[-1], known, n=1, cutoff=0.0)
+    return f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest[0]!r}?"
+
+
+def _fuser_options(kind: str) -> list[str]:
+    if kind not in FUSERS:
+        nearest = difflib.get_close_matches(kind, FUSERS, n=1, cutoff=0.0)[0]
+        raise RecipeError(f"expected fuser.kind to be one of {', '.join(FUSERS)}, got {kind!r}; did you mean {nearest!r}?")
+    ours = [cls for cls in FUSERS[kind].config_class.__mro__ if cls.__module__.startswith("kvfuse")]
+    given = {"receiver", "sharer", "token_alignment"}
+    return [name for cls in ours for name in cls.__annotations__ if name not in given and name != "model_type"]

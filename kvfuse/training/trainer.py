@@ -1,0 +1,133 @@
+"""Train the fuser of a pair with transformers' Trainer: the trained model is the fuser, the two models only read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from kvfuse.model import CacheToCache
+from kvfuse.prefill import positions
+from kvfuse.training.data import EncodedExample, TrainingBatch, collate
+from kvfuse.training.recipe import TrainSection
+
+GATE_LEARNING_RATE_SCALE = 20.0
+
+
+def response_loss(receiver: PreTrainedModel, cache: Any, batch: TrainingBatch, num_items: Tensor | int | None = None) -> Tensor:
+    """Next-token loss of the receiver on the responses, over a cache of the prompts (paper, 3.3.4).
+
+    Args:
+        receiver: The frozen receiver; gradients flow through it into the cache.
+        cache: All prompt positions but the last, fused or not; None for prompts of one token.
+        batch: Last prompt tokens, responses, labels.
+        num_items: Divide the summed loss by this many tokens; by default by those of the batch.
+
+    Returns:
+        0-d float32 in nats.
+    """
+    past = batch.prompt.mask[:, :-1]
+    mask = torch.cat([past, batch.mask], dim=1)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    output = receiver(
+        input_ids=batch.ids.to(receiver.device),
+        attention_mask=mask.to(receiver.device),
+        position_ids=positions(mask)[:, past.shape[1] :].to(receiver.device),
+        past_key_values=cache,
+        labels=batch.labels.to(receiver.device),
+        **options,
+    )
+    return output.loss
+
+
+class FuserTrainer(Trainer):
+    """transformers' Trainer around the one fuser of a pair.
+
+    Args:
+        pair: The models; its fuser is trained in place.
+        train: The recipe's ``train`` section.
+        examples: What to learn.
+        folder: For checkpoints; a run that finds some there goes on from the last.
+    """
+
+    def __init__(
+        self, pair: CacheToCache, train: TrainSection, examples: Sequence[EncodedExample], folder: Path, quiet: bool = False
+    ) -> None:
+        self.pair, self.train_section = pair, train
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=train.steps or -1,
+            num_train_epochs=train.epochs,
+            per_device_train_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.accumulation,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            lr_scheduler_type="linear",
+            warmup_steps=train.warmup,
+            max_grad_norm=train.max_grad_norm,
+            seed=train.seed,
+            save_steps=train.save_steps,
+            save_total_limit=2,
+            logging_steps=50,
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=quiet,
+        )
+        super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal()])
+        self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
+
+    def resume(self) -> None:
+        """Train, from the last whole checkpoint if there is one."""
+        folder = Path(self.args.output_dir)
+        self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """Trainer's hook. ``model`` is the fuser, possibly wrapped for several processes."""
+        cache = self.pair.prefill(inputs["batch"].prompt, fusers=[model])
+        loss = response_loss(self.pair.receiver.model, cache, inputs["batch"], num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # which average the gradients; the tokens are counted over all
+        return (loss, None) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; the gates have a learning rate of their own and no weight decay."""
+        if self.optimizer is None:
+            fuser = self.pair.fusers[0]
+            gates = {id(parameter) for parameter in fuser.gate_parameters()}
+            rate = self.train_section.gate_learning_rate or GATE_LEARNING_RATE_SCALE * self.args.learning_rate
+            groups = [
+                {"params": [p for p in fuser.parameters() if id(p) not in gates], "weight_decay": self.args.weight_decay},
+                {"params": fuser.gate_parameters(), "weight_decay": 0.0, "lr": rate},
+            ]
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
+        return self.optimizer
+
+
+@torch.no_grad()
+def bits_per_response(pair: CacheToCache, examples: Sequence[EncodedExample], fused: bool, batch_size: int = 16) -> float:
+    """Mean bits the receiver needs for a response, from its own cache or the fused one."""
+    nats = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size])
+        cache = pair.prefill(batch.prompt, fusers=None if fused else [])
+        nats += float(response_loss(pair.receiver.model, cache, batch, num_items=1))
+    return nats / math.log(2) / len(examples)
+
+
+class _Anneal(TrainerCallback):
+    """Tells the fuser how far the run is, from the step count alone, so that a resumed run anneals alike."""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
+
+
+def _collate(examples: Sequence[EncodedExample]) -> dict[str, TrainingBatch]:
+    batch = collate(examples)
+    return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them

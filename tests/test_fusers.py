@@ -1,0 +1,141 @@
+"""One matrix over all fusers: a new kind is tested by being registered."""
+
+import pytest
+import torch
+
+from kvfuse.errors import PairError
+from kvfuse.fusers import FUSERS, make_fuser
+from kvfuse.fusers.gate import Gate
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, GroupedRMSNorm
+from kvfuse.kv_cache import KV, KVSpec
+from kvfuse.layer_alignment import align_layers
+from kvfuse.testing import tiny_fuser
+
+KINDS = list(FUSERS)
+
+
+def random_kv(spec: KVSpec, batch=2, tokens=5):
+    shape = (spec.num_layers, batch, spec.num_kv_heads, tokens)
+    return KV(torch.randn(*shape, spec.key_dim), torch.randn(*shape, spec.value_dim))
+
+
+@pytest.fixture(params=KINDS)
+def fuser(request, receiver, sharer):
+    return tiny_fuser(receiver, sharer, request.param)
+
+
+@pytest.fixture
+def inputs(fuser):
+    torch.manual_seed(1)
+    return random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
+
+
+def test_residual_has_the_receivers_shape(fuser, inputs):
+    assert fuser(*inputs).spec == fuser.config.receiver_kv
+    assert fuser(*inputs).key.shape == inputs[0].key.shape
+
+
+def test_residual_of_a_token_depends_on_that_token_alone(fuser, inputs):
+    rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
+    alone = fuser(*(kv.tokens(rows, places) for kv in inputs))
+    together = fuser(*inputs).tokens(rows, places)
+    torch.testing.assert_close(alone.key, together.key, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone.value, together.value, rtol=1e-5, atol=1e-6)
+
+
+def test_it_reads_both_caches(fuser, inputs):
+    base = fuser(*inputs)
+    assert not torch.equal(fuser(inputs[0].zeros_like(), inputs[1]).key, base.key)
+    assert not torch.equal(fuser(inputs[0], inputs[1].zeros_like()).value, base.value)
+
+
+def test_closed_gates_give_exactly_zero(receiver, sharer, inputs):
+    closed = tiny_fuser(receiver, sharer, gate_init=-1.0)
+    residual = closed(*inputs)
+    assert not residual.key.any()
+    assert not residual.value.any()
+
+
+def test_a_zero_start_gives_exactly_zero(receiver, sharer, inputs):
+    residual = tiny_fuser(receiver, sharer, zero_init=True)(*inputs)
+    assert not residual.key.any()
+    assert not residual.value.any()
+
+
+def test_c2c_equals_the_paper_layer_by_layer(receiver, sharer, inputs):
+    """The fact sheet's 1.2, written out for one layer's keys and another's values."""
+    fuser = tiny_fuser(receiver, sharer, "c2c", num_layers=4)
+    mine, theirs = inputs
+    layers, total = fuser.config.receiver_kv.num_layers, align_layers(3, 4)
+    residual = fuser(mine, theirs)
+
+    def linear(block, group, x):
+        return x @ block.weight[group] + (0 if block.bias is None else block.bias[group])
+
+    def ffn(block, group, x):
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * block.norm.weight[group]
+        return x + linear(block.w2, group, torch.nn.functional.gelu(linear(block.w1, group, normed)))
+
+    for layer in range(layers):
+        for part, group in (("key", layer), ("value", layers + layer)):
+            receiver_part, sharer_part = getattr(mine, part)[layer], getattr(theirs, part)[total[layer]]
+            flat = [x.transpose(1, 2).flatten(2) for x in (sharer_part, receiver_part)]
+            hidden = ffn(fuser.fusion, group, linear(fuser.fusion_in, group, torch.cat(flat, -1)))
+            weight = torch.sigmoid(linear(fuser.weighting_out, group, ffn(fuser.weighting, group, hidden)))
+            for block in fuser.projection:
+                hidden = ffn(block, group, hidden)
+            projected = linear(fuser.projection_out, group, hidden).unflatten(-1, (2, -1))
+            expected = (projected * weight.unsqueeze(-1)).transpose(1, 2)
+            torch.testing.assert_close(getattr(residual, part)[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("receiver", "sharer", "per_layer"),
+    [((28, 8, 128), (24, 2, 64), 17_066_002), ((28, 8, 128), (16, 8, 64), 17_852_434), ((36, 8, 128), (28, 4, 128), 17_852_434)],
+)
+def test_c2c_has_as_many_parameters_as_the_published_fusers(receiver, sharer, per_layer):
+    specs = {
+        whose: {"kv": {"num_layers": layers, "num_kv_heads": heads, "key_dim": dim, "value_dim": dim}}
+        for whose, (layers, heads, dim) in (("receiver", receiver), ("sharer", sharer))
+    }
+    with torch.device("meta"):
+        fuser = FUSERS["c2c"](FUSERS["c2c"].config_class(**specs))
+    assert sum(parameter.numel() for parameter in fuser.parameters()) == receiver[0] * per_layer
+
+
+def test_gate_is_binary_at_inference_and_sharpens_while_training():
+    gate = Gate(2, 1.0, 0.001)
+    gate.logit.data[:] = torch.tensor([0.5, -0.5]).view(2, 1, 1)
+    assert gate.eval()().flatten().tolist() == [1.0, 0.0]
+    gate.train()
+    torch.manual_seed(0)
+    draws = torch.cat([gate().detach() for _ in range(4000)], dim=2)
+    assert ((draws > 0) & (draws < 1)).all()
+    opened = (draws > 0.5).float().mean(dim=(1, 2))  # P(logit + logistic noise > 0) = sigmoid(logit)
+    torch.testing.assert_close(opened, torch.sigmoid(gate.logit.flatten()), atol=0.03, rtol=0)
+    gate.anneal(1.0)
+    assert gate.temperature == pytest.approx(0.001)
+    assert all(draw in (0.0, 1.0) or not 0.01 < draw < 0.99 for draw in gate().flatten().tolist())
+
+
+def test_grouped_blocks_equal_one_network_per_group():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4)
+    linear, norm, ffn = GroupedLinear(3, 4, 6), GroupedRMSNorm(3, 4), GroupedFFN(3, 4, 8, dropout=0.0)
+    for block in (linear, norm, ffn):
+        block.reset_parameters()
+    for group in range(3):
+        expected = torch.nn.functional.linear(x[group], linear.weight[group].T, linear.bias[group, 0])
+        torch.testing.assert_close(linear(x)[group], expected)
+        torch.testing.assert_close(norm(x)[group], torch.nn.functional.rms_norm(x[group], (4,), eps=1e-6))
+
+
+def test_a_model_with_keys_and_values_of_unlike_size_is_refused(receiver, sharer):
+    odd = sharer.identity.to_dict() | {"kv": {"num_layers": 2, "num_kv_heads": 1, "key_dim": 16, "value_dim": 8}}
+    with pytest.raises(PairError, match="one size"):
+        make_fuser("c2c", receiver=receiver.identity.to_dict(), sharer=odd)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(PairError, match=r"fuser\.kind"):
+        make_fuser("c3c")

@@ -1,0 +1,220 @@
+import pytest
+import torch
+from transformers import StoppingCriteria, TextStreamer
+
+from kvfuse.errors import PairError, PromptError
+from kvfuse.kv_cache import read_cache
+from kvfuse.language_model import LanguageModel
+from kvfuse.model import CacheToCache
+from kvfuse.prefill import positions
+from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
+from kvfuse.token_alignment import stack
+
+QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
+PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the same question", "a"]
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(params=FAMILIES)
+def any_pair(request, sharer):
+    receiver = tiny_model(request.param)
+    return CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
+
+
+def closed(pair):
+    fusers = [tiny_fuser(pair.receiver, sharer, gate_init=-1.0) for sharer in pair.sharers]
+    return CacheToCache(pair.receiver, pair.sharers, fusers)
+
+
+def receiver_alone(pair, prompt, **options):
+    aligned = stack([pair.align(prompt)])
+    return pair.receiver.model.generate(aligned.ids, attention_mask=aligned.mask, **options)
+
+
+def new_tokens(pair, prompt, **options):
+    return pair.generate([prompt], **options)[0, len(pair.align(prompt).receiver.ids) :].tolist()
+
+
+def test_closed_gates_leave_the_cache_as_it_is_bit_for_bit(any_pair):
+    pair, prompt = closed(any_pair), stack([any_pair.align(prompt) for prompt in PROMPTS])
+    fused, alone = pair.prefill(prompt), pair.prefill(prompt, fusers=[])
+    for mine, theirs in zip(fused.layers, alone.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_closed_gates_answer_as_the_receiver_alone(any_pair, prompt):
+    assert torch.equal(closed(any_pair).generate([prompt], **GREEDY), receiver_alone(any_pair, prompt, **GREEDY))
+
+
+def test_open_gates_change_the_answer(any_pair):
+    assert not torch.equal(any_pair.generate([QUESTION], **GREEDY), receiver_alone(any_pair, QUESTION, **GREEDY))
+
+
+def test_fused_generate_equals_full_forwards_over_the_fused_cache(any_pair):
+    """Greedy, one forward over the whole tail for every new token, with a fresh copy of the fused cache each time."""
+    model, prompt = any_pair.receiver.model, stack([any_pair.align(QUESTION)])
+    tail = prompt.ids[:, -1:]
+    while tail.shape[1] <= GREEDY["max_new_tokens"] and (tail.shape[1] == 1 or tail[0, -1] != any_pair.receiver.tokenizer.eos_token_id):
+        cache = any_pair.prefill(prompt)
+        logits = model(tail, past_key_values=cache).logits
+        tail = torch.cat([tail, logits[:, -1:].argmax(-1)], dim=1)
+    generated = any_pair.generate([QUESTION], **GREEDY)
+    assert generated[0, prompt.ids.shape[1] - 1 :].tolist() == tail[0].tolist()
+
+
+def test_a_left_padded_batch_equals_its_prompts_one_by_one(any_pair):
+    batch = any_pair.generate(PROMPTS, **GREEDY)
+    pad = any_pair.receiver.tokenizer.pad_token_id
+    width = max(len(any_pair.align(prompt).receiver.ids) for prompt in PROMPTS)
+    for row, prompt in zip(batch, PROMPTS, strict=True):
+        together = [token for token in row[width:].tolist() if token != pad]
+        assert together == [token for token in new_tokens(any_pair, prompt, **GREEDY) if token != pad]
+
+
+def test_fused_keys_and_values_do_not_depend_on_the_batch(any_pair):
+    together = (
+        read_cache(any_pair.prefill(stack([any_pair.align(prompt) for prompt in PROMPTS[:3]]), None)) if not _windowed(any_pair) else None
+    )
+    if together is None:
+        pytest.skip("a windowed layer keeps its last positions only; the tokens are compared above")
+    for row, prompt in enumerate(PROMPTS[:3]):
+        alone = read_cache(any_pair.prefill(stack([any_pair.align(prompt)])))
+        length = alone.key.shape[3]
+        torch.testing.assert_close(together.key[:, row, :, -length:], alone.key[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.value[:, row, :, -length:], alone.value[:, 0], rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = {
+    "sampling": {"do_sample": True, "top_k": 20},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 4, "do_sample": False},
+    "best beams": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "do_sample": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2, "do_sample": False},
+    "static cache asked for": {"cache_implementation": "static", "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_every_way_to_generate_equals_the_receivers_own_when_gates_are_closed(pair, options):
+    options = {"max_new_tokens": 8, **options}
+    reference = {name: value for name, value in options.items() if name != "cache_implementation"}
+    torch.manual_seed(7)
+    expected = receiver_alone(pair, QUESTION, **reference)
+    without_sharer = closed(pair)
+    torch.manual_seed(7)
+    assert torch.equal(without_sharer.generate([QUESTION], **options), expected)
+
+
+def test_prompt_lookup_equals_greedy_on_a_fused_cache(pair):
+    assert torch.equal(pair.generate([QUESTION], prompt_lookup_num_tokens=2, **GREEDY), pair.generate([QUESTION], **GREEDY))
+
+
+def test_an_assistant_equals_greedy_on_a_fused_cache(pair):
+    assistant = tiny_model("qwen3", seed=5).model
+    assert torch.equal(pair.generate([QUESTION], assistant_model=assistant, **GREEDY), pair.generate([QUESTION], **GREEDY))
+
+
+def test_decoding_leaves_no_trace_on_the_model(pair):
+    before = dict(vars(pair.receiver.model))
+    pair.generate([QUESTION], **GREEDY)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        pair.generate([QUESTION], max_new_tokens=-1)
+    assert vars(pair.receiver.model).keys() == before.keys()
+
+
+def test_streamer_and_stopping_criteria_are_transformers_own(pair, capsys):
+    class AfterTwo(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            return torch.full((len(ids),), ids.shape[1] >= len(pair.align(QUESTION).receiver.ids) + 2)
+
+    streamer = TextStreamer(pair.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = pair.generate([QUESTION], streamer=streamer, stopping_criteria=[AfterTwo()], **GREEDY)
+    assert ids.shape[1] == len(pair.align(QUESTION).receiver.ids) + 2
+    assert capsys.readouterr().out.strip() == pair.chat(QUESTION, stopping_criteria=[AfterTwo()], **GREEDY).strip()
+
+
+def test_stream_gives_the_pieces_of_chat(pair):
+    assert "".join(pair.stream(QUESTION, **GREEDY)) == pair.chat(QUESTION, **GREEDY)
+
+
+def test_stream_passes_errors_on(pair):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(pair.stream(QUESTION, max_new_tokens=-1))
+
+
+def test_a_text_for_chat_is_the_one_message_of_a_user(pair):
+    assert pair.chat(QUESTION[0]["content"], **GREEDY) == pair.chat(QUESTION, **GREEDY)
+
+
+def test_two_sharers_add_up(receiver, sharer):
+    """Every fuser reads the clean receiver cache, so the order does not matter and a closed one changes nothing."""
+    other = tiny_model("qwen2", tiny_tokenizer(340), seed=3)
+    fusers = tiny_fuser(receiver, sharer), tiny_fuser(receiver, other, seed=1)
+    both = CacheToCache(receiver, [sharer, other], fusers)
+    swapped = CacheToCache(receiver, [other, sharer], fusers[::-1])
+    assert torch.equal(both.generate(PROMPTS, **GREEDY), swapped.generate(PROMPTS, **GREEDY))
+    one_open = CacheToCache(receiver, [sharer, other], [fusers[0], tiny_fuser(receiver, other, gate_init=-1.0)])
+    assert torch.equal(one_open.generate(PROMPTS, **GREEDY), CacheToCache(receiver, [sharer], fusers[:1]).generate(PROMPTS, **GREEDY))
+
+
+def test_identical_tokenizers_share_their_ids(receiver):
+    twin = tiny_model("llama", seed=4)
+    pair = CacheToCache(receiver, [twin], [tiny_fuser(receiver, twin)])
+    aligned = pair.align(QUESTION)
+    assert pair.fusers[0].config.token_alignment == "identity"
+    assert aligned.sharers[0][0] is aligned.receiver
+    assert len(pair.chat(QUESTION, **GREEDY)) > 0
+
+
+def test_gradients_reach_every_fuser_parameter_and_no_other(pair):
+    fuser = pair.fusers[0].train()
+    model, prompt = pair.receiver.model, stack([pair.align(prompt) for prompt in PROMPTS])
+    mask = torch.cat([prompt.mask, torch.ones(len(PROMPTS), 1, dtype=torch.long)], 1)
+    tail = prompt.ids[:, -1:].repeat(1, 2)
+    output = model(tail, attention_mask=mask, position_ids=positions(mask)[:, -2:], past_key_values=pair.prefill(prompt))
+    output.logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in fuser.parameters())
+    assert all(parameter.grad is None for one in (pair.receiver, *pair.sharers) for parameter in one.model.parameters())
+
+
+def test_a_prompt_longer_than_a_context_is_refused(pair):
+    with pytest.raises(PromptError, match="at most 256 tokens"):
+        pair.generate("word " * 400)
+
+
+OTHERS = {
+    "shape": {"num_key_value_heads": 1},
+    "weights": {"seed": 9},
+    "tokenizer": {"tokenizer": tiny_tokenizer(330)},
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+@pytest.mark.parametrize("whose", ["receiver", "sharer"])
+def test_a_fuser_of_another_pair_is_refused(receiver, whose, changed):
+    twin = tiny_model("llama", seed=4)
+    fuser = tiny_fuser(receiver, twin)
+    family = {"receiver": "qwen3", "sharer": "llama"}[whose]
+    other = tiny_model(family, **{"seed": {"receiver": 0, "sharer": 4}[whose], **OTHERS[changed]})
+    models = {"receiver": receiver, "sharer": twin, whose: other}
+    with pytest.raises(PairError, match=f"{whose} with 3 layers" if changed == "shape" else changed):
+        CacheToCache(models["receiver"], [models["sharer"]], [fuser])
+
+
+def test_weights_loaded_in_another_dtype_are_the_same_model(receiver, sharer, saved_models):
+    fuser = tiny_fuser(receiver, sharer)
+    coarse = LanguageModel.from_pretrained(saved_models / "receiver", dtype=torch.bfloat16)
+    pair = CacheToCache(coarse, [LanguageModel.from_pretrained(saved_models / "sharer")], [fuser])
+    assert isinstance(pair.chat(QUESTION, **GREEDY), str)
+
+
+def test_one_fuser_per_sharer(receiver, sharer):
+    with pytest.raises(PairError, match="one fuser per sharer"):
+        CacheToCache(receiver, [sharer, sharer], [tiny_fuser(receiver, sharer)])
+
+
+def _windowed(pair):
+    return "sliding_attention" in (getattr(pair.receiver.model.config, "layer_types", None) or [])
