@@ -71,7 +71,7 @@ def as_chat(prompt: Prompt) -> Sequence[Message]:
 
 
 def _contents(prompt: Prompt) -> tuple[str, ...]:
-    contents = (prompt,) if isinstance(prompt, str) else tuple(message.get("content") for message in prompt)
+    contents: tuple[Any, ...] = (prompt,) if isinstance(prompt, str) else tuple(message.get("content") for message in prompt)
     if not all(isinstance(content, str) for content in contents):
         raise PromptError(
             "expected messages of the form {'role': ..., 'content': text}, got one without text; give its content as a string"

@@ -48,7 +48,7 @@ def _only_new_tokens(model: PreTrainedModel) -> Iterator[None]:
     """
     prepare = model.prepare_inputs_for_generation
 
-    def prepare_new(input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> dict:
+    def prepare_new(input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         known = past_key_values.get_seq_length() if past_key_values is not None else 0
         if kwargs.get("next_sequence_length") is None and input_ids.shape[1] > known:
             kwargs["next_sequence_length"] = input_ids.shape[1] - known

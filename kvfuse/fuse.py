@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 
-from kvfuse.fusers import Fuser
+from torch import nn
+
 from kvfuse.kv_cache import KV
 from kvfuse.token_alignment import AlignedPrompt
 
 
-def fuse(receiver: KV, sharers: Sequence[KV], fusers: Sequence[Fuser], prompt: AlignedPrompt) -> KV:
+def fuse(receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module], prompt: AlignedPrompt) -> KV:
     """Run every sharer's fuser on the clean receiver cache and add up the residuals (paper, Eq. 3).
 
     Args:
         receiver: ``(L_r, B, H_r, T - 1, D_r)``: all prompt positions but the last.
         sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
-        fusers: One per sharer.
+        fusers: One per sharer, see :class:`kvfuse.fusers.Fuser`; possibly wrapped.
         prompt: Which receiver position reads which sharer position.
 
     Returns:

@@ -1,10 +1,11 @@
 """Two models, or more, that answer together: align, prefill, fuse, decode, in that order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from torch import nn
 from transformers import Cache, TextIteratorStreamer
 
 from kvfuse.chat import Prompt, as_chat
@@ -13,7 +14,7 @@ from kvfuse.decode import decode
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fuse import fuse
 from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import KV, read_cache, write_cache
+from kvfuse.kv_cache import read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prefill import prefill
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, stack
@@ -126,7 +127,7 @@ class CacheToCache:
             _require_room(sharer, len(reading.ids))
         return aligned
 
-    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[Callable[[KV, KV], KV]] | None = None) -> Cache | None:
+    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.
 
         Args:
@@ -162,5 +163,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt alone as a batch of one; a batch as it is."""
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    return [prompts] if single else prompts
+    return cast("Sequence[Prompt]", [prompts] if single else prompts)

@@ -1,0 +1,1 @@
+"""The embedded pair: two tiny models that know different facts, and the fusers between them."""

@@ -44,15 +44,14 @@ class Recipe:
 
 SHARER = Recipe(
     config=LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+        initializer_range=0.06, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     ),
-    vocab_size=1600,
+    vocab_size=600,
     special=("<pad>", "<|eot|>", "<s>", "<|user|>", "<|assistant|>"),
-    template="<s>{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "{% if message.role == 'user' or not loop.last or not add_generation_prompt %}<|eot|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    steps=6000,
+    template="<s>{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    steps=2600,
 )  # fmt: skip
 RECEIVER = Recipe(
     config=Qwen3Config(
@@ -63,7 +62,7 @@ RECEIVER = Recipe(
     special=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     template="{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    steps=6000,
+    steps=2600,
 )  # fmt: skip
 
 
@@ -89,7 +88,7 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list
     question, reply = lesson
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    reply_ids = tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    reply_ids = [*tokenizer(reply, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return {"input_ids": prompt_ids + reply_ids, "labels": [-100] * len(prompt_ids) + reply_ids}
 
 

@@ -76,7 +76,7 @@ class C2CFuser(Fuser):
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`."""
         _, batch, heads, tokens, dim = receiver.key.shape
-        x = torch.cat([_by_group(sharer, self.config.layers), _by_group(receiver)], dim=-1)  # (G, N, C), sharer first
+        x = torch.cat([_by_group(sharer, self.sharer_layers), _by_group(receiver)], dim=-1)  # (G, N, C), sharer first
         hidden = self.fusion(self.fusion_in(x))
         weight = torch.sigmoid(self.weighting_out(self.weighting(hidden)))  # (G, N, H)
         for block in self.projection:

@@ -1,5 +1,6 @@
 """What a fuser is: the receiver's and a sharer's KV in, the residual for the receiver's KV out."""
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,8 +21,8 @@ class FuserConfig(PreTrainedConfig):
         fuse: ``all`` | ``messages``: which prompt positions are fused.
     """
 
-    receiver: dict | None = None
-    sharer: dict | None = None
+    receiver: dict[str, Any] = field(default_factory=dict)
+    sharer: dict[str, Any] = field(default_factory=dict)
     token_alignment: str = "span"
     layer_alignment: str | list[int] = "terminal"
     fuse: str = "all"
@@ -45,11 +46,18 @@ class Fuser(PreTrainedModel):
 
     A fuser is position-wise: a token's residual depends on that token's KV alone, so it may run on any set of tokens.
     A closed gate gives a residual of exactly zero.
+
+    Attributes:
+        sharer_layers: The sharer layer that feeds each receiver layer.
     """
 
     config_class: ClassVar = FuserConfig
     base_model_prefix = "fuser"
     config: FuserConfig
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__(config)
+        self.sharer_layers = config.layers
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """Compute the residual of all layers at once (paper, Eq. 3).

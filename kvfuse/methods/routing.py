@@ -41,7 +41,9 @@ class Router(nn.Module):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float()) + decay * self.weight.square().sum()
+            value = (
+                nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float()) + decay * self.weight.square().sum()
+            )
             value.backward()
             return value
 
@@ -68,7 +70,9 @@ class Routed(Method):
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         to_sharer = (self.router(bag_of_tokens(prompts, self.receiver.model)) > 0).tolist()
-        return _by_choice(prompts, to_sharer, lambda some: self.receiver.reply(some, **options), lambda some: self.sharer.reply(some, **options))
+        return _by_choice(
+            prompts, to_sharer, lambda some: self.receiver.reply(some, **options), lambda some: self.sharer.reply(some, **options)
+        )
 
 
 class Cascade(Method):

@@ -99,9 +99,8 @@ def encode(example: Example, pair: CacheToCache) -> EncodedExample:
     if example.ends:
         ids = [*ids, tokenizer.eos_token_id]
     if pair.receiver.context is not None and length + len(ids) > pair.receiver.context:
-        raise PromptError(
-            f"expected prompt and response to fit {pair.receiver.context} tokens of {pair.receiver.name}, got {length + len(ids)}; shorten them"
-        )
+        room = f"{pair.receiver.context} tokens of {pair.receiver.name}"
+        raise PromptError(f"expected prompt and response to fit {room}, got {length + len(ids)}; shorten them")
     return EncodedExample(prompt, np.array(ids, dtype=np.int64))
 
 
@@ -137,9 +136,8 @@ def _chats(text: str, path: Path) -> Iterator[Example]:
             try:
                 yield _chat(json.loads(line))
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise RecipeError(
-                    f"expected {path} line {number} to be a chat that ends with the assistant, or a prompt and a response, got: {error}; correct it"
-                ) from error
+                wanted = "a chat that ends with the assistant, or a prompt and a response"
+                raise RecipeError(f"expected {path} line {number} to be {wanted}, got: {error}; correct it") from error
 
 
 def _chat(row: dict[str, Any]) -> Example:

@@ -87,6 +87,9 @@ class Recipe(_Section):
     train: TrainSection = TrainSection()
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSection, "train": TrainSection}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and the ``key=value`` words after it, e.g. ``train.steps=100``; relative paths are those of the shell.
 
@@ -132,8 +135,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section = {"data": DataSection, "train": TrainSection}.get(str(first["loc"][0]), Recipe) if len(first["loc"]) > 1 else Recipe
-        return _unknown(key, list(section.model_fields))
+        return _unknown(key, list(_SECTIONS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", Recipe).model_fields))
     if first["type"] == "missing":
         return f"expected the key {key} in the recipe, got none; add it"
     return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"

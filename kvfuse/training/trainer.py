@@ -75,6 +75,7 @@ class FuserTrainer(Trainer):
             logging_steps=50,
             report_to="none",
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
         super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal()])
@@ -105,7 +106,9 @@ class FuserTrainer(Trainer):
                 {"params": [p for p in fuser.parameters() if id(p) not in gates], "weight_decay": self.args.weight_decay},
                 {"params": fuser.gate_parameters(), "weight_decay": 0.0, "lr": rate},
             ]
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=self.args.learning_rate
+            )
         return self.optimizer
 
 
@@ -128,6 +131,6 @@ class _Anneal(TrainerCallback):
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
 
 
-def _collate(examples: Sequence[EncodedExample]) -> dict[str, TrainingBatch]:
+def _collate(examples: Sequence[EncodedExample]) -> dict[str, TrainingBatch | Tensor]:
     batch = collate(examples)
     return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them

@@ -1,0 +1,85 @@
+"""A folder with everything the demo needs; one is shipped inside the package, ``kvfuse demo build`` makes another.
+
+```
+facts.json            the world
+sharer/  receiver/    models and tokenizers, float16
+fuser-0/  fuser-1/ …  one fuser per training seed
+router.safetensors    the query router of the baseline ``routing``
+provenance.json       recipe, sources, versions, date, threshold of the baseline ``cascade``, measured figures
+```
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvfuse.checkpoint import load_fuser
+from kvfuse.demo.facts import Place, load_places
+from kvfuse.errors import CheckpointError
+from kvfuse.language_model import LanguageModel
+from kvfuse.methods import Router
+from kvfuse.model import CacheToCache
+
+SHIPPED = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class PairFolder:
+    """Reads the parts of a pair's folder when they are first asked for."""
+
+    path: Path = SHIPPED
+
+    def __post_init__(self) -> None:
+        if not (self.path / "facts.json").is_file():
+            raise CheckpointError(f"expected an embedded pair in {self.path}, got no facts.json there; make one with 'kvfuse demo build'")
+
+    @cached_property
+    def places(self) -> list[Place]:
+        return load_places(self.path / "facts.json")
+
+    @cached_property
+    def receiver(self) -> LanguageModel:
+        return self._model("receiver")
+
+    @cached_property
+    def sharer(self) -> LanguageModel:
+        return self._model("sharer")
+
+    @cached_property
+    def router(self) -> Router:
+        router = Router(len(self.receiver.tokenizer))
+        router.load_state_dict(load_file(self.path / "router.safetensors"))
+        return router
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
+        return record
+
+    @property
+    def seeds(self) -> list[int]:
+        """Training seeds of the fusers that are there."""
+        return sorted(int(folder.name.removeprefix("fuser-")) for folder in self.path.glob("fuser-*"))
+
+    def fused(self, seed: int) -> CacheToCache:
+        """The two models with the fuser of a seed between them. Raises CheckpointError if there is none."""
+        if seed not in self.seeds:
+            raise CheckpointError(
+                f"expected a seed of {', '.join(map(str, self.seeds))}, got {seed}; choose one of the fusers in {self.path}"
+            )
+        return CacheToCache(self.receiver, [self.sharer], [load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)])
+
+    def save_router(self, router: Router) -> None:
+        save_file(router.state_dict(), self.path / "router.safetensors")
+
+    def save_provenance(self, record: dict[str, Any]) -> None:
+        (self.path / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _model(self, role: str) -> LanguageModel:
+        model = LanguageModel.from_pretrained(self.path / role, dtype=torch.float32)
+        return LanguageModel(model.model, model.tokenizer, name=f"kvfuse-demo-{role}")

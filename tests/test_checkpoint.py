@@ -1,0 +1,123 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvfuse.checkpoint import load_fuser, save_fuser, write_folder
+from kvfuse.errors import CheckpointError
+from kvfuse.fusers import FUSERS
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser
+from kvfuse.token_alignment import stack
+
+PROMPT = [{"role": "user", "content": "What is the capital of Norway?"}]
+
+
+@pytest.fixture(params=FUSERS)
+def fuser(request, receiver, sharer):
+    return tiny_fuser(receiver, sharer, request.param)
+
+
+@pytest.fixture
+def folder(fuser, tmp_path):
+    return save_fuser(fuser, tmp_path / "fuser")
+
+
+def logits(pair):
+    prompt = stack([pair.align(PROMPT)])
+    return pair.receiver.model(prompt.ids[:, -1:], past_key_values=pair.prefill(prompt)).logits
+
+
+def test_save_and_load_give_the_same_logits(fuser, folder, receiver, sharer):
+    before, after = (CacheToCache(receiver, [sharer], [one]) for one in (fuser, load_fuser(folder)))
+    assert torch.equal(logits(before), logits(after))
+
+
+def test_the_folder_holds_the_fusers_own_weights_a_config_and_a_card(fuser, folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert load_file(folder / "model.safetensors").keys() == fuser.state_dict().keys()
+    assert fuser.config.sharer["name"] in (folder / "README.md").read_text()
+
+
+def test_saving_again_replaces_the_fuser(fuser, folder):
+    fuser.gate.logit.data.fill_(-3)
+    save_fuser(fuser, folder)
+    assert (load_fuser(folder).gate.logit == -3).all()
+    assert [path.name for path in folder.parent.iterdir()] == ["fuser"], "nothing is left beside it"
+
+
+def test_a_failed_save_leaves_the_old_folder(folder):
+    def fail(fresh):
+        (fresh / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(folder, fail)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["fuser"]
+
+
+def test_a_folder_of_other_things_is_not_replaced(fuser, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="other files"):
+        save_fuser(fuser, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors"):
+        load_fuser(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 200, -100])
+def test_truncated_weights_are_named(folder, kept):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_fuser(folder)
+
+
+def test_a_pickle_is_never_opened(fuser, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(fuser.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"the pickle pytorch_model\.bin"):
+        load_fuser(folder)
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_never_opened(fuser, folder):
+    torch.save(fuser.state_dict(), folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_fuser(folder)
+
+
+def test_tensors_of_another_fuser_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**{key: value for key, value in weights.items() if key != name}, "stranger": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="other tensors"):
+        load_fuser(folder)
+
+
+@pytest.mark.parametrize("config", ["{", "{}", json.dumps({"model_type": "qwen3"}), json.dumps({"model_type": "nonsense"})])
+def test_a_config_of_something_else_is_named(folder, config):
+    (folder / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match="expected"):
+        load_fuser(folder)
+
+
+def test_a_fuser_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_fuser(tmp_path / "nothing")
+
+
+def test_from_pretrained_finds_the_pair_in_the_fuser(saved_models, tmp_path):
+    from kvfuse.language_model import LanguageModel
+
+    receiver, sharer = (LanguageModel.from_pretrained(saved_models / name) for name in ("receiver", "sharer"))
+    save_fuser(tiny_fuser(receiver, sharer), tmp_path / "fuser")
+    named = CacheToCache.from_pretrained(fuser=tmp_path / "fuser")
+    given = CacheToCache.from_pretrained(receiver=saved_models / "receiver", sharer=saved_models / "sharer", fuser=tmp_path / "fuser")
+    assert torch.equal(logits(named), logits(given))

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvfuse.checkpoint import save_fuser
+from kvfuse.cli import app, main
+from kvfuse.language_model import LanguageModel
+from kvfuse.testing import tiny_fuser
+
+
+@pytest.fixture(scope="module")
+def folders(saved_models, tmp_path_factory):
+    receiver, sharer = (LanguageModel.from_pretrained(saved_models / name) for name in ("receiver", "sharer"))
+    fuser = save_fuser(tiny_fuser(receiver, sharer), tmp_path_factory.mktemp("fusers") / "fuser")
+    return {"-r": str(saved_models / "receiver"), "-s": str(saved_models / "sharer"), "-f": str(fuser)}
+
+
+def words(options):
+    return [word for option in options.items() for word in option]
+
+
+def run(*arguments, text=""):
+    return CliRunner().invoke(app, list(arguments), input=text, catch_exceptions=False)
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command as a shell would and give back the one line it fails with."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["kvfuse", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return call
+
+
+def test_help_names_every_verb():
+    shown = run("--help").output
+    assert all(verb in shown for verb in ("chat", "train", "align", "demo"))
+
+
+def test_chat_answers_one_question(folders):
+    result = run("chat", *words(folders), "--max-new-tokens", "4", "What is Oslo?")
+    assert result.exit_code == 0
+    assert result.output.strip()
+
+
+def test_chat_goes_on_until_an_empty_line(folders):
+    result = run("chat", *words(folders), "--max-new-tokens", "2", text="one\ntwo\n\n")
+    assert result.exit_code == 0
+    assert result.output.count("you:") == 3
+
+
+def test_align_prints_two_columns(folders):
+    shown = run("align", "What is Oslo?", "-r", folders["-r"], "-s", folders["-s"]).output.splitlines()
+    assert shown[0].split() == ["receiver", "sharer"]
+    assert shown[-1].startswith("span: ")
+    assert run("align", "Oslo", "-r", folders["-r"], "-s", folders["-r"]).output.splitlines()[-1].startswith("identity: ")
+
+
+def test_train_runs_a_recipe(folders, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
+    (tmp_path / "recipe.yaml").write_text(f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: {tmp_path}/data.jsonl}}}}")
+    result = run("train", f"{tmp_path}/recipe.yaml", f"output={tmp_path}/out", "train.steps=1", "fuser.hidden_dim=8")
+    assert result.exit_code == 0
+    assert "bits per character" in result.output
+    assert (tmp_path / "out" / "fuser" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"-r": "no/such/model"}, "expected a causal language model"),
+        ({"-f": "no/such/fuser"}, "found no such folder"),
+        ({"-f": "{-r}"}, "got a model of type 'qwen3'"),
+        ({"-s": "{-r}"}, "expected a sharer with 4 layers"),
+    ],
+)
+def test_wrong_folders_give_one_line(folders, fails, changed, message):
+    options = {**folders, **{key: value.format(**folders) for key, value in changed.items()}}
+    assert message in fails("chat", *words(options), "hello")
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("  ", "got an empty one"), ("word " * 400, "at most 256 tokens")])
+def test_wrong_prompts_give_one_line(folders, fails, prompt, message):
+    assert message in fails("chat", *words(folders), prompt)
+
+
+def test_a_pickle_gives_one_line(folders, fails, tmp_path):
+    torch.save({"anything": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert "never opened" in fails("chat", *words({**folders, "-f": str(tmp_path)}), "hello")
+
+
+def test_a_wrong_recipe_gives_one_line(fails, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("receiver: a\nsharer: b\noutput: c\ndata: {path: d}\n")
+    assert "did you mean 'steps'?" in fails("train", f"{tmp_path}/recipe.yaml", "train.stps=3")

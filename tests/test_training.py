@@ -1,0 +1,191 @@
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from kvfuse.errors import PromptError, RecipeError
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser
+from kvfuse.training.data import IGNORED, Example, collate, encode, load_examples, split
+from kvfuse.training.recipe import DataSection, TrainSection, load_recipe
+from kvfuse.training.run import train
+from kvfuse.training.trainer import FuserTrainer, bits_per_response, response_loss
+
+EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(8)]
+
+
+@pytest.fixture
+def encoded(pair):
+    return [encode(example, pair) for example in EXAMPLES]
+
+
+def fresh_pair(receiver, sharer):
+    return CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, zero_init=True)])
+
+
+def trainer(pair, encoded, folder, **changes):
+    options = {"steps": 6, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 3, **changes}
+    return FuserTrainer(pair, TrainSection(**options), encoded, folder, quiet=True)
+
+
+def weights(pair):
+    return {name: tensor.clone() for name, tensor in pair.fusers[0].state_dict().items()}
+
+
+def test_only_the_response_is_labelled(pair, encoded):
+    batch = collate(encoded)
+    for row, (example, one) in enumerate(zip(EXAMPLES, encoded, strict=True)):
+        labelled = batch.labels[row][batch.labels[row] != IGNORED]
+        assert labelled.tolist() == one.response_ids.tolist()
+        assert pair.receiver.tokenizer.decode(labelled, skip_special_tokens=True) == example.response
+        assert labelled[-1] == pair.receiver.tokenizer.eos_token_id
+        assert batch.ids[row, 0] == batch.prompt.ids[row, -1]
+
+
+@torch.no_grad()
+def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
+    losses = [response_loss(pair.receiver.model, pair.prefill(collate([one]).prompt), collate([one])) for one in encoded]
+    counts = [len(one.response_ids) for one in encoded]
+    expected = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    batch = collate(encoded)
+    assert float(response_loss(pair.receiver.model, pair.prefill(batch.prompt), batch)) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
+    """Unfused, the split into prompt and response changes nothing."""
+    one = encoded[3]
+    ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response_ids)])[None]
+    labels = ids.clone()
+    labels[0, : len(one.prompt.receiver.ids)] = IGNORED
+    expected = pair.receiver.model(ids, labels=labels).loss
+    batch = collate([one])
+    assert float(response_loss(pair.receiver.model, pair.prefill(batch.prompt, fusers=[]), batch)) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer, encoded, tmp_path):
+    pair = fresh_pair(receiver, sharer)
+    frozen = {name: tensor.clone() for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
+    before, start = weights(pair), bits_per_response(pair, encoded, fused=True)
+    trainer(pair, encoded, tmp_path, steps=20).resume()
+    pair.fusers[0].eval()
+    assert all(not torch.equal(before[name], after) for name, after in weights(pair).items())
+    now = {name: tensor for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
+    assert all(torch.equal(frozen[name], now[name]) for name in frozen)
+    assert bits_per_response(pair, encoded, fused=True) < start == pytest.approx(bits_per_response(pair, encoded, fused=False))
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encoded, tmp_path):
+    """With dropout, gate noise and accumulation; bit for bit."""
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    whole = fresh_pair(receiver, sharer)
+    trainer(whole, encoded, tmp_path / "whole").resume()
+    killed = trainer(fresh_pair(receiver, sharer), encoded, tmp_path / "killed")
+    killed.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        killed.resume()
+    resumed = fresh_pair(receiver, sharer)
+    torch.manual_seed(99)
+    trainer(resumed, encoded, tmp_path / "killed").resume()
+    assert all(torch.equal(theirs, weights(resumed)[name]) for name, theirs in weights(whole).items())
+
+
+def test_gates_have_their_own_learning_rate_and_no_decay(pair, encoded, tmp_path):
+    groups = trainer(pair, encoded, tmp_path).create_optimizer().param_groups
+    gate = next(group for group in groups if any(p is pair.fusers[0].gate.logit for p in group["params"]))
+    assert (gate["lr"], gate["weight_decay"]) == (pytest.approx(0.2), 0.0)
+    assert sum(len(group["params"]) for group in groups) == len(list(pair.fusers[0].parameters()))
+
+
+def test_temperature_falls_over_the_runs_own_steps(pair, encoded, tmp_path):
+    trainer(pair, encoded, tmp_path, steps=4).resume()
+    assert pair.fusers[0].gate.temperature == pytest.approx(0.001 ** (3 / 4)), "set before the last of four steps"
+
+
+CHATS = [
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"prompt": "q", "response": "a"},
+]
+
+
+def write(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return DataSection(path=path)
+
+
+def test_chats_are_read_in_both_shapes(tmp_path):
+    with_system, plain = load_examples(write(tmp_path / "chats.jsonl", CHATS))
+    assert (with_system.prompt, with_system.response) == (CHATS[0]["messages"][:-1], "a")
+    assert (plain.prompt, plain.response) == ([{"role": "user", "content": "q"}], "a")
+
+
+@pytest.mark.parametrize("bad", ["{", '{"prompt": "q"}', '{"messages": []}', '{"messages": [{"role": "user", "content": "q"}]}', "[1]"])
+def test_a_bad_row_names_its_line(tmp_path, bad):
+    with pytest.raises(RecipeError, match="line 3"):
+        load_examples(write(tmp_path / "chats.jsonl", [*CHATS, bad]))
+
+
+def test_documents_are_cut_at_white_space(tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five\n<|endoftext|>\nsix seven eight<|endoftext|>short")
+    data = DataSection(path=tmp_path / "text.txt", format="text", prompt_characters=5, response_characters=7)
+    first, second = load_examples(data)
+    assert (first.prompt, first.response, first.ends) == ("one two", " three four", False)
+    assert (second.prompt, second.response, second.ends) == ("six seven", " eight", True)
+
+
+def test_held_out_examples_are_the_last():
+    assert split(EXAMPLES, 0.25) == (EXAMPLES[:6], EXAMPLES[6:])
+    assert len(split(EXAMPLES[:2], 0.01)[1]) == 1
+
+
+def test_an_example_longer_than_the_context_is_refused(pair):
+    with pytest.raises(PromptError, match="fit 256 tokens"):
+        encode(Example("short", "word " * 300), pair)
+
+
+@pytest.fixture
+def recipe(saved_models, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
+    write(tmp_path / "chats.jsonl", rows)
+    lines = {
+        "receiver": saved_models / "receiver",
+        "sharer": saved_models / "sharer",
+        "output": tmp_path / "out",
+        "data": f"{{path: {tmp_path / 'chats.jsonl'}, validation_share: 0.2}}",
+        "fuser": "{hidden_dim: 8, intermediate_dim: 8}",
+        "train": "{steps: 2, batch_size: 4}",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in lines.items()))
+    return path
+
+
+def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
+    said = []
+    gain = train(load_recipe(recipe), said.append)
+    pair = CacheToCache.from_pretrained(fuser=tmp_path / "out" / "fuser")
+    assert isinstance(pair.chat("What is 3?", max_new_tokens=3), str)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["fused"] == gain.fused
+    assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert str(gain) in (tmp_path / "out" / "fuser" / "README.md").read_text()
+    assert said[0].startswith("trainable: ")
+
+
+def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
+    train(load_recipe(recipe), lambda line: None)
+    with pytest.raises(RecipeError, match="begun by another"):
+        train(load_recipe(recipe, ["train.steps=3"]), lambda line: None)
+
+
+@pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]"])
+def test_nothing_is_written_before_everything_is_checked(recipe, tmp_path, override):
+    with pytest.raises(Exception, match="expected"):
+        train(load_recipe(recipe, [override]), lambda line: None)
+    assert not (tmp_path / "out").exists()
