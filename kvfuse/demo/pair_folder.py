@@ -2,6 +2,7 @@
 
 ```
 facts.json            the world
+train.jsonl           questions and answers about its training places, for the fusers
 sharer/  receiver/    models and tokenizers, float16
 fuser-0/  fuser-1/ …  one fuser per training seed
 router.safetensors    the query router of the baseline ``routing``
@@ -81,5 +82,4 @@ class PairFolder:
         (self.path / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _model(self, role: str) -> LanguageModel:
-        model = LanguageModel.from_pretrained(self.path / role, dtype=torch.float32)
-        return LanguageModel(model.model, model.tokenizer, name=f"kvfuse-demo-{role}")
+        return LanguageModel.from_pretrained(self.path / role, dtype=torch.float32)

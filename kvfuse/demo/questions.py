@@ -50,6 +50,7 @@ KINDS = {
     "both-know": (("country",),),
     "compound": (("capital", "language"), ("currency", "language")),
 }
+RELATIONS = tuple(PHRASINGS)
 SHARER_KNOWS = ("country", "capital", "currency")
 RECEIVER_KNOWS = ("country", "language")
 

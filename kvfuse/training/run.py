@@ -37,12 +37,13 @@ class Gain:
         )
 
 
-def train(recipe: Recipe, say: Callable[[str], None] = print) -> Gain:
+def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
     """Run a recipe; a killed run, started again with the same recipe, goes on from its last checkpoint.
 
     Args:
         recipe: See :class:`Recipe`.
         say: Takes lines of progress.
+        quiet: Show no progress bar.
 
     Returns:
         What the fuser gained on held-out examples.
@@ -57,7 +58,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Gain:
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
     training, held_out = ([encode(example, pair) for example in part] for part in split(examples, recipe.data.validation_share))
     _claim(recipe)
-    fit(pair, recipe, training)
+    FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
+    pair.fusers[0].eval()
     gain = measure(pair, held_out, [len(example.response) for example in examples[-len(held_out) :]])
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
     (recipe.output / "result.json").write_text(json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
@@ -84,12 +86,6 @@ def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) ->
         token_alignment=("identity" if identical else "span") if alignment == "auto" else alignment,
         **recipe.fuser.options,
     ).to(receiver.model.device)
-
-
-def fit(pair: CacheToCache, recipe: Recipe, examples: Sequence[EncodedExample], quiet: bool = False) -> None:
-    """Train the pair's fuser in place; checkpoints go below the recipe's output."""
-    FuserTrainer(pair, recipe.train, examples, recipe.output / "checkpoints", quiet).resume()
-    pair.fusers[0].eval()
 
 
 def measure(pair: CacheToCache, examples: Sequence[EncodedExample], characters: Sequence[int]) -> Gain:

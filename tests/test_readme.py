@@ -1,0 +1,59 @@
+"""Every command and every piece of code in the README does what it says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for language, text in FENCES if language == "bash" for line in text.splitlines() if line and not line.startswith("#")]
+PYTHON = [text for language, text in FENCES if language == "python"]
+ENV = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("kvfuse ")])
+def test_commands_run(command, tmp_path):
+    """From a copy of what a command may read, so that what it writes goes nowhere."""
+    for folder in ("recipes", "kvfuse"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    words = shlex.split(command, comments=True)[1:]
+    if words[0] == "train":
+        words += ["train.steps=2", "data.limit=40"]
+    if words[0] == "demo":
+        if "build" in words:
+            pytest.skip("takes a quarter of an hour")
+        words += [] if {"--ask", "--limit"} & set(words) else ["--limit", "8"]
+    subprocess.run([sys.executable, "-m", "kvfuse.cli", *words], cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
+def test_make_targets_exist(command):
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    subprocess.run(["make", "--dry-run", *shlex.split(command, comments=True)[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_command_is_one_of_the_two():
+    assert COMMANDS
+    assert all(line.startswith(("make ", "kvfuse ", "git ", "cd ", "pip ")) for line in COMMANDS)
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_code_prints_what_its_comments_say(code):
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, check=True, capture_output=True, text=True)
+    expected = [comment.strip() for comment in re.findall(r"print\(.*\)\s+# (.*)", code)]
+    assert expected
+    assert ran.stdout.splitlines() == expected
+
+
+def test_the_tree_names_every_file():
+    tree = next(text for language, text in FENCES if language == "text" and "errors.py" in text)
+    files = {path.name for path in (ROOT / "kvfuse").rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(name for name in files if name not in tree) == []
