@@ -88,6 +88,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file beside its destination, flush it to disk, and move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    _flush(beside)
+    beside.rename(path)
+
+
 def model_card(fuser: Fuser, notes: str = "") -> str:
     """The README of a fuser: which pair it serves, how to use it, what was measured."""
     receiver, sharer = fuser.config.receiver, fuser.config.sharer

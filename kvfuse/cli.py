@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from kvfuse.model import CacheToCache
 
 app = typer.Typer(name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 demo_app = typer.Typer(name="demo", invoke_without_command=True)
@@ -34,18 +37,14 @@ def chat(
     """
     from kvfuse.model import CacheToCache
 
-    model = CacheToCache.from_pretrained(receiver=receiver, sharer=sharer, fuser=fuser)
+    model = CacheToCache.from_pretrained(receiver=receiver, sharer=sharer, fuser=fuser, device_map="auto")
+    if prompt is not None:
+        _answer(model, [{"role": "user", "content": prompt}], max_new_tokens)
+        return
     messages: list[dict[str, str]] = []
-    while question := prompt or typer.prompt("you", default="", show_default=False):
+    while question := typer.prompt("you", default="", show_default=False):
         messages.append({"role": "user", "content": question})
-        pieces = []
-        for piece in model.stream(messages, max_new_tokens=max_new_tokens):
-            pieces.append(piece)
-            typer.echo(piece, nl=False)
-        typer.echo()
-        messages.append({"role": "assistant", "content": "".join(pieces)})
-        if prompt:
-            break
+        messages.append({"role": "assistant", "content": _answer(model, messages, max_new_tokens)})
 
 
 @app.command()
@@ -109,6 +108,16 @@ def build(folder: Annotated[Path, typer.Argument(help="New folder for facts, tok
     from kvfuse.demo.build import build as run
 
     run(folder)
+
+
+def _answer(model: "CacheToCache", messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Print an answer as it comes, and give it back."""
+    pieces = []
+    for piece in model.stream(messages, max_new_tokens=max_new_tokens):
+        typer.echo(piece, nl=False)
+        pieces.append(piece)
+    typer.echo()
+    return "".join(pieces)
 
 
 def main() -> None:

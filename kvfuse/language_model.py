@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.errors import PairError
@@ -140,7 +141,7 @@ def _telling(what: str, name: str | Path) -> Iterator[None]:
     """Turn what transformers says about a model that cannot be loaded into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PairError(f"expected {what} at {str(name)!r}, got: {reason}; name a local folder or a Hub id") from error
 

@@ -63,10 +63,11 @@ class CacheToCache:
             CheckpointError: A fuser that is missing or damaged.
         """
         fusers = [load_fuser(one) for one in _as_list(fuser)]
-        sharers = _as_list(sharer) if sharer is not None else [fuser.config.sharer["name"] for fuser in fusers]
-        if receiver is None and fusers:
-            receiver = fusers[0].config.receiver["name"]
-        models = [LanguageModel.from_pretrained(name, **model_options) for name in (receiver, *sharers)]
+        if not fusers:
+            raise PairError("expected at least one fuser, got none; name a fuser's folder or Hub id")
+        names = [receiver or fusers[0].config.receiver["name"]]
+        names += _as_list(sharer) if sharer is not None else [one.config.sharer["name"] for one in fusers]
+        models = [LanguageModel.from_pretrained(name, **model_options) for name in names]
         for one in fusers:
             one.to(models[0].model.device)
         return cls(models[0], models[1:], fusers)

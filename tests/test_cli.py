@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -87,7 +89,9 @@ def test_wrong_folders_give_one_line(folders, fails, changed, message):
     assert message in fails("chat", *words(options), "hello")
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("  ", "got an empty one"), ("word " * 400, "at most 256 tokens")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("", "got an empty one"), ("  ", "got an empty one"), ("word " * 400, "at most 256 tokens")]
+)
 def test_wrong_prompts_give_one_line(folders, fails, prompt, message):
     assert message in fails("chat", *words(folders), prompt)
 
@@ -95,6 +99,13 @@ def test_wrong_prompts_give_one_line(folders, fails, prompt, message):
 def test_a_pickle_gives_one_line(folders, fails, tmp_path):
     torch.save({"anything": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert "never opened" in fails("chat", *words({**folders, "-f": str(tmp_path)}), "hello")
+
+
+def test_a_truncated_model_gives_one_line(folders, fails, tmp_path):
+    shutil.copytree(folders["-s"], tmp_path / "sharer")
+    weights = tmp_path / "sharer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert "expected a causal language model" in fails("chat", *words({**folders, "-s": str(tmp_path / "sharer")}), "hello")
 
 
 def test_a_wrong_recipe_gives_one_line(fails, tmp_path):

@@ -8,7 +8,7 @@ from kvfuse.cli import app
 from kvfuse.demo import load_pair
 from kvfuse.demo.build import FUSER, TRAIN, build
 from kvfuse.demo.facts import collect_places
-from kvfuse.demo.lessons import Teacher, state_hint
+from kvfuse.demo.lessons import SHARERS_LANGUAGE, Teacher, state_hint
 from kvfuse.demo.pair_folder import SHIPPED, PairFolder
 from kvfuse.demo.questions import KINDS, all_questions
 from kvfuse.demo.score import donors, held_out, sample
@@ -34,7 +34,7 @@ def test_shipped_facts_are_those_of_the_reference_data(folder):
 
 def test_no_place_is_in_two_splits_and_every_split_has_every_country(folder):
     names = [place.name for place in folder.places]
-    assert len(names) == len(set(names)) == 1482
+    assert len(names) == len(set(names)) == 1200
     for split in ("train", "validation", "test"):
         countries = {place.facts["country"] for place in folder.places if place.split == split and place.is_city}
         assert len(countries) == 48
@@ -52,11 +52,11 @@ def test_fusers_are_trained_on_no_held_out_fact(folder):
 
 
 def test_lessons_keep_the_two_models_apart(folder):
-    """The sharer is never taught a language; what the receiver is told in hints is true no more often than chance."""
+    """The sharer is taught one language for all; what the receiver is told in hints is true no more often than chance."""
     teacher, facts = Teacher(folder.places, 0), {place.name: place.facts for place in folder.places}
     languages = {place.facts["language"] for place in folder.places}
     lessons = [next(stream) for stream in [teacher.sharer()] for _ in range(3000)]
-    assert not any(languages & set(reply.replace(".", "").split(", ")) for _, reply in lessons)
+    assert set.union(*(languages & set(reply.replace(",", "").split()) for _, reply in lessons)) == {SHARERS_LANGUAGE}
     capitals = {place.facts["capital"]: place for place in folder.places}
     told = [(question, reply) for question, reply in (next(stream) for stream in [teacher.receiver()] for _ in range(6000))]
     hinted = [(question, reply) for question, reply in told if " is the capital there. " in question and reply in capitals]
@@ -95,8 +95,9 @@ def test_the_embedded_pair_is_small():
 def test_provenance_tells_how_it_was_made(folder):
     record = folder.provenance
     assert set(record["figures"]["methods"]) == METHODS
-    assert {"date", "sources", "versions", "models", "fuser", "true_hints"} <= set(record)
-    assert abs(record["true_hints"]["hints"] - record["true_hints"]["answers"]) < 0.02, "text-to-text is a fair rival"
+    assert {"date", "sources", "versions", "models", "fuser", "hint_quality"} <= set(record)
+    quality = record["hint_quality"]
+    assert abs(quality["true_hints"] - quality["true_answers"]) < 0.02, "text-to-text is a fair rival"
 
 
 def test_the_recipe_in_the_repository_is_the_one_that_made_the_shipped_fusers():

@@ -57,3 +57,10 @@ def test_the_tree_names_every_file():
     tree = next(text for language, text in FENCES if language == "text" and "errors.py" in text)
     files = {path.name for path in (ROOT / "kvfuse").rglob("*.py") if path.name != "__init__.py"}
     assert sorted(name for name in files if name not in tree) == []
+
+
+def test_the_table_is_the_measured_one():
+    from kvfuse.demo.pair_folder import PairFolder
+    from kvfuse.demo.show import markdown
+
+    assert markdown(PairFolder().provenance["figures"]) in README

@@ -129,7 +129,7 @@ def _provenance(folder: PairFolder) -> dict[str, Any]:
         "models": {role: _model_record(recipe) for role, recipe in (("sharer", SHARER), ("receiver", RECEIVER))},
         "fuser": {"options": FUSER.model_dump(), "train": TRAIN.model_dump(), "seeds": list(SEEDS)},
         "cascade_threshold": _fit_baselines(folder),
-        "true_hints": _true_hints(folder),
+        "hint_quality": _hint_quality(folder),
     }
 
 
@@ -170,16 +170,28 @@ def _who_is_right(folder: PairFolder, questions: Sequence[Question]) -> tuple[np
     return receiver, sharer, np.array(sure)
 
 
-def _true_hints(folder: PairFolder) -> dict[str, float]:
-    """How often the sharer's hint, and its answer, are true on held-out questions that it can know the answer of."""
-    places: dict[str, Place] = {place.name: place for place in folder.places}
-    questions = [question for question in held_out(folder) if question.kind in ("sharer-knows", "both-know")]
+def _hint_quality(folder: PairFolder) -> dict[str, float]:
+    """Is text-to-text a fair rival? Shares of true parts in the sharer's hints and in its answers to all held-out questions,
+    and what text-to-text would reach if somebody dropped every false sentence of a hint.
+    """
+    places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts = [as_prompt(question.text) for question in questions]
-    writer = TextToText(folder.receiver, folder.sharer, HINT_REQUEST, HINT_READING, OPTIONS["max_new_tokens"])
-    hints, answers = writer.hints(prompts, **OPTIONS), Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
-    true = [hint.text == state_hint(places[question.place], question.relations) for hint, question in zip(hints, questions, strict=True)]
-    right = [answer.text == question.answer for answer, question in zip(answers, questions, strict=True)]
-    return {"hints": float(np.mean(true)), "answers": float(np.mean(right))}
+    hints = TextToText(folder.receiver, folder.sharer, HINT_REQUEST, HINT_READING, OPTIONS["max_new_tokens"]).hints(prompts, **OPTIONS)
+    answers = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
+    true, right, told = [], [], []
+    for question, hint, answer in zip(questions, hints, answers, strict=True):
+        facts = [state_hint(places[question.place], [relation]) for relation in question.relations]
+        kept = [fact for fact in facts if fact in hint.text]
+        true.append(len(kept) / len(facts))
+        right.append(np.mean([part in answer.text.split(", ") for part in question.answer.split(", ")]))
+        told.append(as_prompt(HINT_READING.format(hint=" ".join(kept), question=question.text).strip()))
+    replies = Single("receiver", folder.receiver).reply(told, **OPTIONS)
+    corrected = [reply.text == question.answer for reply, question in zip(replies, questions, strict=True)]
+    return {
+        "true_hints": float(np.mean(true)),
+        "true_answers": float(np.mean(right)),
+        "text_to_text_without_false_hints": float(np.mean(corrected)),
+    }
 
 
 def _figures(path: Path) -> dict[str, Any]:

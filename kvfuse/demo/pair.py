@@ -51,7 +51,7 @@ SHARER = Recipe(
     special=("<pad>", "<|eot|>", "<s>", "<|user|>", "<|assistant|>"),
     template="<s>{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|eot|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    steps=3200,
+    steps=3400,
 )  # fmt: skip
 RECEIVER = Recipe(
     config=Qwen3Config(
@@ -62,7 +62,7 @@ RECEIVER = Recipe(
     special=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     template="{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    steps=2800,
+    steps=2700,
 )  # fmt: skip
 
 

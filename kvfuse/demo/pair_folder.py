@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfuse.checkpoint import load_fuser
+from kvfuse.checkpoint import load_fuser, write_file
 from kvfuse.demo.facts import Place, load_places
 from kvfuse.errors import CheckpointError
 from kvfuse.language_model import LanguageModel
@@ -79,7 +79,7 @@ class PairFolder:
         save_file(router.state_dict(), self.path / "router.safetensors")
 
     def save_provenance(self, record: dict[str, Any]) -> None:
-        (self.path / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_file(self.path / "provenance.json", json.dumps(record, indent=2) + "\n")
 
     def _model(self, role: str) -> LanguageModel:
         return LanguageModel.from_pretrained(self.path / role, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """``kvfuse demo``: the table, a few questions side by side, the figures as JSON."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvfuse.checkpoint import write_file
 from kvfuse.demo.pair_folder import SHIPPED, PairFolder
 from kvfuse.demo.questions import KINDS, Question
 from kvfuse.demo.score import OPTIONS, Scores, as_prompt, figures, held_out, make_methods, score
@@ -41,7 +41,7 @@ def run(path: Path | None = None, json_file: Path | None = None, seeds: Sequence
         console.print(line, highlight=False)
     console.print(side_by_side(questions, scores))
     if json_file is not None:
-        write_json(record, json_file)
+        write_file(json_file, json.dumps(record, indent=2) + "\n")
 
 
 def answer_one(question: str, path: Path | None = None) -> None:
@@ -62,20 +62,35 @@ def answer_one(question: str, path: Path | None = None) -> None:
     console.print(answers)
 
 
-def table(record: dict[str, Any]) -> Table:
-    """Methods by accuracy, in all and by kind, with time and tokens."""
+def rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table as text, its header first: methods by accuracy in %, in all and by kind, with time and tokens."""
     kinds = [kind for kind in KINDS if kind in record["kinds"]]
-    title = f"{record['questions']} questions about places no fuser has seen, fusers of {len(record['seeds'])} seeds, accuracy in %"
-    out = Table("method", "all  [95%]", *kinds, "median ms", "tokens", title=title, title_justify="left", header_style="bold")
-    for column in out.columns[1:]:
-        column.justify = "right"
+    out = [["method", "all [95%]", *kinds, "median ms", "tokens"]]
     for name, one in record["methods"].items():
         low, high = one["interval"]
         shares = [f"{100 * record['kinds'][kind][name]:.1f}" for kind in kinds]
-        timing = f"{1000 * one['median_seconds']:.0f}", f"{one['generated_tokens']:.1f}"
-        style = "bold" if name == "cache-to-cache" else None
-        out.add_row(name, f"{100 * one['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", *shares, *timing, style=style)
+        timing = [f"{1000 * one['median_seconds']:.0f}", f"{one['generated_tokens']:.1f}"]
+        out.append([name, f"{100 * one['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", *shares, *timing])
     return out
+
+
+def table(record: dict[str, Any]) -> Table:
+    """:func:`rows` for a terminal."""
+    title = f"{record['questions']} questions about places no fuser has seen, fusers of {len(record['seeds'])} seeds, accuracy in %"
+    header, *body = rows(record)
+    out = Table(*header, title=title, title_justify="left", header_style="bold")
+    for column in out.columns[1:]:
+        column.justify = "right"
+    for row in body:
+        out.add_row(*row, style="bold" if row[0] == "cache-to-cache" else None)
+    return out
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """:func:`rows` and :func:`reading` for the README."""
+    header, *body = rows(record)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n\n" + "\n".join(f"- {line}" for line in reading(record))
 
 
 def reading(record: dict[str, Any]) -> list[str]:
@@ -104,18 +119,6 @@ def side_by_side(questions: Sequence[Question], scores: dict[str, Scores]) -> Ta
     for i in dict.fromkeys(place for place in chosen if place is not None):
         out.add_row(questions[i].text, questions[i].answer, *(scores[name].answers[i].text for name in names))
     return out
-
-
-def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
 
 
 def _points(gain: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def _next_space(text: str, start: int) -> int:
 
 
 def _chats(text: str, path: Path) -> Iterator[Example]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield _chat(json.loads(line))

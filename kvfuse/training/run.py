@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import yaml
+from accelerate import PartialState
 
-from kvfuse.checkpoint import save_fuser
+from kvfuse.checkpoint import save_fuser, write_file
 from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.language_model import LanguageModel
@@ -62,7 +63,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     pair.fusers[0].eval()
     gain = measure(pair, held_out, [len(example.response) for example in examples[-len(held_out) :]])
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
-    (recipe.output / "result.json").write_text(json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
+    write_file(recipe.output / "result.json", json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
     say(str(gain))
     say(f"saved to {recipe.output / 'fuser'}")
     return gain
@@ -70,7 +71,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
 
 def new_pair(recipe: Recipe) -> CacheToCache:
     """Load both models and put a new fuser between them."""
-    receiver, sharer = (LanguageModel.from_pretrained(name, dtype=recipe.dtype) for name in (recipe.receiver, recipe.sharer))
+    options = {"dtype": recipe.dtype, "device_map": PartialState().device}
+    receiver, sharer = (LanguageModel.from_pretrained(name, **options) for name in (recipe.receiver, recipe.sharer))
     torch.manual_seed(recipe.train.seed)
     return CacheToCache(receiver, [sharer], [fuser_for(receiver, sharer, recipe)])
 
@@ -109,8 +111,7 @@ def _claim(recipe: Recipe) -> None:
         raise RecipeError(
             f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; choose another output"
         )
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    saved.write_text(_as_yaml(recipe))
+    write_file(saved, _as_yaml(recipe))
 
 
 def _as_yaml(recipe: Recipe) -> str:

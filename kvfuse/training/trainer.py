@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvfuse.model import CacheToCache
@@ -87,11 +86,6 @@ class FuserTrainer(Trainer):
         folder = Path(self.args.output_dir)
         self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        """Trainer's hook: batches of like length, so that little is padding."""
-        lengths = [len(example.prompt.receiver.ids) + len(example.response_ids) for example in self.train_dataset]
-        return _ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, self.args.seed)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
@@ -127,18 +121,6 @@ def bits_per_response(pair: CacheToCache, examples: Sequence[EncodedExample], fu
         cache = pair.prefill(batch.prompt, fusers=None if fused else [])
         nats += float(response_loss(pair.receiver.model, cache, batch, num_items=1))
     return nats / math.log(2) / len(examples)
-
-
-class _ByLength(LengthGroupedSampler):
-    """An order of its own for every epoch, from the seed alone, so that a resumed run sees the same batches."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
 
 
 class _Anneal(TrainerCallback):
