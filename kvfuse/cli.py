@@ -1,5 +1,6 @@
 """The command line: every verb parses, calls one function of the library, and prints."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,6 +94,7 @@ def demo(
     pair: Annotated[Path | None, typer.Option(help="A folder that 'kvfuse demo build' made, in place of the shipped pair.")] = None,
 ) -> None:
     """Let the embedded pair answer its held-out questions with every method, side by side."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
     if context.invoked_subcommand is None:
         from kvfuse.demo.show import answer_one, run
 

@@ -140,6 +140,16 @@ def test_documents_are_cut_at_white_space(tmp_path):
     assert (second.prompt, second.response, second.ends) == ("six seven", " eight", True)
 
 
+def test_a_long_document_gives_several_examples(tmp_path):
+    document = " ".join(f"word{i}" for i in range(100))
+    (tmp_path / "text.txt").write_text(document)
+    examples = load_examples(DataSection(path=tmp_path / "text.txt", format="text", prompt_characters=20, response_characters=10))
+    joined = " ".join(example.prompt + example.response for example in examples)
+    assert document.startswith(joined)
+    assert len(document) - len(joined) < 40, "only a last piece without a response is left out"
+    assert not any(example.ends for example in examples[:-1])
+
+
 def test_held_out_examples_are_the_last():
     assert split(EXAMPLES, 0.25) == (EXAMPLES[:6], EXAMPLES[6:])
     assert len(split(EXAMPLES[:2], 0.01)[1]) == 1

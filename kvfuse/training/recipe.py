@@ -34,13 +34,13 @@ class DataSection(_Section):
     path: Path
     """A file of chats (JSON lines) or of plain text."""
     format: Literal["chat", "text"] = "chat"
-    """``chat``: rows with ``messages``, or with ``prompt`` and ``response``. ``text``: documents, each cut into prompt and response."""
+    """``chat``: rows with ``messages``, or with ``prompt`` and ``response``. ``text``: documents, cut into prompts and responses."""
     separator: str = "<|endoftext|>"
     """Between two documents of a text file."""
     prompt_characters: int = Field(200, ge=1)
-    """Where a document is cut, at the next white space."""
+    """Length of a prompt cut from a document, to the next white space."""
     response_characters: int = Field(200, ge=1)
-    """How much of the rest is the response, to the next white space."""
+    """Length of the response that follows it, to the next white space."""
     limit: int | None = Field(None, ge=2)
     """Use the first so many examples."""
     validation_share: float = Field(0.05, gt=0, lt=1)

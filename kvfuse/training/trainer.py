@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvfuse.model import CacheToCache
@@ -73,12 +73,15 @@ class FuserTrainer(Trainer):
             save_steps=train.save_steps,
             save_total_limit=2,
             logging_steps=50,
+            logging_strategy="no" if quiet else "steps",
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
         super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal()])
+        if quiet:
+            self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
 
     def resume(self) -> None:
