@@ -1,7 +1,7 @@
 """KV-caches as tensors: read them from and write them to transformers' caches. The only file that knows their format."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -130,4 +130,9 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV) -> DynamicCa
 
 
 def _kv_layers(cache: Cache) -> list[int]:
-    return [i for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+    return [i for i, layer in enumerate(cache.layers) if is_filled(layer)]
+
+
+def is_filled(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values."""
+    return getattr(layer, "keys", None) is not None

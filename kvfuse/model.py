@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Self, cast
 
+import torch
 from torch import nn
 from transformers import Cache, TextIteratorStreamer
 
@@ -72,6 +73,7 @@ class CacheToCache:
             one.to(models[0].model.device)
         return cls(models[0], models[1:], fusers)
 
+    @torch.no_grad()
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continue a batch of prompts with transformers' ``generate``.
 
@@ -88,6 +90,7 @@ class CacheToCache:
         prompt = stack([self.align(prompt) for prompt in _as_batch(prompts)])
         return self.decode(prompt, self.prefill(prompt), **options)
 
+    @torch.no_grad()
     def chat(self, messages: Prompt, **options: Any) -> str:
         """Answer one chat, or one question, as text. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
@@ -97,7 +100,8 @@ class CacheToCache:
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
-        cache = self.prefill(prompt)
+        with torch.no_grad():
+            cache = self.prefill(prompt)
         streamer = TextIteratorStreamer(self.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -134,6 +138,8 @@ class CacheToCache:
         Args:
             prompt: A batch.
             fusers: In place of the pair's own; an empty list gives the receiver's own cache.
+
+        Gradients flow into the fusers unless they are switched off.
 
         Returns:
             The receiver's cache of all positions but the last, fused; None for prompts of one token.

@@ -1,16 +1,22 @@
 """Read a prompt with a frozen model and keep nothing but its KV-cache."""
 
+from contextlib import suppress
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KVSpec, empty_cache, read_cache
+from kvfuse.kv_cache import KVSpec, empty_cache, is_filled, read_cache
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cache:
-    """Run the model's decoder, without its vocabulary head, over a left-padded batch.
+    """Run the model's decoder over a left-padded batch, up to the last keys and values and no further.
+
+    Neither the vocabulary head nor the attention and feed-forward of the last layer are computed: nobody reads them.
 
     Args:
         ids: ``(B, T)`` int64.
@@ -20,18 +26,39 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cache:
         A cache of all ``T`` positions; those under padding hold values that nobody may read.
 
     Raises:
-        PairError: The model returns no cache.
+        PairError: The model keeps no KV-cache.
     """
-    output = model.base_model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=positions(mask).to(model.device),
-        past_key_values=empty_cache(model.config),
-        use_cache=True,
-    )
-    if getattr(output, "past_key_values", None) is None:
+    cache = empty_cache(model.config)
+    with suppress(_LastLayerRead):
+        model.base_model(
+            input_ids=ids.to(model.device),
+            attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync
+            position_ids=positions(mask).to(model.device),
+            past_key_values=_stop_after_last(cache),
+            use_cache=True,
+        )
+    if not any(is_filled(layer) for layer in cache.layers):
         raise PairError(f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model")
-    return output.past_key_values
+    return cache
+
+
+class _LastLayerRead(Exception):
+    """Ends a prefill from inside the last layer."""
+
+
+def _stop_after_last(cache: Cache) -> Cache:
+    """Make the update of a cache's last layer end the run; only where that layer holds keys and values and nothing else."""
+    last = cache.layers[-1]
+    if type(last) is DynamicLayer:
+        store = last.update
+
+        def update(*args: Any, **kwargs: Any) -> None:
+            store(*args, **kwargs)
+            del last.update
+            raise _LastLayerRead
+
+        last.update = update
+    return cache
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -60,9 +60,13 @@ def test_lessons_keep_the_two_models_apart(folder):
     capitals = {place.facts["capital"]: place for place in folder.places}
     told = [(question, reply) for question, reply in (next(stream) for stream in [teacher.receiver()] for _ in range(6000))]
     hinted = [(question, reply) for question, reply in told if " is the capital there. " in question and reply in capitals]
-    true = sum(any(name in question and facts[name]["capital"] == reply for name in facts) for question, reply in hinted)
+    true = sum(facts[place_in(question.split(" there. ")[1], facts)]["capital"] == reply for question, reply in hinted)
     assert len(hinted) > 100
     assert true / len(hinted) < 0.1
+
+
+def place_in(question, facts):
+    return max((name for name in facts if name in question), key=len)
 
 
 def test_questions_of_every_kind_and_hints(folder):
@@ -133,7 +137,7 @@ def test_the_table_and_the_questions_are_shown():
 def test_one_question_is_asked_of_every_method_without_a_donor():
     shown = run("--ask", "What currency is used in Norway?").output
     assert all(name in shown for name in METHODS - {"zeroed", "mismatched"})
-    line = next(line for line in shown.splitlines() if line.startswith("cache-to-cache"))
+    line = next(line for line in shown.splitlines() if "cache-to-cache" in line)
     assert "Krone" in line
 
 

@@ -101,10 +101,22 @@ def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: i
     config = type(recipe.config)(**{**recipe.config.to_dict(), **_special_ids(tokenizer)})
     model = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}[type(config)](config)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=100, adam_beta2=0.98, weight_decay=0.02,
-        seed=seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, use_cpu=True, train_sampling_strategy="group_by_length",
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        adam_beta2=0.98,
+        weight_decay=0.02,
+        train_sampling_strategy="group_by_length",
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     examples = [encode(lesson, tokenizer) for lesson in taught]
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.remove_callback(PrinterCallback)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from kvfuse.chat import Prompt
@@ -23,6 +24,7 @@ class Fused(Method):
     def __init__(self, pair: CacheToCache) -> None:
         self.pair = pair
 
+    @torch.no_grad()
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         prompt = stack([self.align(prompt) for prompt in prompts])
