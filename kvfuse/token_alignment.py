@@ -181,9 +181,11 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
 def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     """Stack rows of unequal length into ``(B, T)`` int64, padded left, with the mask of what is not padding."""
     length = max(len(row) for row in rows)
-    padded = np.stack([np.pad(row.astype(np.int64), (length - len(row), 0), constant_values=fill) for row in rows])
-    mask = np.stack([np.arange(length) >= length - len(row) for row in rows])
-    return torch.from_numpy(padded), torch.from_numpy(mask).long()
+    padded = np.full((len(rows), length), fill, dtype=np.int64)
+    mask = np.zeros_like(padded)
+    for i, row in enumerate(rows):
+        padded[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def _fusable(reading: Reading, fuse: str) -> np.ndarray:

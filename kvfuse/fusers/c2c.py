@@ -97,5 +97,5 @@ class C2CFuser(Fuser):
 
 def _by_group(kv: KV, layers: list[int] | None = None) -> Tensor:
     """``(2L, B * T, H * D)``: every token's heads side by side, keys of the chosen layers, then their values."""
-    chosen = [part if layers is None else part[layers] for part in (kv.key, kv.value)]
-    return torch.cat(chosen).transpose(2, 3).flatten(3).flatten(1, 2)
+    parts = [kv.key, kv.value] if layers is None else [part[layer][None] for part in (kv.key, kv.value) for layer in layers]
+    return torch.cat(parts).transpose(2, 3).flatten(3).flatten(1, 2)
