@@ -106,7 +106,7 @@ def demo(
 
 @demo_app.command()
 def build(folder: Annotated[Path, typer.Argument(help="New folder for facts, tokenizers, models, fusers and figures.")]) -> None:
-    """Make the embedded pair again from nothing, in about 15 minutes on two cores. Needs the extra 'demo-build'."""
+    """Make the embedded pair again from nothing, in under 20 minutes on two cores. Needs the extra 'demo-build'."""
     from kvfuse.demo.build import build as run
 
     run(folder)
