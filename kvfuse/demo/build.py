@@ -196,6 +196,7 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
 
 
 def _figures(path: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
     folder = PairFolder(path)
     questions = held_out(folder)
     record = figures(score(folder, SEEDS, questions), questions, SEEDS)

@@ -6,7 +6,6 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import torch
 
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.demo.pair_folder import PairFolder
@@ -89,20 +88,12 @@ def score(
 
 
 def time_methods(methods: dict[str, Method], questions: Sequence[Question]) -> dict[str, list[float]]:
-    """Seconds of single questions, spread evenly over ``questions``, on one thread, which is fastest for models this small.
-
-    Methods take turns, so that drift hits all alike.
-    """
+    """Seconds of single questions, spread evenly over ``questions``; methods take turns, so that drift hits all alike."""
     asked = [questions[i] for i in np.linspace(0, len(questions) - 1, min(TIMED_QUESTIONS, len(questions))).astype(int)]
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for question in [asked[0], *asked]:  # the first is a warm-up
-            for name, method in methods.items():
-                seconds[name].append(method.generate([as_prompt(question.text)], **OPTIONS)[0].seconds)
-    finally:
-        torch.set_num_threads(threads)
+    for question in [asked[0], *asked]:  # the first is a warm-up
+        for name, method in methods.items():
+            seconds[name].append(method.generate([as_prompt(question.text)], **OPTIONS)[0].seconds)
     return {name: taken[1:] for name, taken in seconds.items()}
 
 

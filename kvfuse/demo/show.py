@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -28,6 +29,7 @@ def run(path: Path | None = None, json_file: Path | None = None, seeds: Sequence
         seeds: Fusers to score; by default all.
         limit: So many questions; by default all.
     """
+    torch.set_num_threads(1)  # fastest for models this small
     folder, console = PairFolder(path or SHIPPED), Console()
     seeds, questions = list(seeds or folder.seeds), held_out(folder, limit)
     with Progress(TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
