@@ -135,11 +135,11 @@ class CacheToCache:
     def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.
 
+        Gradients flow into the fusers unless they are switched off.
+
         Args:
             prompt: A batch.
             fusers: In place of the pair's own; an empty list gives the receiver's own cache.
-
-        Gradients flow into the fusers unless they are switched off.
 
         Returns:
             The receiver's cache of all positions but the last, fused; None for prompts of one token.
