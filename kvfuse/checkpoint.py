@@ -1,4 +1,4 @@
-"""A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never a pickle, never half-written."""
+"""A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never half-written; the authors' format is read too."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import Fuser
+from kvfuse.published.reader import find_projectors, read_published
+from kvfuse.published.writer import write_published
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -42,7 +45,7 @@ def save_fuser(fuser: Fuser, folder: str | Path, notes: str = "") -> Path:
 
 
 def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser:
-    """Read a fuser from a local folder or the Hub, after checking that it is whole.
+    """Read a fuser from a local folder or the Hub, ours or the authors', after checking that it is whole.
 
     Args:
         source: Folder or Hub id.
@@ -52,7 +55,10 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
     Raises:
         CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of ours.
     """
-    folder = _local(source, options.pop("revision", None)) / subfolder
+    folder = _local(source, subfolder, options.pop("revision", None))
+    if find_projectors(folder) is not None:
+        fuser = read_published(folder)
+        return fuser.to(options["dtype"]) if isinstance(options.get("dtype"), torch.dtype) else fuser
     _require_whole(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -69,6 +75,26 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
             f"expected {WEIGHTS} in {folder} to fit its {CONFIG}, got other tensors, such as {wrong[0]}; train or download it again"
         )
     return fuser.eval()
+
+
+def convert(source: str | Path, folder: str | Path, subfolder: str = "") -> Path:
+    """Turn a fuser in the authors' format into ours, or one in ours into theirs.
+
+    Args:
+        source: Folder or Hub id.
+        folder: New; replaced if it holds a fuser in our format.
+        subfolder: Folder inside of ``source``.
+
+    Raises:
+        CheckpointError: The fuser cannot be read, or theirs cannot hold it.
+    """
+    published = find_projectors(_local(source, subfolder, None)) is not None
+    fuser = load_fuser(source, subfolder)
+    if published:
+        return save_fuser(fuser, folder)
+    if Path(folder).exists():
+        raise CheckpointError(f"expected a new folder, got {folder}, which is there; choose another")
+    return write_folder(Path(folder), lambda place: write_published(fuser, place))
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -121,13 +147,19 @@ print(model.chat("your question", max_new_tokens=64))
 """
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
+def _local(source: str | Path, subfolder: str, revision: str | None) -> Path:
+    """The folder of a fuser, downloaded if need be; pickles only once the rest shows that it is one of the authors'."""
     if Path(source).is_dir():
-        return Path(source)
+        return Path(source) / subfolder
+    within = f"{subfolder}/*" if subfolder else None
     try:
-        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=list(PICKLES)))
+        top = snapshot_download(str(source), revision=revision, allow_patterns=within, ignore_patterns=list(PICKLES))
+        folder = Path(top, subfolder)
+        if find_projectors(folder) is not None:
+            snapshot_download(str(source), revision=revision, allow_patterns=within, ignore_patterns="*/training_state.pt")
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"expected a fuser at {str(source)!r}, found no such folder or Hub repository; check the name") from error
+    return folder
 
 
 def _require_whole(folder: Path) -> None:

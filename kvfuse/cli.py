@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 demo_app = typer.Typer(name="demo", invoke_without_command=True)
+list_app = typer.Typer(name="list", no_args_is_help=True, help="Tell what there is.")
 app.add_typer(demo_app)
+app.add_typer(list_app)
 
 ReceiverOption = Annotated[str, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers.")]
 SharerOption = Annotated[list[str], typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; may be repeated.")]
@@ -82,6 +84,31 @@ def align(
     how = "identity" if tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1]) else "span"
     for line in describe(text, *tokenizers, how):
         typer.echo(line)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a fuser.")],
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    subfolder: Annotated[str, typer.Option(help="Folder inside of the source.")] = "",
+) -> None:
+    """Turn a fuser of the authors' format into ours (safetensors), or one of ours into theirs.
+
+    kvfuse convert nics-efc/C2C_Fuser my-fuser --subfolder qwen3_0.6b+qwen2.5_0.5b_Fuser
+    """
+    from kvfuse.checkpoint import convert as run
+
+    typer.echo(f"wrote {run(source, folder, subfolder)}")
+
+
+@list_app.command()
+def pairs() -> None:
+    """Tell what is known of the authors' published pairs, with sources."""
+    from kvfuse.published.pairs import PUBLISHED_PAIRS, REPOSITORY
+
+    typer.echo(f"Fusers in {REPOSITORY}; load one with its name as subfolder.")
+    for pair in PUBLISHED_PAIRS:
+        typer.echo(pair)
 
 
 @demo_app.callback()

@@ -13,7 +13,7 @@ from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
 from kvfuse.decode import decode
 from kvfuse.errors import PairError, PromptError
-from kvfuse.fuse import fuse
+from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
@@ -28,20 +28,27 @@ class CacheToCache:
         receiver: The model that answers.
         sharers: The models that only read.
         fusers: One per sharer, trained for exactly this pair.
+        fusion: How several sharers come together, ``parallel`` or ``sequential`` (:func:`kvfuse.fuse.fuse`).
 
     Raises:
         PairError: A fuser belongs to another pair.
     """
 
-    def __init__(self, receiver: LanguageModel, sharers: Sequence[LanguageModel], fusers: Sequence[Fuser]) -> None:
+    def __init__(
+        self, receiver: LanguageModel, sharers: Sequence[LanguageModel], fusers: Sequence[Fuser], fusion: str = "parallel"
+    ) -> None:
+        if fusion not in FUSIONS:
+            raise PairError(f"expected fusion to be one of {', '.join(FUSIONS)}, got {fusion!r}; choose one")
         if len(sharers) != len(fusers) or not sharers:
             raise PairError(f"expected one fuser per sharer, got {len(fusers)} for {len(sharers)}; name as many of each")
         for sharer, fuser in zip(sharers, fusers, strict=True):
             check_identity("receiver", fuser.config.receiver, receiver)
             check_identity("sharer", fuser.config.sharer, sharer)
+            if fuser.config.token_alignment == "identity":
+                _require_same_ids(receiver, sharer)
         if len({fuser.config.fuse for fuser in fusers}) > 1:
             raise PairError("expected fusers that fuse the same positions, got some for all and some for messages; train them alike")
-        self.receiver, self.sharers, self.fusers = receiver, list(sharers), list(fusers)
+        self.receiver, self.sharers, self.fusers, self.fusion = receiver, list(sharers), list(fusers), fusion
 
     @classmethod
     def from_pretrained(
@@ -49,6 +56,8 @@ class CacheToCache:
         receiver: str | Path | None = None,
         sharer: str | Path | Sequence[str | Path] | None = None,
         fuser: str | Path | Sequence[str | Path] = (),
+        subfolder: str | Sequence[str] = "",
+        fusion: str = "parallel",
         **model_options: Any,
     ) -> Self:
         """Load models and fusers from local folders or the Hub.
@@ -56,22 +65,32 @@ class CacheToCache:
         Args:
             receiver: Folder or Hub id; by default the one that the first fuser names.
             sharer: One or more; by default those that the fusers name.
-            fuser: One per sharer, in the same order.
+            fuser: One per sharer, in the same order; ours or the authors'.
+            subfolder: Folder of the fuser inside of ``fuser``, or one for each.
+            fusion: See :class:`CacheToCache`.
             model_options: For both models, e.g. ``dtype``, ``device_map``.
 
         Raises:
             PairError: Models and fusers that do not fit, or a model that is not there.
             CheckpointError: A fuser that is missing or damaged.
         """
-        fusers = [load_fuser(one) for one in _as_list(fuser)]
+        sources = _as_list(fuser)
+        subfolders = [subfolder] * len(sources) if isinstance(subfolder, str) else subfolder
+        fusers = [load_fuser(one, inside) for one, inside in zip(sources, subfolders, strict=True)]
         if not fusers:
             raise PairError("expected at least one fuser, got none; name a fuser's folder or Hub id")
         names = [receiver or fusers[0].config.receiver["name"]]
         names += _as_list(sharer) if sharer is not None else [one.config.sharer["name"] for one in fusers]
         models = [LanguageModel.from_pretrained(name, **model_options) for name in names]
-        for one in fusers:
-            one.to(models[0].model.device)
-        return cls(models[0], models[1:], fusers)
+        for one in fusers:  # never computed in less than either was trained in
+            one.to(models[0].model.device, torch.promote_types(one.dtype, models[0].model.dtype))
+        return cls(models[0], models[1:], fusers, fusion)
+
+    def select(self, *sharers: int) -> Self:
+        """The same models with only some of the sharers, named by their place; for one request, at no cost."""
+        if not sharers or not all(0 <= place < len(self.sharers) for place in sharers):
+            raise PairError(f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them")
+        return type(self)(self.receiver, [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers], self.fusion)
 
     @torch.no_grad()
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
@@ -150,7 +169,7 @@ class CacheToCache:
         cache = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1])
         read = list(zip(self.sharers, prompt.sharers, strict=True))[: len(fusers)]
         sharers = [read_cache(prefill(one.model, reads.ids, reads.mask)) for one, reads in read]
-        fused = fuse(read_cache(cache), sharers, fusers, prompt)
+        fused = fuse(read_cache(cache), sharers, fusers, prompt, self.fusion)
         return write_cache(self.receiver.model.config, cache, fused)
 
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
@@ -158,6 +177,13 @@ class CacheToCache:
         tokenizer = self.receiver.tokenizer
         options.setdefault("pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
+
+
+def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:
+    """Refuse a sharer without an embedding for every id it will be given."""
+    needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings
+    if known < needed:
+        raise PairError(f"expected a sharer that can read the receiver's {needed} token ids, got {sharer.name} with {known}; use another")
 
 
 def _require_room(model: LanguageModel, length: int) -> None:

@@ -140,6 +140,20 @@ def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
     return AlignedPrompt(ids=ids, mask=mask, sharers=tuple(sharers), fuse_mask=fuse_mask)
 
 
+def from_ids(ids: Tensor, num_sharers: int = 1, mask: Tensor | None = None) -> AlignedPrompt:
+    """A prompt that is token ids already, read by all models alike.
+
+    Args:
+        ids: ``(B, T)`` int64, padded left.
+        num_sharers: How many read them.
+        mask: ``(B, T)``, 1 where there is a token; by default everywhere.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    index = torch.arange(ids.shape[1]).expand_as(ids)
+    fuse_mask = mask.bool() & (index < ids.shape[1] - 1)
+    return AlignedPrompt(ids=ids, mask=mask, sharers=(SharerPrompt(ids=ids, mask=mask, index=index),) * num_sharers, fuse_mask=fuse_mask)
+
+
 def describe(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> Iterator[str]:
     """An alignment in two columns, line by line: each receiver token and the sharer token it reads."""
     aligned = align(as_chat(prompt), receiver, [(sharer, how)])

@@ -6,7 +6,7 @@ import torch
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser
 from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, GroupedRMSNorm
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLayerNorm, GroupedLinear, GroupedRMSNorm, GroupedSwiGLU
 from kvfuse.kv_cache import KV, KVSpec
 from kvfuse.layer_alignment import align_layers
 from kvfuse.testing import tiny_fuser
@@ -49,23 +49,27 @@ def test_it_reads_both_caches(fuser, inputs):
     assert not torch.equal(fuser(inputs[0], inputs[1].zeros_like()).value, base.value)
 
 
-def test_closed_gates_give_exactly_zero(receiver, sharer, inputs):
-    closed = tiny_fuser(receiver, sharer, gate_init=-1.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_gates_give_exactly_zero(receiver, sharer, kind):
+    closed = tiny_fuser(receiver, sharer, kind, gate_init=-1.0)
+    inputs = random_kv(closed.config.receiver_kv), random_kv(closed.config.sharer_kv)
     residual = closed(*inputs)
     assert not residual.key.any()
     assert not residual.value.any()
 
 
-def test_a_zero_start_gives_exactly_zero(receiver, sharer, inputs):
-    residual = tiny_fuser(receiver, sharer, zero_init=True)(*inputs)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_zero_start_gives_exactly_zero(receiver, sharer, kind):
+    zero = tiny_fuser(receiver, sharer, kind, zero_init=True)
+    residual = zero(random_kv(zero.config.receiver_kv), random_kv(zero.config.sharer_kv))
     assert not residual.key.any()
     assert not residual.value.any()
 
 
-def test_c2c_equals_the_paper_layer_by_layer(receiver, sharer, inputs):
-    """The fact sheet's 1.2, written out for one layer's keys and another's values."""
+def test_c2c_equals_the_paper_layer_by_layer(receiver, sharer):
+    """The paper's section 3.3.2, written out for one layer's keys and another's values."""
     fuser = tiny_fuser(receiver, sharer, "c2c", num_layers=4)
-    mine, theirs = inputs
+    mine, theirs = random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
     layers, total = fuser.config.receiver_kv.num_layers, align_layers(3, 4)
     residual = fuser(mine, theirs)
 
@@ -122,12 +126,21 @@ def test_grouped_blocks_equal_one_network_per_group():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 4)
     linear, norm, ffn = GroupedLinear(3, 4, 6), GroupedRMSNorm(3, 4), GroupedFFN(3, 4, 8, dropout=0.0)
-    for block in (linear, norm, ffn):
+    layer_norm, swiglu = GroupedLayerNorm(3, 4), GroupedSwiGLU(3, 4, 6)
+    for block in (linear, norm, ffn, layer_norm, swiglu):
         block.reset_parameters()
+    for parameter in (*norm.parameters(), *layer_norm.parameters()):
+        torch.nn.init.normal_(parameter)
     for group in range(3):
         expected = torch.nn.functional.linear(x[group], linear.weight[group].T, linear.bias[group, 0])
         torch.testing.assert_close(linear(x)[group], expected)
-        torch.testing.assert_close(norm(x)[group], torch.nn.functional.rms_norm(x[group], (4,), eps=1e-6))
+        torch.testing.assert_close(norm(x)[group], torch.nn.functional.rms_norm(x[group], (4,), norm.weight[group, 0], eps=1e-6))
+        expected = torch.nn.functional.layer_norm(x[group], (4,), layer_norm.weight[group, 0], layer_norm.bias[group, 0])
+        torch.testing.assert_close(layer_norm(x)[group], expected)
+        gate, up = (x[group] @ part.weight[group] + part.bias[group] for part in (swiglu.gate, swiglu.up))
+        torch.testing.assert_close(swiglu(x)[group], torch.nn.functional.silu(gate) * up)
+        inner = torch.nn.functional.gelu(ffn.norm(x)[group] @ ffn.w1.weight[group])
+        torch.testing.assert_close(ffn(x)[group], x[group] + inner @ ffn.w2.weight[group])
 
 
 def test_a_model_with_keys_and_values_of_unlike_size_is_refused(receiver, sharer):

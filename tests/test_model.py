@@ -1,12 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
 from kvfuse.errors import PairError, PromptError
+from kvfuse.fuse import fuse
 from kvfuse.kv_cache import read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import positions
+from kvfuse.prefill import positions, prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.token_alignment import stack
 
@@ -158,6 +161,34 @@ def test_two_sharers_add_up(receiver, sharer):
     assert torch.equal(both.generate(PROMPTS, **GREEDY), swapped.generate(PROMPTS, **GREEDY))
     one_open = CacheToCache(receiver, [sharer, other], [fusers[0], tiny_fuser(receiver, other, gate_init=-1.0)])
     assert torch.equal(one_open.generate(PROMPTS, **GREEDY), CacheToCache(receiver, [sharer], fusers[:1]).generate(PROMPTS, **GREEDY))
+
+
+def test_in_sequence_each_fuser_reads_what_those_before_have_made(receiver, sharer):
+    """Fusing one after the other by hand: the first fused cache stands where the second fuser reads the receiver."""
+    fusers = [tiny_fuser(receiver, sharer, seed=seed) for seed in (0, 1)]
+    pair = CacheToCache(receiver, [sharer, sharer], fusers, fusion="sequential")
+    prompt = stack([pair.align(QUESTION)])
+    first = read_cache(pair.select(0).prefill(stack([pair.select(0).align(QUESTION)])))
+    theirs = read_cache(prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask))
+    one = replace(prompt, sharers=prompt.sharers[1:])
+    expected = fuse(first, [theirs], fusers[1:], one)
+    torch.testing.assert_close(read_cache(pair.prefill(prompt)).key, expected.key)
+    swapped = CacheToCache(receiver, [sharer, sharer], fusers[::-1], fusion="sequential")
+    assert not torch.allclose(read_cache(swapped.prefill(prompt)).key, expected.key)
+    with pytest.raises(PairError, match="fusion"):
+        CacheToCache(receiver, [sharer], fusers[:1], fusion="both")
+
+
+def test_a_request_may_choose_its_sharers(receiver, sharer):
+    other = tiny_model("qwen2", tiny_tokenizer(340), seed=3)
+    fusers = tiny_fuser(receiver, sharer), tiny_fuser(receiver, other, seed=1)
+    both = CacheToCache(receiver, [sharer, other], fusers)
+    alone = CacheToCache(receiver, [other], fusers[1:])
+    assert torch.equal(both.select(1).generate(PROMPTS, **GREEDY), alone.generate(PROMPTS, **GREEDY))
+    assert torch.equal(both.select(0, 1).generate(PROMPTS, **GREEDY), both.generate(PROMPTS, **GREEDY))
+    for places in ((), (2,), (-1,)):
+        with pytest.raises(PairError, match="places of sharers from 0 to 1"):
+            both.select(*places)
 
 
 def test_identical_tokenizers_share_their_ids(receiver):

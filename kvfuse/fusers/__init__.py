@@ -6,9 +6,10 @@ from transformers import AutoConfig, AutoModel
 
 from kvfuse.errors import PairError
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
+from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
 from kvfuse.fusers.contract import Fuser, FuserConfig
 
-FUSERS: dict[str, type[Fuser]] = {"c2c": C2CFuser}
+FUSERS: dict[str, type[Fuser]] = {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser}
 
 for _fuser in FUSERS.values():
     AutoConfig.register(_fuser.config_class.model_type, _fuser.config_class)
@@ -32,4 +33,4 @@ def make_fuser(kind: str, **options: Any) -> Fuser:
     return fuser
 
 
-__all__ = ["FUSERS", "C2CConfig", "C2CFuser", "Fuser", "FuserConfig", "make_fuser"]
+__all__ = ["FUSERS", "C2CComplexConfig", "C2CComplexFuser", "C2CConfig", "C2CFuser", "Fuser", "FuserConfig", "make_fuser"]

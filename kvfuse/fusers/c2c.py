@@ -3,11 +3,11 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_uniform
 from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 
@@ -75,16 +75,12 @@ class C2CFuser(Fuser):
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`."""
-        _, batch, heads, tokens, dim = receiver.key.shape
-        x = torch.cat([_by_group(sharer, self.sharer_layers), _by_group(receiver)], dim=-1)  # (G, N, C), sharer first
+        x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
         hidden = self.fusion(self.fusion_in(x))
         weight = torch.sigmoid(self.weighting_out(self.weighting(hidden)))  # (G, N, H)
         for block in self.projection:
             hidden = block(hidden)
-        projected = self.projection_out(hidden).unflatten(-1, (heads, dim))  # (G, N, H, D)
-        residual = projected * (self.gate() * weight).unsqueeze(-1)
-        key, value = residual.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(2)  # (L, B, H, T, D) each
-        return KV(key, value)
+        return from_groups(self.projection_out(hidden), self.gate() * weight, like=receiver)
 
     def set_progress(self, share: float) -> None:
         """Anneal the gates."""
@@ -93,9 +89,3 @@ class C2CFuser(Fuser):
     def gate_parameters(self) -> list[nn.Parameter]:
         """The gate logits."""
         return [self.gate.logit]
-
-
-def _by_group(kv: KV, layers: list[int] | None = None) -> Tensor:
-    """``(2L, B * T, H * D)``: every token's heads side by side, keys of the chosen layers, then their values."""
-    parts = [kv.key, kv.value] if layers is None else [part[layer][None] for part in (kv.key, kv.value) for layer in layers]
-    return torch.cat(parts).transpose(2, 3).flatten(3).flatten(1, 2)

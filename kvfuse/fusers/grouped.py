@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvfuse.kv_cache import KV
+
 
 class GroupedLinear(nn.Module):
     """One linear layer per group.
@@ -50,6 +52,41 @@ class GroupedRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
+class GroupedLayerNorm(nn.Module):
+    """LayerNorm with one weight and bias ``(G, 1, C)`` per group."""
+
+    def __init__(self, groups: int, features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, 1, features))
+        self.bias = nn.Parameter(torch.empty(groups, 1, features))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``(G, N, C)``."""
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+
+
+class GroupedSwiGLU(nn.Module):
+    """``silu(gate(x)) * up(x)`` per group, with biases."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.gate = GroupedLinear(groups, inputs, outputs)
+        self.up = GroupedLinear(groups, inputs, outputs)
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+        self.up.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(G, N, in)`` to ``(G, N, out)``."""
+        return F.silu(self.gate(x)) * self.up(x)
+
+
 class GroupedFFN(nn.Module):
     """Residual feed-forward block ``x + dropout(W2(gelu(W1(norm(x)))))`` per group, without biases (paper's code, fact 1.2)."""
 
@@ -67,3 +104,25 @@ class GroupedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
         return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))
+
+
+def to_groups(kv: KV, layers: list[int] | None = None) -> Tensor:
+    """``(2L, B * T, H * D)``: every token's heads side by side, keys of the chosen layers, then their values."""
+    parts = [kv.key, kv.value] if layers is None else [part[layer][None] for part in (kv.key, kv.value) for layer in layers]
+    return torch.cat(parts).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def from_groups(projected: Tensor, weight: Tensor, like: KV) -> KV:
+    """Weight every head and undo :func:`to_groups`.
+
+    Args:
+        projected: ``(2L, B * T, H * D)``.
+        weight: ``(2L, B * T, H)``.
+        like: Tells ``B``, ``H``, ``T`` and ``D``.
+
+    Returns:
+        ``(L, B, H, T, D)``.
+    """
+    _, batch, heads, tokens, dim = like.key.shape
+    weighted = projected.unflatten(-1, (heads, dim)) * weight.unsqueeze(-1)  # (2L, N, H, D)
+    return KV(*weighted.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(2))

@@ -1,0 +1,126 @@
+"""The published format. A pair is a folder:
+
+```
+config.json                       the training recipe: the two models, whether tokens were aligned
+final/ (or checkpoint-N/)
+    projector_config.json         {"0": {"1": {receiver layer: [[sharer layer, projector]]}}}
+    projector_<i>.json            {"class": ..., "init_args": {...}}; arguments left out have their class's default
+    projector_<i>.pt              a pickled state dict: the weights of one receiver layer, keys and values
+```
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvfuse.fusers import Fuser, FuserConfig
+
+RECIPE, MAPPING, WEIGHTS = "config.json", "projector_config.json", "final"
+TEMPERATURE = "gate_temperature"  # a buffer in every state dict that inference does not read
+
+
+@dataclass(frozen=True)
+class ProjectorClass:
+    """A class of the authors' and the kind of ours that computes the same.
+
+    Attributes:
+        name: Theirs.
+        kind: Ours, a key of :data:`kvfuse.fusers.FUSERS`.
+        defaults: Their arguments that ours has as options, with the defaults of their class.
+        required: Their arguments that must have one value, because ours knows no other: that value and their default.
+        renamed: Theirs -> our option, where the two differ.
+        modules: Gives for a configuration our module -> their module, ``{part}`` standing for ``key`` and ``value``.
+    """
+
+    name: str
+    kind: str
+    defaults: dict[str, Any]
+    modules: Callable[[Any], dict[str, str]]
+    required: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Our options for their arguments. Raises ValueError, naming the argument, where ours cannot do as theirs."""
+        for name, (value, default) in self.required.items():
+            if arguments.get(name, default) != value:
+                raise ValueError(f"{name}={arguments.get(name, default)!r}, where only {value!r} can be read")
+        return {self.renamed.get(name, name): arguments.get(name, default) for name, default in self.defaults.items()}
+
+    def arguments(self, config: FuserConfig) -> dict[str, Any]:
+        """Their arguments for our configuration."""
+        options = {name: getattr(config, self.renamed.get(name, name)) for name in self.defaults}
+        return {**options, **{name: value for name, (value, _) in self.required.items()}}
+
+    def tensors(self, fuser: Fuser, layer: int) -> Iterator[tuple[str, str, int]]:
+        """Everything that one receiver layer has: our parameter's name, the group in it, and their tensor's name."""
+        modules, num_layers = self.modules(fuser.config), fuser.config.receiver_kv.num_layers
+        for ours, _ in fuser.named_parameters():
+            prefix = max((module for module in modules if f"{ours}.".startswith(f"{module}.")), key=len)
+            theirs = modules[prefix] + ours.removeprefix(prefix)
+            if "{part}" in theirs:  # a group for the keys of each layer, then one for the values of each
+                yield ours, theirs.format(part="key"), layer
+                yield ours, theirs.format(part="value"), num_layers + layer
+            else:
+                yield ours, theirs, layer
+
+
+def _c2c_modules(config: Any) -> dict[str, str]:
+    return {
+        "fusion_in": "{part}_in",
+        "fusion": "{part}_mlp1.blocks.0",
+        **{f"projection.{i}": f"{{part}}_proj_mlp2.blocks.{i}" for i in range(config.num_layers - 2)},
+        "projection_out": "{part}_proj_out",
+        "weighting": "{part}_scalar_mlp2.blocks.0",
+        "weighting_out": "{part}_scalar_head",
+        "gate.logit": "{part}_gate_logit",
+    }
+
+
+def _complex_modules(config: Any) -> dict[str, str]:
+    stage = 3 if config.dropout > 0 else 2  # SwiGLU, norm and, if there is any, dropout: each has a number in their list
+    last = config.num_layers - 1
+    return {
+        **{f"translation.{i}.swiglu.gate": f"{{part}}_projection.layers.{stage * i}.gate_proj" for i in range(last)},
+        **{f"translation.{i}.swiglu.up": f"{{part}}_projection.layers.{stage * i}.up_proj" for i in range(last)},
+        **{f"translation.{i}.norm": f"{{part}}_projection.layers.{stage * i + 1}" for i in range(last)},
+        "translation_out": f"{{part}}_projection.layers.{stage * last}",
+        "combiner": "{part}_combiner",
+        "weighting_in": "weight_hidden.layers.0",
+        "weighting_norm": "weight_hidden.layers.1",
+        "weighting": "weight_hidden.layers.4",
+        "weighting_out": "{part}_weight_head",
+        "gate.logit": "gate_logit",
+    }
+
+
+_COMMON = {"dropout": 0.1, "initial_temperature": 1.0}
+
+CLASSES = (
+    ProjectorClass(
+        name="C2CProjector",
+        kind="c2c",
+        defaults=_COMMON | {"hidden_dim": 1024, "intermediate_dim": 1024, "num_layers": 3, "final_temperature": 0.001, "zero_init": False},
+        modules=_c2c_modules,
+    ),
+    ProjectorClass(
+        name="AllInOneProjector",
+        kind="c2c-complex",
+        defaults=_COMMON
+        | {"hidden_dim": 512, "weight_hidden_dim": 1024, "num_layers": 2, "scalar_temperature": 0.005, "final_temperature": 0.01},
+        modules=_complex_modules,
+        required={
+            "use_swiglu": (True, False),
+            "use_concat": (True, False),
+            "use_layer_norm": (True, True),
+            "use_residual": (True, True),
+            "add_self": (True, True),
+            "preserve_target_weight": (False, True),
+            "gate_granularity": ("scalar", "scalar"),
+            "gate_depends_on_input": (False, False),
+            "weight_granularity": ("head_merged", "scalar"),
+            "weight_depends_on_input": (True, False),
+            "weight_input_features": ("target_projected_key", "target_key"),
+        },
+        renamed={"scalar_temperature": "weight_temperature"},
+    ),
+)
