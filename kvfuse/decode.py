@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvfuse.errors import PromptError
+
 
 def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None, **options: Any) -> Any:
     """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last is the first query.
@@ -32,6 +34,20 @@ def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | Non
     options["cache_implementation"] = None
     with _only_new_tokens(model):
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+
+
+def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
+    """How many positions a static cache must hold where ``options`` ask for one; None for one that grows.
+
+    Raises:
+        PromptError: They ask for a cache that fused keys and values cannot be written into.
+    """
+    kind = _option(model, options, "cache_implementation")
+    if kind not in (None, "dynamic", "static"):
+        raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
+    new = _option(model, options, "max_new_tokens")
+    room = _option(model, options, "max_length") or model.generation_config.max_length if new is None else prompt_length + new
+    return room if kind == "static" else None
 
 
 def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:

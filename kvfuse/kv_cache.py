@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvfuse.errors import PairError
@@ -106,15 +106,16 @@ def read_cache(cache: Cache) -> KV:
     return KV(*(torch.stack([getattr(layer, part).to(device) for layer in layers]) for part in ("keys", "values")))
 
 
-def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV) -> DynamicCache:
+def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None) -> Cache:
     """A cache to decode from: ``kv`` in the layers that hold keys and values, everything else as it was prefilled.
 
     Args:
         config: The model's own configuration.
         prefilled: The cache that ``kv`` was read from; it is left untouched where it holds keys and values.
         kv: What to write, ``(L, B, H, T, D)``.
+        max_cache_len: Make it a static cache with room for so many positions; by default it grows.
     """
-    cache = DynamicCache(config=config)
+    cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
     cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
     for i, layer in enumerate(prefilled.layers):
         cache.layers[i] = cache.layers[i] if i in _kv_layers(prefilled) else layer

@@ -11,7 +11,7 @@ from transformers import Cache, TextIteratorStreamer
 
 from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
-from kvfuse.decode import decode
+from kvfuse.decode import decode, static_length
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
@@ -106,27 +106,25 @@ class CacheToCache:
         Raises:
             PromptError: A prompt is empty, or longer than a model's context.
         """
-        prompt = stack([self.align(prompt) for prompt in _as_batch(prompts)])
-        return self.decode(prompt, self.prefill(prompt), **options)
+        return self._answer(stack([self.align(prompt) for prompt in _as_batch(prompts)]), **options)
 
     @torch.no_grad()
     def chat(self, messages: Prompt, **options: Any) -> str:
         """Answer one chat, or one question, as text. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
-        ids = self.decode(prompt, self.prefill(prompt), **options)
+        ids = self._answer(prompt, **options)
         return self.receiver.tokenizer.decode(ids[0, prompt.ids.shape[1] :], skip_special_tokens=True)
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
-        with torch.no_grad():
-            cache = self.prefill(prompt)
         streamer = TextIteratorStreamer(self.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
-                self.decode(prompt, cache, streamer=streamer, **options)
+                with torch.no_grad():  # which each thread switches for itself
+                    self._answer(prompt, streamer=streamer, **options)
             except BaseException as error:  # carried over to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -151,7 +149,7 @@ class CacheToCache:
             _require_room(sharer, len(reading.ids))
         return aligned
 
-    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> Cache | None:
+    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.
 
         Gradients flow into the fusers unless they are switched off.
@@ -159,6 +157,7 @@ class CacheToCache:
         Args:
             prompt: A batch.
             fusers: In place of the pair's own; an empty list gives the receiver's own cache.
+            max_cache_len: Make it a static cache with room for so many positions; by default it grows.
 
         Returns:
             The receiver's cache of all positions but the last, fused; None for prompts of one token.
@@ -170,13 +169,17 @@ class CacheToCache:
         read = list(zip(self.sharers, prompt.sharers, strict=True))[: len(fusers)]
         sharers = [read_cache(prefill(one.model, reads.ids, reads.mask)) for one, reads in read]
         fused = fuse(read_cache(cache), sharers, fusers, prompt, self.fusion)
-        return write_cache(self.receiver.model.config, cache, fused)
+        return write_cache(self.receiver.model.config, cache, fused, max_cache_len)
 
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
         tokenizer = self.receiver.tokenizer
         options.setdefault("pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
+
+    def _answer(self, prompt: AlignedPrompt, **options: Any) -> Any:
+        room = static_length(self.receiver.model, prompt.ids.shape[1], options)
+        return self.decode(prompt, self.prefill(prompt, max_cache_len=room), **options)
 
 
 def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:

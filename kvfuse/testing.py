@@ -22,13 +22,41 @@ TEMPLATES = {
     "{% if add_generation_prompt %}[assistant]\n{% endif %}",
 }
 SPECIAL = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "qwen2": {},
-    "llama": {},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "mistral": {"head_dim": 8, "sliding_window": None},
+    "llama": {"rope_parameters": {**LLAMA_3_ROPE, "original_max_position_embeddings": 32}},
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": WINDOWED},
+    "mistral": {"head_dim": 8, "sliding_window": 8},
+    "phi3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "olmo2": {},
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": WINDOWED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "qwen3_moe": {"head_dim": 8, **SMALL_EXPERTS},
+    "gpt2": {},
+    "gpt_neox": {},
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "shared_expert_intermediate_size": 16,
+        **SMALL_EXPERTS,
+        **LINEAR,
+    },
+    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
 }
+"""transformers' ``model_type`` -> what makes it tiny: RoPE scaled and absent, short windows, experts, no GQA, linear attention."""
 
 
 def tiny_tokenizer(vocab_size: int = 320, template: str | None = "tagged") -> PreTrainedTokenizerFast:

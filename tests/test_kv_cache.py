@@ -32,7 +32,9 @@ def test_read_keeps_every_position_and_write_gives_them_back(family):
 def test_probe_reads_the_shape(family):
     config = tiny_model(family).model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    assert probe(tiny_model(family).model) == KVSpec(config.num_hidden_layers, config.num_key_value_heads, dim, dim)
+    layers = config.num_hidden_layers - (getattr(config, "layer_types", None) or []).count("linear_attention")
+    heads = config.num_attention_heads if family in ("gpt2", "gpt_neox") else config.num_key_value_heads
+    assert probe(tiny_model(family).model) == KVSpec(layers, heads, dim, dim)
 
 
 def test_a_model_without_a_kv_cache_is_refused():
