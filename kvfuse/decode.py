@@ -9,9 +9,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.errors import PromptError
+from kvfuse.follow import Follower
+
+DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 
 
-def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None, **options: Any) -> Any:
+def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None, follower: Follower | None = None, **options: Any) -> Any:
     """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last is the first query.
 
     Args:
@@ -19,20 +22,25 @@ def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | Non
         ids: ``(B, T)`` int64, padded left.
         mask: ``(B, T)``.
         cache: Exactly ``T - 1`` positions; None for a prompt of one token, where there is nothing to fuse. It is used up.
+        follower: Fuses the last prompt token and what is generated, too.
         options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
 
     Returns:
         What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
     """
     ids, mask = ids.to(model.device), mask.to(model.device)
+    if follower is not None and any(_option(model, options, name) for name in DRAFTING):
+        raise PromptError(f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out")
     if cache is None:
         return model.generate(ids, attention_mask=mask, **options)
     wanted = {name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")}
     copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
+    if follower is not None:
+        _reorder_together(cache, follower)
     if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
         cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
     options["cache_implementation"] = None
-    with _only_new_tokens(model):
+    with _only_new_tokens(model, follower):
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
@@ -55,9 +63,20 @@ def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     return options.get(name, getattr(config, name, None))
 
 
+def _reorder_together(cache: Cache, follower: Follower) -> None:
+    """When ``generate`` reorders the cache it was given, for beams, the follower's caches go along."""
+    reorder = cache.reorder_cache
+
+    def both(rows: Tensor) -> None:
+        reorder(rows)
+        follower.reorder(rows)
+
+    cache.reorder_cache = both
+
+
 @contextmanager
-def _only_new_tokens(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the model is never fed a token that its cache holds already.
+def _only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> Iterator[None]:
+    """While open, the model is never fed a token that its cache holds already, and new ones are fused if they are followed.
 
     Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without
     an error. ``generate`` reads the names of the arguments below, so they stand there in full.
@@ -68,6 +87,9 @@ def _only_new_tokens(model: PreTrainedModel) -> Iterator[None]:
         known = past_key_values.get_seq_length() if past_key_values is not None else 0
         if kwargs.get("next_sequence_length") is None and input_ids.shape[1] > known:
             kwargs["next_sequence_length"] = input_ids.shape[1] - known
+        if follower is not None:
+            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            follower.feed(past_key_values, input_ids[:, known:], seen)
         return prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
 
     model.prepare_inputs_for_generation = prepare_new

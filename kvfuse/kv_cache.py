@@ -1,5 +1,6 @@
 """KV-caches as tensors: read them from and write them to transformers' caches. The only file that knows their format."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -91,8 +92,12 @@ def empty_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def read_cache(cache: Cache) -> KV:
+def read_cache(cache: Cache, last: int = 0) -> KV:
     """Stack the layers of a cache that hold keys and values.
+
+    Args:
+        cache: Any of transformers'; a static one is read up to its end, filled or not.
+        last: Only so many positions at the end; by default all.
 
     Raises:
         PairError: The model keeps no keys and values, or layers of different shapes.
@@ -103,7 +108,7 @@ def read_cache(cache: Cache) -> KV:
         got = "none" if not shapes else f"layers of {len(shapes)} shapes, such as {sorted(shapes)[:2]}"
         raise PairError(f"expected a model with a KV-cache of one shape in all its attention layers, got {got}; use another model")
     device = layers[0].keys.device
-    return KV(*(torch.stack([getattr(layer, part).to(device) for layer in layers]) for part in ("keys", "values")))
+    return KV(*(torch.stack([getattr(layer, part)[:, :, -last:].to(device) for layer in layers]) for part in ("keys", "values")))
 
 
 def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None) -> Cache:
@@ -111,23 +116,70 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
 
     Args:
         config: The model's own configuration.
-        prefilled: The cache that ``kv`` was read from; it is left untouched where it holds keys and values.
+        prefilled: The cache that ``kv`` was read from; it is left untouched.
         kv: What to write, ``(L, B, H, T, D)``.
         max_cache_len: Make it a static cache with room for so many positions; by default it grows.
     """
     cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
     cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
     for i, layer in enumerate(prefilled.layers):
-        cache.layers[i] = cache.layers[i] if i in _kv_layers(prefilled) else layer
-    for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
-        layer = prefilled.layers[i]
-        key, value = key.to(layer.keys.device), value.to(layer.keys.device)
-        if isinstance(layer, LinearAttentionCacheLayerMixin):  # holds recurrent state as well, which goes along
-            layer.keys, layer.values = key, value
+        if isinstance(layer, LinearAttentionCacheLayerMixin):  # its state changes in place
+            cache.layers[i] = copy.deepcopy(layer)
+        elif not is_filled(layer):
             cache.layers[i] = layer
+    for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
+        layer = cache.layers[i]
+        key, value = key.to(prefilled.layers[i].keys.device), value.to(prefilled.layers[i].keys.device)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.keys, layer.values = key, value
         else:
-            cache.layers[i].update(key, value)  # a windowed layer keeps what it needs
+            layer.update(key, value)  # a windowed layer keeps what it needs
     return cache
+
+
+def stage(cache: Cache, kv: KV) -> None:
+    """Make a model store and attend to ``kv`` for the tokens it reads next, in place of the keys and values it computes.
+
+    Args:
+        cache: What the model will be given with those tokens.
+        kv: ``(L, B, H, k, D)``, for ``k`` tokens.
+    """
+    for i, key, value in zip(_kv_layers(cache), kv.key, kv.value, strict=True):
+        _stage_layer(cache.layers[i], key, value)
+
+
+def _stage_layer(layer: Any, key: Tensor, value: Tensor) -> None:
+    store = layer.update
+
+    def update(computed: Tensor, _: Tensor, *args: Any, **kwargs: Any) -> Any:
+        del layer.update  # for one run only
+        return store(key.to(computed), value.to(computed), *args, **kwargs)
+
+    layer.update = update
+
+
+def keep_rows(cache: Cache, kept: list[int], held: list[int]) -> None:
+    """Forget the last tokens of each row, another number in each, and pad what is left again on the left.
+
+    Args:
+        cache: Of a batch padded left; its layers hold keys and values and nothing else.
+        kept: How many tokens to keep in each row.
+        held: How many there are.
+    """
+    width, columns = max(kept), torch.arange(max(kept))
+    total = cache.get_seq_length()
+    starts = torch.tensor([total - there - (width - keep) for keep, there in zip(kept, held, strict=True)])
+    index = (columns + starts[:, None]).clamp(min=0)[:, None, :, None]  # (B, 1, width, 1); what falls under padding is arbitrary
+    for i in _kv_layers(cache):
+        layer = cache.layers[i]
+        for part in ("keys", "values"):
+            tensor = getattr(layer, part)
+            setattr(layer, part, tensor.gather(2, index.to(tensor.device).expand(-1, tensor.shape[1], -1, tensor.shape[3])))
+
+
+def has_state(config: PreTrainedConfig) -> bool:
+    """Whether a model keeps recurrent state beside keys and values, which cannot be taken back token by token."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def _kv_layers(cache: Cache) -> list[int]:

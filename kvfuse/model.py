@@ -13,9 +13,10 @@ from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
 from kvfuse.decode import decode, static_length
 from kvfuse.errors import PairError, PromptError
+from kvfuse.follow import Follower, Streams
 from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import read_cache, write_cache
+from kvfuse.kv_cache import has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prefill import prefill
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, stack
@@ -46,8 +47,13 @@ class CacheToCache:
             check_identity("sharer", fuser.config.sharer, sharer)
             if fuser.config.token_alignment == "identity":
                 _require_same_ids(receiver, sharer)
-        if len({fuser.config.fuse for fuser in fusers}) > 1:
-            raise PairError("expected fusers that fuse the same positions, got some for all and some for messages; train them alike")
+            if fuser.config.fuse_response and fuser.config.token_alignment == "span" and has_state(sharer.model.config):
+                raise PairError(
+                    f"expected a sharer that can take tokens back, as fusing the response between two tokenizers needs, "
+                    f"got {sharer.name} with linear attention; use another, or a fuser for prompts alone"
+                )
+        if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
+            raise PairError("expected fusers that fuse the same positions, got fusers for different ones; train them alike")
         self.receiver, self.sharers, self.fusers, self.fusion = receiver, list(sharers), list(fusers), fusion
 
     @classmethod
@@ -85,6 +91,11 @@ class CacheToCache:
         for one in fusers:  # never computed in less than either was trained in
             one.to(models[0].model.device, torch.promote_types(one.dtype, models[0].model.dtype))
         return cls(models[0], models[1:], fusers, fusion)
+
+    @property
+    def fuse_response(self) -> bool:
+        """Whether the last prompt token and what is generated are fused as well, as the fusers were trained to."""
+        return self.fusers[0].config.fuse_response
 
     def select(self, *sharers: int) -> Self:
         """The same models with only some of the sharers, named by their place; for one request, at no cost."""
@@ -149,6 +160,17 @@ class CacheToCache:
             _require_room(sharer, len(reading.ids))
         return aligned
 
+    def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> Streams:
+        """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more."""
+        receiver = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1])
+        read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
+        return Streams(receiver, [prefill(sharer.model, reads.ids, reads.mask) for sharer, reads in read])
+
+    def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
+        """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
+        fused = fuse(read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers, prompt, self.fusion)
+        return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
+
     def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.
 
@@ -165,11 +187,7 @@ class CacheToCache:
         if prompt.ids.shape[1] < 2:
             return None
         fusers = self.fusers if fusers is None else fusers
-        cache = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1])
-        read = list(zip(self.sharers, prompt.sharers, strict=True))[: len(fusers)]
-        sharers = [read_cache(prefill(one.model, reads.ids, reads.mask)) for one, reads in read]
-        fused = fuse(read_cache(cache), sharers, fusers, prompt, self.fusion)
-        return write_cache(self.receiver.model.config, cache, fused, max_cache_len)
+        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len)
 
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
@@ -179,7 +197,13 @@ class CacheToCache:
 
     def _answer(self, prompt: AlignedPrompt, **options: Any) -> Any:
         room = static_length(self.receiver.model, prompt.ids.shape[1], options)
-        return self.decode(prompt, self.prefill(prompt, max_cache_len=room), **options)
+        if not self.fuse_response or prompt.ids.shape[1] < 2:
+            return self.decode(prompt, self.prefill(prompt, max_cache_len=room), **options)
+        streams = self.read(prompt)
+        cache = self.fuse(prompt, streams, self.fusers, room)
+        sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
+        follower = Follower(self.receiver, sharers, self.fusers, self.fusion, prompt, streams)
+        return self.decode(prompt, cache, follower=follower, **options)
 
 
 def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:

@@ -13,27 +13,29 @@ from kvfuse.kv_cache import KVSpec, empty_cache, is_filled, read_cache
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cache:
-    """Run the model's decoder over a left-padded batch, up to the last keys and values and no further.
+def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None = None) -> Cache:
+    """Run the model's decoder over a padded batch, up to the last keys and values and no further.
 
     Neither the vocabulary head nor the attention and feed-forward of the last layer are computed: nobody reads them.
 
     Args:
+        model: Any causal language model.
         ids: ``(B, T)`` int64.
-        mask: ``(B, T)``, 1 where there is a token.
+        mask: ``(B, T)``, 1 where there is a token; with a cache of ``P`` positions, ``(B, P + T)``.
+        cache: What an earlier run gave, to be read on from; it is filled further.
 
     Returns:
-        A cache of all ``T`` positions; those under padding hold values that nobody may read.
+        A cache of all positions; those under padding hold values that nobody may read.
 
     Raises:
         PairError: The model keeps no KV-cache.
     """
-    cache = empty_cache(model.config)
+    cache = empty_cache(model.config) if cache is None else cache
     with suppress(_LastLayerRead):
         model.base_model(
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync
-            position_ids=positions(mask).to(model.device),
+            position_ids=positions(mask)[:, -ids.shape[1] :].to(model.device),
             past_key_values=_stop_after_last(cache),
             use_cache=True,
         )

@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
     {"kv_cache", "chat", "layer_alignment"},
-    {"prefill", "decode", "token_alignment", "fusers"},
+    {"prefill", "token_alignment", "fusers"},
     {"language_model", "fuse", "published"},
-    {"checkpoint"},
+    {"follow", "checkpoint"},
+    {"decode"},
     {"model"},
     {"testing", "methods"},
     {"training", "evaluation"},

@@ -40,16 +40,16 @@ def test_only_the_response_is_labelled(pair, encoded):
         assert labelled.tolist() == one.response_ids.tolist()
         assert pair.receiver.tokenizer.decode(labelled, skip_special_tokens=True) == example.response
         assert labelled[-1] == pair.receiver.tokenizer.eos_token_id
-        assert batch.ids[row, 0] == batch.prompt.ids[row, -1]
+        assert batch.tail.ids[row, 0] == batch.prompt.ids[row, -1]
 
 
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
-    losses = [response_loss(pair.receiver.model, pair.prefill(collate([one]).prompt), collate([one])) for one in encoded]
+    losses = [response_loss(pair, collate([one])) for one in encoded]
     counts = [len(one.response_ids) for one in encoded]
     expected = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     batch = collate(encoded)
-    assert float(response_loss(pair.receiver.model, pair.prefill(batch.prompt), batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(response_loss(pair, batch)) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -61,9 +61,7 @@ def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
     labels[0, : len(one.prompt.receiver.ids)] = IGNORED
     expected = pair.receiver.model(ids, labels=labels).loss
     batch = collate([one])
-    assert float(response_loss(pair.receiver.model, pair.prefill(batch.prompt, fusers=[]), batch)) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    assert float(response_loss(pair, batch, fusers=[])) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer, encoded, tmp_path):

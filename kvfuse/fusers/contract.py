@@ -19,6 +19,7 @@ class FuserConfig(PreTrainedConfig):
         token_alignment: ``identity`` | ``span``.
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
         fuse: ``all`` | ``messages``: which prompt positions are fused.
+        fuse_response: Whether the last prompt token and what is generated are fused as well.
     """
 
     receiver: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +27,7 @@ class FuserConfig(PreTrainedConfig):
     token_alignment: str = "span"
     layer_alignment: str | list[int] = "terminal"
     fuse: str = "all"
+    fuse_response: bool = False
 
     @property
     def receiver_kv(self) -> KVSpec:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from kvfuse.chat import Prompt
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, stack
+from kvfuse.token_alignment import AlignedPrompt, AlignedReading, Reading, SharerPrompt, pad_left, stack
 from kvfuse.training.recipe import DataSection
 
 IGNORED = -100  # the label that transformers' losses skip
@@ -36,10 +36,13 @@ class EncodedExample:
     Attributes:
         prompt: The aligned prompt.
         response_ids: ``(R,)`` int64, the receiver's.
+        sharers: Where the response is fused too, per sharer: what it reads of it ``(R_s,)``, and for the last prompt token
+            and each response token how many of these it may see ``(1 + R,)``: those that say no more than has been said.
     """
 
     prompt: AlignedReading
     response_ids: np.ndarray
+    sharers: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +51,13 @@ class TrainingBatch:
 
     Attributes:
         prompt: The prompts, their last token included.
-        ids: ``(B, 1 + R)`` int64: the last prompt token, then the response.
-        mask: ``(B, 1 + R)`` int64.
+        tail: ``(B, 1 + R)``: the last prompt token, then the response. Where the response is fused too, each sharer's last
+            prompt token and its reading of the response ``(B, 1 + R_s)``.
         labels: ``(B, 1 + R)`` int64, :data:`IGNORED` on the prompt's token and on padding.
     """
 
     prompt: AlignedPrompt
-    ids: Tensor
-    mask: Tensor
+    tail: AlignedPrompt
     labels: Tensor
 
 
@@ -88,32 +90,62 @@ def encode(example: Example, pair: CacheToCache) -> EncodedExample:
         PromptError: The prompt, or prompt and response together, are longer than a model's context.
     """
     prompt = pair.align(example.prompt)
-    tokenizer, rendered = pair.receiver.tokenizer, prompt.receiver.prompt
-    joint = tokenizer(rendered.text + example.response, add_special_tokens=not rendered.templated).input_ids
-    length = len(prompt.receiver.ids)
-    ids = (
-        joint[length:]
-        if joint[:length] == prompt.receiver.ids.tolist()
-        else tokenizer(example.response, add_special_tokens=False).input_ids
-    )
+    receiver = pair.receiver
+    ids, ends = _read_response(prompt.receiver, example.response, receiver.tokenizer)
     if example.ends:
-        ids = [*ids, tokenizer.eos_token_id]
-    if pair.receiver.context is not None and length + len(ids) > pair.receiver.context:
-        room = f"{pair.receiver.context} tokens of {pair.receiver.name}"
-        raise PromptError(f"expected prompt and response to fit {room}, got {length + len(ids)}; shorten them")
-    return EncodedExample(prompt, np.array(ids, dtype=np.int64))
+        ids, ends = np.append(ids, receiver.tokenizer.eos_token_id), np.append(ends, len(example.response))
+    length = len(prompt.receiver.ids) + len(ids)
+    if receiver.context is not None and length > receiver.context:
+        room = f"{receiver.context} tokens of {receiver.name}"
+        raise PromptError(f"expected prompt and response to fit {room}, got {length}; shorten them")
+    if not pair.fuse_response:
+        return EncodedExample(prompt, ids)
+    sharers = []
+    for sharer, fuser, (reading, _) in zip(pair.sharers, pair.fusers, prompt.sharers, strict=True):
+        if fuser.config.token_alignment == "identity":
+            sharers.append((ids, np.arange(1 + len(ids))))
+        else:
+            their_ids, their_ends = _read_response(reading, example.response, sharer.tokenizer)
+            sharers.append((their_ids, np.searchsorted(their_ends, np.append(0, ends), side="right")))
+    return EncodedExample(prompt, ids, tuple(sharers))
 
 
 def collate(examples: Sequence[EncodedExample]) -> TrainingBatch:
     """Pad encoded examples into a batch."""
-    tails = [np.concatenate([example.prompt.receiver.ids[-1:], example.response_ids]) for example in examples]
-    length = max(len(tail) for tail in tails)
-    ids, mask, labels = np.zeros((3, len(tails), length), dtype=np.int64)
-    labels[:] = IGNORED
-    for row, tail in enumerate(tails):
-        ids[row, : len(tail)], mask[row, : len(tail)], labels[row, 1 : len(tail)] = tail, 1, tail[1:]
-    prompt = stack([example.prompt for example in examples])
-    return TrainingBatch(prompt=prompt, ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), labels=torch.from_numpy(labels))
+    ids, mask = _pad_right([np.concatenate([example.prompt.receiver.ids[-1:], example.response_ids]) for example in examples], 0)
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[:, 0] = IGNORED
+    sharers = tuple(_collate_sharer(examples, place) for place in range(len(examples[0].sharers)))
+    tail = AlignedPrompt(ids=ids, mask=mask, sharers=sharers, fuse_mask=mask.bool())
+    return TrainingBatch(prompt=stack([example.prompt for example in examples]), tail=tail, labels=labels)
+
+
+def _collate_sharer(examples: Sequence[EncodedExample], place: int) -> SharerPrompt:
+    readings = [example.prompt.sharers[place][0] for example in examples]
+    responses, indices = zip(*(example.sharers[place] for example in examples), strict=True)
+    ids, mask = _pad_right([np.append(reading.ids[-1:], response) for reading, response in zip(readings, responses, strict=True)], 0)
+    return SharerPrompt(ids=ids, mask=mask, index=_pad_right(indices, -1)[0])
+
+
+def _pad_right(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    ids, mask = pad_left([row[::-1] for row in rows], fill)
+    return ids.flip(1), mask.flip(1)
+
+
+def _read_response(prompt: Reading, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize a response as it follows its prompt; alone, where the two would grow together.
+
+    Returns:
+        Ids ``(n,)`` int64, and how many characters of the response have been said after each ``(n,)`` int64.
+    """
+    text, length, origin = prompt.prompt.text, len(prompt.ids), len(prompt.prompt.text)
+    encoded = tokenizer(text + response, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True)
+    if encoded.input_ids[:length] != prompt.ids.tolist():
+        encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+        length, origin = 0, 0
+    starts, ends = np.array(encoded.offset_mapping[length:], dtype=np.int64).reshape(-1, 2).T - origin
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])  # all pieces of a character but its last have not said it yet
+    return np.array(encoded.input_ids[length:], dtype=np.int64), ends
 
 
 def _documents(text: str, data: DataSection) -> Iterator[Example]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Cache, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kvfuse.follow import read_along
+from kvfuse.kv_cache import stage
 from kvfuse.model import CacheToCache
 from kvfuse.prefill import positions
 from kvfuse.training.data import EncodedExample, TrainingBatch, collate
@@ -18,30 +20,43 @@ from kvfuse.training.recipe import TrainSection
 GATE_LEARNING_RATE_SCALE = 20.0
 
 
-def response_loss(receiver: PreTrainedModel, cache: Any, batch: TrainingBatch, num_items: Tensor | int | None = None) -> Tensor:
-    """Next-token loss of the receiver on the responses, over a cache of the prompts (paper, 3.3.4).
+def response_loss(
+    pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None = None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Next-token loss of the receiver on the responses, over the fused cache of the prompts (paper, 3.3.4).
 
     Args:
-        receiver: The frozen receiver; gradients flow through it into the cache.
-        cache: All prompt positions but the last, fused or not; None for prompts of one token.
-        batch: Last prompt tokens, responses, labels.
+        pair: The models; gradients flow through the frozen receiver into the fusers.
+        batch: Prompts, responses, labels.
+        fusers: In place of the pair's own, e.g. wrapped; an empty list gives the receiver's own loss.
         num_items: Divide the summed loss by this many tokens; by default by those of the batch.
 
     Returns:
         0-d float32 in nats.
     """
-    past = batch.prompt.mask[:, :-1]
-    mask = torch.cat([past, batch.mask], dim=1)
+    receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
+    mask = torch.cat([past, batch.tail.mask], dim=1)
     options = {} if num_items is None else {"num_items_in_batch": num_items}
     output = receiver(
-        input_ids=batch.ids.to(receiver.device),
+        input_ids=batch.tail.ids.to(receiver.device),
         attention_mask=mask.to(receiver.device),
         position_ids=positions(mask)[:, past.shape[1] :].to(receiver.device),
-        past_key_values=cache,
+        past_key_values=_fused_cache(pair, batch, pair.fusers if fusers is None else fusers),
         labels=batch.labels.to(receiver.device),
         **options,
     )
     return output.loss
+
+
+def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module]) -> Cache | None:
+    """The cache of the prompts, and where the response is fused too, the keys and values that its tokens will have."""
+    if batch.prompt.ids.shape[1] < 2:
+        return None
+    streams = pair.read(batch.prompt, len(fusers))
+    cache = pair.fuse(batch.prompt, streams, fusers)
+    if pair.fuse_response and fusers:
+        stage(cache, read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail))
+    return cache
 
 
 class FuserTrainer(Trainer):
@@ -93,8 +108,7 @@ class FuserTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """Trainer's hook. ``model`` is the fuser, possibly wrapped for several processes."""
-        cache = self.pair.prefill(inputs["batch"].prompt, fusers=[model])
-        loss = response_loss(self.pair.receiver.model, cache, inputs["batch"], num_items_in_batch)
+        loss = response_loss(self.pair, inputs["batch"], [model], num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which average the gradients; the tokens are counted over all
         return (loss, None) if return_outputs else loss
@@ -121,8 +135,7 @@ def bits_per_response(pair: CacheToCache, examples: Sequence[EncodedExample], fu
     nats = 0.0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])
-        cache = pair.prefill(batch.prompt, fusers=None if fused else [])
-        nats += float(response_loss(pair.receiver.model, cache, batch, num_items=1))
+        nats += float(response_loss(pair, batch, fusers=None if fused else [], num_items=1))
     return nats / math.log(2) / len(examples)
 
 
