@@ -244,12 +244,10 @@ def _in_messages(reading: Reading, spans: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _sections(reading: Reading, spans: np.ndarray) -> np.ndarray:
     """``(n,)``, never decreasing: 2k for a token of the template before the k-th message, 2k + 1 for all within that message."""
-    within = 2 * spans[:, 2] + 1
-    before = within - (np.diff(spans[:, 2], prepend=-1) > 0)
-    section = np.append(np.column_stack([before, within]), 2 * len(reading.prompt.messages))
+    section = np.append(np.column_stack([2 * spans[:, 2], 2 * spans[:, 2] + 1]), 2 * len(reading.prompt.messages))
     middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
     places = np.searchsorted(2 * spans[:, :2].reshape(-1), middles, side="left")
-    return np.maximum.accumulate(section[places])
+    return np.maximum.accumulate(section[places])  # what the template writes inside a message belongs to it
 
 
 def _largest_overlap(

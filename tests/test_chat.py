@@ -57,9 +57,11 @@ def visible(text):
     return "".join(text.split())
 
 
-def check_spans(rendered):
+def check_spans(rendered, repeated=False):
     """What holds for every rendering."""
     end = 0
+    characters = [(span.message, span.offset + i) for span in rendered.spans for i in range(span.end - span.start)]
+    assert repeated or len(set(characters)) == len(characters), "each character stands in one place"
     for span in rendered.spans:
         assert end <= span.start < span.end, "in order, disjoint, not empty"
         assert rendered.text[span.start : span.end] == rendered.messages[span.message][span.offset :][: span.end - span.start]
@@ -178,6 +180,7 @@ def test_tools_are_called(content, model, shared):
     [
         ("<think>why</think>so", ["why", "so"]),
         ("<think>\nwhy\n</think>\n\nso", ["<think>\nwhy\n</think>\n\nso"]),
+        ("<think>\n\nwhy\n\nnot</think>so", ["why\n\nnot", "so"]),
         ("\n\nso", ["so"]),
         ("so", ["so"]),
     ],
@@ -190,8 +193,24 @@ def test_thoughts_of_the_last_answer_stand_in_two_places(answer, parts, shared):
 
 def test_repeated_message_is_found_twice():
     rendered = render(chat("first", "x", "again"), tokenizer_like("twice"))
-    check_spans(rendered)
+    check_spans(rendered, repeated=True)
     assert [span.message for span in rendered.spans] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("system", ["Be brief. /no_think", "/no_think Be brief.", "Be /no_think brief."])
+def test_word_that_the_template_looks_for_is_message(system):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>{% if '/no_think' in messages[0].content %}!{% endif %}"
+    rendered = render(chat("/no_think", system=system), tokenizer)
+    assert [said(rendered, number) for number in (0, 1)] == [system, "/no_think"]
+    assert len(rendered.spans) == 2
+
+
+def test_marks_of_the_template_are_not_ours():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "\U00040000{% for m in messages %}{{ m.content }}{% endfor %}\U00040001"
+    rendered = render(chat("hi", "\U00040001you", "all"), tokenizer)
+    assert [(span.message, span.start) for span in rendered.spans] == [(0, 1), (1, 3), (2, 7)]
 
 
 def test_message_that_the_template_moves_is_found_there():
