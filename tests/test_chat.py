@@ -200,7 +200,10 @@ def test_repeated_message_is_found_twice():
 @pytest.mark.parametrize("system", ["Be brief. /no_think", "/no_think Be brief.", "Be /no_think brief."])
 def test_word_that_the_template_looks_for_is_message(system):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>{% if '/no_think' in messages[0].content %}!{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+        "{% if '/no_think' in messages[0].content %}!{% endif %}"
+    )
     rendered = render(chat("/no_think", system=system), tokenizer)
     assert [said(rendered, number) for number in (0, 1)] == [system, "/no_think"]
     assert len(rendered.spans) == 2
