@@ -173,18 +173,21 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
 
     A token of the template reads the last token of the sharer's template at the same place, which has read everything up
     to there; so the receiver's final template tokens read the sharer's last prompt token. Equal readings align by identity.
+    A message that the sharer's template leaves out, or writes in another order than most, reads what was read before it.
 
     Returns:
         ``(n,)`` int64, never decreasing; -1 before the sharer's first token.
     """
     if receiver.prompt.text == sharer.prompt.text and np.array_equal(receiver.ids, sharer.ids):
         return np.arange(len(receiver.ids))
-    starts, ends = _in_messages(receiver)
-    sharer_starts, sharer_ends = _in_messages(sharer)
+    order = _message_order(receiver.prompt)
+    spans, sharer_spans = (_drop_moved(_on_axis(reading.prompt, order)) for reading in (receiver, sharer))
+    starts, ends = _in_messages(receiver, spans)
+    sharer_starts, sharer_ends = _in_messages(sharer, sharer_spans)
     in_message = np.flatnonzero(ends > starts)
     readable = np.flatnonzero(sharer_ends > sharer_starts)
-    sections = _sections(receiver)
-    last = np.searchsorted(_sections(sharer), sections, side="right") - 1  # the sharer's last token there, or before it
+    sections = _sections(receiver, spans)
+    last = np.searchsorted(_sections(sharer, sharer_spans), sections, side="right") - 1  # the sharer's last token there, or before
     index = np.where(sections % 2 == 0, last, -1)
     if len(readable):
         best, overlap = _largest_overlap(starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable])
@@ -204,33 +207,61 @@ def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
 
 def _fusable(reading: Reading, fuse: str) -> np.ndarray:
     """``(n,)`` bool: the positions of a prompt that may be fused."""
-    starts, ends = _in_messages(reading)
+    starts, ends = _in_messages(reading, _on_axis(reading.prompt, _message_order(reading.prompt)))
     fusable = np.ones(len(reading.ids), dtype=bool) if fuse == "all" else ends > starts
     fusable[-1:] = False
     return fusable
 
 
-def _in_messages(reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's first and last character within the messages alone, on an axis that is the same for all models.
+def _message_order(prompt: RenderedPrompt) -> np.ndarray:
+    """``(messages,)``: the rank of each message in the text; one that the template leaves out follows the one before it."""
+    first = np.full(len(prompt.messages), -1)
+    for span in reversed(prompt.spans):
+        first[span.message] = span.start
+    written = np.maximum.accumulate(np.where(first >= 0, np.arange(len(first)), 0))
+    return np.argsort(np.argsort(first[written], kind="stable"))
 
-    Message ``i`` takes up its own length on the axis, trimmed or not. A token of the template covers nothing.
+
+def _on_axis(prompt: RenderedPrompt, rank: np.ndarray) -> np.ndarray:
+    """``(k, 4)``: start and end of each span, the rank of its message, and its start on an axis that all models share.
+
+    On the axis stand the messages alone, by rank, each with its own length, however much of it the template writes.
     """
-    starts, ends = np.zeros((2, len(reading.ids)), dtype=np.int64)
-    origin = 0
-    for content, span in zip(reading.prompt.messages, reading.prompt.spans, strict=True):
-        first, last = np.clip(reading.offsets, span.start, span.end).T
-        inside = last > first
-        shift = origin + span.skipped - span.start
-        starts[inside], ends[inside] = first[inside] + shift, last[inside] + shift
-        origin += len(content)
-    return starts, ends
+    spans = np.array([(span.start, span.end, span.message, span.offset) for span in prompt.spans], dtype=np.int64).reshape(-1, 4)
+    lengths = np.zeros(len(rank) + 1, dtype=np.int64)
+    lengths[rank + 1] = [len(content) for content in prompt.messages]
+    spans[:, 2] = rank[spans[:, 2]]
+    spans[:, 3] += np.cumsum(lengths)[spans[:, 2]]
+    return spans
 
 
-def _sections(reading: Reading) -> np.ndarray:
-    """``(n,)``, never decreasing: 2k for a token of the template before message k, 2k + 1 for one of message k itself."""
-    boundaries = np.array([(span.start, span.end) for span in reading.prompt.spans]).reshape(-1)
+def _drop_moved(spans: np.ndarray) -> np.ndarray:
+    """The spans that stand in the text as on the axis. What this template writes elsewhere, or again, is left to it.
+
+    Either the spans that go back are dropped or those that run ahead, whichever are shorter.
+    """
+    sizes = spans[:, 1] - spans[:, 0]
+    starts, ends = spans[:, 3], spans[:, 3] + sizes
+    reached = np.maximum.accumulate(np.append(0, ends))[:-1]
+    ahead = np.minimum.accumulate(np.append(starts, ends.max(initial=0))[::-1])[::-1][1:]
+    return spans[max(starts >= reached, ends <= ahead, key=lambda kept: sizes[kept].sum())]
+
+
+def _in_messages(reading: Reading, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's first and last character on the axis of :func:`_on_axis`. A token of the template covers nothing."""
+    spans = np.vstack([np.zeros(4, dtype=np.int64), spans])  # before the first there is an empty one
+    start, end, _, axis = spans[np.searchsorted(spans[:, 0], reading.offsets[:, 1]) - 1].T  # the last that begins before
+    first, last = np.clip(reading.offsets, start[:, None], end[:, None]).T
+    inside = last > first
+    return np.where(inside, first - start + axis, 0), np.where(inside, last - start + axis, 0)
+
+
+def _sections(reading: Reading, spans: np.ndarray) -> np.ndarray:
+    """``(n,)``, never decreasing: 2k for a token of the template before the k-th message, 2k + 1 for all within that message."""
+    section = np.append(np.column_stack([2 * spans[:, 2], 2 * spans[:, 2] + 1]), 2 * len(reading.prompt.messages))
     middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
-    return np.maximum.accumulate(np.searchsorted(2 * boundaries, middles, side="left"))
+    places = np.searchsorted(2 * spans[:, :2].reshape(-1), middles, side="left")
+    return np.maximum.accumulate(section[places])  # what the template writes inside a message belongs to it
 
 
 def _largest_overlap(

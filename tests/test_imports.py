@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"kv_cache", "chat", "layer_alignment"},
+    {"kv_cache", "spans", "layer_alignment"},
+    {"chat"},
     {"prefill", "token_alignment", "fusers"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint"},

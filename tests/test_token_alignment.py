@@ -18,14 +18,10 @@ def chat(*contents):
 
 
 def covered(reading, token):
-    """The characters of the messages, counted over all of them, that a token covers."""
+    """The characters of the messages that a token covers."""
     start, end = reading.offsets[token]
-    characters, origin = set(), 0
-    for content, span in zip(reading.prompt.messages, reading.prompt.spans, strict=True):
-        inside = range(max(start, span.start), min(end, span.end))
-        characters |= {origin + span.skipped + place - span.start for place in inside}
-        origin += len(content)
-    return characters
+    spans = reading.prompt.spans
+    return {(s.message, s.offset + place - s.start) for s in spans for place in range(max(start, s.start), min(end, s.end))}
 
 
 @settings(deadline=None)
@@ -67,6 +63,54 @@ def test_template_reads_the_end_of_the_sharers_template():
     index = align_spans(receiver, sharer)
     assert index[-1] == len(sharer.ids) - 1
     assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start
+
+
+ORDERS = {
+    "in order": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "system late": "{% for m in messages if m.role != 'system' %}{% if loop.last %}<|system|>{{ messages[0].content }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "no system": "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "thoughts dropped": "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}[assistant]",
+    "twice": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}again{{ messages[-1].content }}<|assistant|>",
+}
+LONG = [
+    {"role": "system", "content": "Be brief."},
+    *chat("What is the capital of Norway?", "<think>Norway, so Oslo.</think>It is Oslo.", "And the language they speak there?"),
+]
+
+
+def read_like(order, tokenizer):
+    tokenizer.chat_template = ORDERS[order]
+    return read(LONG, tokenizer)
+
+
+@pytest.mark.parametrize("theirs", ORDERS)
+@pytest.mark.parametrize("mine", ORDERS)
+def test_templates_may_move_repeat_or_leave_out_messages(mine, theirs):
+    receiver, sharer = read_like(mine, tiny_tokenizer(265)), read_like(theirs, tiny_tokenizer(340))
+    index = align_spans(receiver, sharer)
+    assert (np.diff(index) >= 0).all()
+    assert index[-1] == len(sharer.ids) - 1
+    met = [token for token in range(len(index)) if covered(receiver, token) & covered(sharer, index[token])]
+    read_there = set().union(*(covered(receiver, token) for token in met))
+    assert {number for number in (0, 1, 3) if characters_of(number) <= read_there} >= {1, 3}, "all that both write in one order"
+    if mine == theirs:
+        assert characters_of(0) <= read_there or mine == "no system"
+
+
+def characters_of(number):
+    return {(number, place) for place in range(len(LONG[number]["content"]))}
+
+
+def test_template_inside_a_message_reads_on_from_the_message():
+    tokenizer = tiny_tokenizer(265)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content.split('#') | join('<|end|>') }}{% endfor %}<|assistant|>"
+    receiver, sharer = read(chat("one#two"), tokenizer), read(chat("one#two"), COARSE)
+    index = align_spans(receiver, sharer)
+    inside = receiver.prompt.text.index("<|end|>")
+    token = receiver.offsets[:, 0].tolist().index(inside)
+    assert index[token] == index[token - 1]
+    assert (0, 4) in covered(sharer, index[token + 1])
 
 
 def test_the_last_token_is_never_fused():
