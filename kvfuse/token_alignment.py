@@ -9,7 +9,8 @@ index       0     1    2    2   3   5     5       5         -      (the last pro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.chat import Prompt, RenderedPrompt, as_chat, render
 from kvfuse.errors import PairError
+from kvfuse.reencode import REENCODINGS, reencoding, splice
 
-TOKEN_ALIGNMENTS = ("identity", "span")
+TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
+FUSE = ("all", "messages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Reading:
 
     Attributes:
         ids: ``(n,)`` int64.
-        offsets: ``(n, 2)`` int64, the characters of the text that each token covers.
+        offsets: ``(n, 2)`` int64, the characters of the text that each token covers; a piece of a character covers all of it.
         prompt: The text.
         pad_id: What to pad ``ids`` with.
     """
@@ -94,8 +97,12 @@ def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """
     rendered = render(prompt, tokenizer)
     encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return Reading(np.array(encoded["input_ids"], dtype=np.int64), offsets, rendered, tokenizer.pad_token_id or 0)
+    pairs = encoded["offset_mapping"]
+    offsets = np.fromiter(chain.from_iterable(pairs), dtype=np.int64, count=2 * len(pairs)).reshape(-1, 2)  # 3.5 x np.array
+    ids = np.array(encoded["input_ids"], dtype=np.int64)
+    if rendered.templated:  # else there are no special tokens in the text
+        _release_space(offsets, ids, rendered.text, tokenizer)
+    return Reading(ids, _cover_composed(offsets, rendered.text), rendered, tokenizer.pad_token_id or 0)
 
 
 def align(
@@ -110,21 +117,20 @@ def align(
         prompt: A text or a chat.
         receiver: The receiver's tokenizer.
         sharers: Each sharer's tokenizer and how it is aligned, one of :data:`TOKEN_ALIGNMENTS`. Under ``identity`` the
-            sharer reads the receiver's ids; under ``span`` its own.
+            sharer reads the receiver's ids; under ``span`` its own; under ``reencode-…`` its own template around the
+            receiver's message tokens, re-encoded one by one (:mod:`kvfuse.reencode`).
         fuse: ``all`` positions but the last, or only those of ``messages`` (the paper, for different tokenizers).
 
     Raises:
         PairError: An unknown name.
         PromptError: See :func:`kvfuse.chat.render`.
     """
+    for option, choices, given in (*(("token_alignment", TOKEN_ALIGNMENTS, how) for _, how in sharers), ("fuse", FUSE, fuse)):
+        if given not in choices:
+            raise PairError(f"expected {option} to be one of {', '.join(choices)}, got {given!r}; choose one")
     mine = read(prompt, receiver)
-    aligned = []
-    for tokenizer, how in sharers:
-        if how not in TOKEN_ALIGNMENTS:
-            raise PairError(f"expected token_alignment to be one of {', '.join(TOKEN_ALIGNMENTS)}, got {how!r}; choose one")
-        theirs = mine if how == "identity" else read(prompt, tokenizer)
-        aligned.append((theirs, np.arange(len(mine.ids)) if how == "identity" else align_spans(mine, theirs)))
-    return AlignedReading(mine, _fusable(mine, fuse), tuple(aligned))
+    aligned = tuple(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers)
+    return AlignedReading(mine, _fusable(mine, fuse), aligned)
 
 
 def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
@@ -158,7 +164,8 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
     """For each receiver token the sharer token with the largest character overlap, ties to the later one.
 
     A token of the template reads the last token of the sharer's template at the same place, which has read everything up
-    to there; so the receiver's final template tokens read the sharer's last prompt token. Equal readings align by identity.
+    to there; so the receiver's final template tokens read the sharer's last prompt token. A token that no sharer token overlaps
+    reads the last one before it. Equal readings align by identity.
 
     Returns:
         ``(n,)`` int64, never decreasing; -1 before the sharer's first token.
@@ -169,13 +176,44 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
     sharer_starts, sharer_ends = _in_messages(sharer)
     in_message = np.flatnonzero(ends > starts)
     readable = np.flatnonzero(sharer_ends > sharer_starts)
-    sections = _sections(receiver)
-    last = np.searchsorted(_sections(sharer), sections, side="right") - 1  # the sharer's last token there, or before it
-    index = np.where(sections % 2 == 0, last, -1)
+    template = places(receiver) // 2 * 2  # the one that a token stands in, or that stands before its message
+    index = np.searchsorted(_sections(sharer), template, side="right") - 1  # the sharer's last token there, or before it
     if len(readable):
         best, overlap = _largest_overlap(starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable])
-        index[in_message] = np.where(overlap > 0, readable[best], -1)
+        index[in_message] = np.where(overlap > 0, readable[best], index[in_message])
     return np.maximum.accumulate(index)
+
+
+def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tuple[Reading, np.ndarray]:
+    """What the sharer reads under re-encoding, where each message token of the receiver is one token of the sharer.
+
+    Args:
+        receiver: The receiver's reading.
+        sharer: The sharer's own reading, of which the template is kept.
+        table: Receiver id -> sharer id, see :func:`kvfuse.reencode.reencoding`.
+
+    Returns:
+        The sharer's reading, its offsets zero (a re-encoded token need not stand for characters); the index as in
+        :func:`align_spans`.
+    """
+    ids, index = splice(receiver.ids, places(receiver), sharer.ids, places(sharer), table)
+    return replace(sharer, ids=ids, offsets=np.zeros((len(ids), 2), dtype=np.int64)), index
+
+
+def places(reading: Reading) -> np.ndarray:
+    """Where each token stands, ``(n,)`` int64: 2k in the template before message k, 2k + 1 where it covers any of message k."""
+    starts, ends = reading.offsets.T
+    first_characters = replace(reading, offsets=np.stack([starts, np.minimum(ends, starts + 1)], axis=1))
+    sections = _sections(first_characters)
+    first, last = _in_messages(reading)
+    return np.where(last > first, sections | 1, sections + sections % 2)
+
+
+def covered(reading: Reading, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Which characters of the messages, one message after the other, the tokens cover, ``(characters,)`` bool."""
+    size = sum(map(len, reading.prompt.messages)) + 1
+    starts, ends = (edges[tokens] for edges in _in_messages(reading))
+    return np.cumsum(np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size))[:-1] > 0
 
 
 def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
@@ -186,6 +224,41 @@ def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     for i, row in enumerate(rows):
         padded[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
     return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def _align_one(
+    mine: Reading, prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str
+) -> tuple[Reading, np.ndarray]:
+    if how == "identity":
+        return mine, np.arange(len(mine.ids))
+    theirs = read(prompt, sharer)
+    if how == "span":
+        return theirs, align_spans(mine, theirs)
+    return align_reencoded(mine, theirs, reencoding(receiver, sharer, how))
+
+
+def _release_space(offsets: np.ndarray, ids: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep special tokens to their own text, in place. Some (phi-4's) swallow the white space beside them, a message's or not."""
+    greedy = [token for token, added in tokenizer.added_tokens_decoder.items() if added.lstrip or added.rstrip]
+    for place in np.flatnonzero(np.isin(ids, greedy)):
+        start, end = offsets[place]
+        offsets[place] = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
+
+
+def _cover_composed(offsets: np.ndarray, text: str) -> np.ndarray:
+    """Let a token cover the characters that a normaliser composed into its last one: of ``e + \u0301`` it names only the e.
+
+    They are those that no token covers. Spaces are never composed; some tokenizers leave them out of a word's offsets.
+    """
+    starts, ends = offsets[offsets[:, 1] > offsets[:, 0]].T
+    reach = np.maximum.accumulate(ends)
+    following = np.append(starts[1:], len(text))
+    gaps = np.array([gap for gap in np.flatnonzero(following > reach) if not text[reach[gap]].isspace()], dtype=np.int64)
+    if not len(gaps):
+        return offsets
+    gap = gaps[np.minimum(np.searchsorted(reach[gaps], offsets[:, 1]), len(gaps) - 1)]
+    composed = (reach[gap] == offsets[:, 1]) & (offsets[:, 1] > offsets[:, 0])
+    return np.stack([offsets[:, 0], np.where(composed, following[gap], offsets[:, 1])], axis=1)
 
 
 def _fusable(reading: Reading, fuse: str) -> np.ndarray:

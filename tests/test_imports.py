@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"kv_cache", "chat", "layer_alignment"},
+    {"kv_cache", "chat", "layer_alignment", "reencode"},
     {"prefill", "decode", "token_alignment", "fusers"},
     {"language_model", "fuse", "checkpoint"},
     {"model"},
