@@ -8,7 +8,7 @@ index       0     1    2    2   3   5     5       5         -      (the last pro
 ```
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.chat import Prompt, RenderedPrompt, as_chat, render
+from kvfuse.chat import Prompt, RenderedPrompt, render
 from kvfuse.errors import PairError
 from kvfuse.reencode import REENCODINGS, reencoding, splice
 
@@ -144,20 +144,6 @@ def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
         sharers.append(SharerPrompt(ids=their_ids, mask=their_mask, index=pad_left(shifted, -1)[0]))
     fuse_mask = pad_left([row.fusable for row in rows], 0)[0].bool()
     return AlignedPrompt(ids=ids, mask=mask, sharers=tuple(sharers), fuse_mask=fuse_mask)
-
-
-def describe(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> Iterator[str]:
-    """An alignment in two columns, line by line: each receiver token and the sharer token it reads."""
-    aligned = align(as_chat(prompt), receiver, [(sharer, how)])
-    reading, index = aligned.sharers[0]
-    mine = [repr(receiver.decode(token))[1:-1] for token in aligned.receiver.ids]
-    theirs = [repr(sharer.decode(token))[1:-1] for token in reading.ids]
-    width = max(map(len, [*mine, "receiver"]))
-    yield f"{'receiver':{width}}  sharer"
-    for token, position, fused in zip(mine, index, aligned.fusable, strict=True):
-        yield f"{token:{width}}  {theirs[position] if fused and position >= 0 else '-'}"
-    fused_count = int((aligned.fusable & (index >= 0)).sum())
-    yield f"{how}: {len(mine)} receiver tokens, {fused_count} fused; {len(theirs)} sharer tokens"
 
 
 def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:

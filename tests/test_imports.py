@@ -13,7 +13,7 @@ LAYERS = [
     {"kv_cache", "chat", "layer_alignment", "reencode"},
     {"prefill", "decode", "token_alignment", "fusers"},
     {"language_model", "fuse", "checkpoint"},
-    {"model"},
+    {"model", "alignment_view"},
     {"testing", "methods"},
     {"training", "evaluation"},
     {"demo"},
