@@ -22,7 +22,7 @@ _LOCK = Lock()
 
 
 def reencoding(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> np.ndarray:
-    """The sharer id that stands for each receiver id; built in about two seconds, then kept as long as both tokenizers live.
+    """The sharer id that stands for each receiver id; built in a few seconds, then kept while both tokenizers live.
 
     Args:
         receiver: The receiver's fast tokenizer.
