@@ -69,21 +69,35 @@ def train(
 
 @app.command()
 def align(
-    text: Annotated[str, typer.Argument(help="What the user says.")],
     receiver: ReceiverOption,
     sharer: Annotated[str, typer.Option("--sharer", "-s", help="Folder or Hub id of the model that only reads.")],
+    text: Annotated[str | None, typer.Argument(help="What the user says.")] = None,
+    chat: Annotated[Path | None, typer.Option(help="In place of a text: a JSON file with a list of messages.")] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(help="identity, span, reencode-first or reencode-longest; by default identity for one tokenizer, else span."),
+    ] = None,
+    fuse: Annotated[str, typer.Option(help="all positions but the last, or only those of messages.")] = "all",
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a picture to this file, in place of the lines.")] = None,
 ) -> None:
-    """Show which sharer token each receiver token reads. Only the tokenizers are loaded.
+    """Show a prompt in both tokenizations, and which sharer token each receiver token reads. Only the tokenizers are loaded.
 
-    kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct
+    kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct --html alignment.html
     """
+    from kvfuse.alignment_view import lines, load_chat, page, summary, view
+    from kvfuse.checkpoint import write_file
+    from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
-    from kvfuse.token_alignment import describe
 
+    if (text is None) == (chat is None):
+        raise PromptError(f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two")
+    prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
-    how = "identity" if tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1]) else "span"
-    for line in describe(text, *tokenizers, how):
-        typer.echo(line)
+    identical = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
+    seen = view(prompt, *tokenizers, how=("identity" if identical else "span") if how is None else how, fuse=fuse)
+    if html:
+        write_file(html, page(seen))
+    typer.echo(summary(seen) if html else "\n".join(lines(seen)))
 
 
 @app.command()

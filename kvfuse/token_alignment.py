@@ -8,18 +8,22 @@ index       0     1    2    2   3   5     5       5         -      (the last pro
 ```
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.chat import Prompt, RenderedPrompt, as_chat, render
+from kvfuse.chat import Prompt
 from kvfuse.errors import PairError
+from kvfuse.message_axis import drop_moved, in_messages, message_order, on_axis, own_spans, places, sections
+from kvfuse.reading import Reading, read
+from kvfuse.reencode import REENCODINGS, reencoding, splice
 
-TOKEN_ALIGNMENTS = ("identity", "span")
+TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
+FUSE = ("all", "messages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +59,6 @@ class AlignedPrompt:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One model's tokenization of one prompt.
-
-    Attributes:
-        ids: ``(n,)`` int64.
-        offsets: ``(n, 2)`` int64, the characters of the text that each token covers.
-        prompt: The text.
-        pad_id: What to pad ``ids`` with.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    prompt: RenderedPrompt
-    pad_id: int
-
-
-@dataclass(frozen=True)
 class AlignedReading:
     """One prompt as every model reads it: a row of an :class:`AlignedPrompt` before padding.
 
@@ -86,18 +73,6 @@ class AlignedReading:
     sharers: tuple[tuple[Reading, np.ndarray], ...]
 
 
-def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
-    """Render and tokenize a prompt for one model.
-
-    Raises:
-        PromptError: See :func:`kvfuse.chat.render`.
-    """
-    rendered = render(prompt, tokenizer)
-    encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return Reading(np.array(encoded["input_ids"], dtype=np.int64), offsets, rendered, tokenizer.pad_token_id or 0)
-
-
 def align(
     prompt: Prompt,
     receiver: PreTrainedTokenizerBase,
@@ -110,21 +85,20 @@ def align(
         prompt: A text or a chat.
         receiver: The receiver's tokenizer.
         sharers: Each sharer's tokenizer and how it is aligned, one of :data:`TOKEN_ALIGNMENTS`. Under ``identity`` the
-            sharer reads the receiver's ids; under ``span`` its own.
+            sharer reads the receiver's ids; under ``span`` its own; under ``reencode-…`` its own template around the
+            receiver's message tokens, re-encoded one by one (:mod:`kvfuse.reencode`).
         fuse: ``all`` positions but the last, or only those of ``messages`` (the paper, for different tokenizers).
 
     Raises:
         PairError: An unknown name.
         PromptError: See :func:`kvfuse.chat.render`.
     """
+    for option, choices, given in (*(("token_alignment", TOKEN_ALIGNMENTS, how) for _, how in sharers), ("fuse", FUSE, fuse)):
+        if given not in choices:
+            raise PairError(f"expected {option} to be one of {', '.join(choices)}, got {given!r}; choose one")
     mine = read(prompt, receiver)
-    aligned = []
-    for tokenizer, how in sharers:
-        if how not in TOKEN_ALIGNMENTS:
-            raise PairError(f"expected token_alignment to be one of {', '.join(TOKEN_ALIGNMENTS)}, got {how!r}; choose one")
-        theirs = mine if how == "identity" else read(prompt, tokenizer)
-        aligned.append((theirs, np.arange(len(mine.ids)) if how == "identity" else align_spans(mine, theirs)))
-    return AlignedReading(mine, _fusable(mine, fuse), tuple(aligned))
+    aligned = tuple(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers)
+    return AlignedReading(mine, _fusable(mine, fuse), aligned)
 
 
 def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
@@ -154,45 +128,46 @@ def from_ids(ids: Tensor, num_sharers: int = 1, mask: Tensor | None = None) -> A
     return AlignedPrompt(ids=ids, mask=mask, sharers=(SharerPrompt(ids=ids, mask=mask, index=index),) * num_sharers, fuse_mask=fuse_mask)
 
 
-def describe(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> Iterator[str]:
-    """An alignment in two columns, line by line: each receiver token and the sharer token it reads."""
-    aligned = align(as_chat(prompt), receiver, [(sharer, how)])
-    reading, index = aligned.sharers[0]
-    mine = [repr(receiver.decode(token))[1:-1] for token in aligned.receiver.ids]
-    theirs = [repr(sharer.decode(token))[1:-1] for token in reading.ids]
-    width = max(map(len, [*mine, "receiver"]))
-    yield f"{'receiver':{width}}  sharer"
-    for token, position, fused in zip(mine, index, aligned.fusable, strict=True):
-        yield f"{token:{width}}  {theirs[position] if fused and position >= 0 else '-'}"
-    fused_count = int((aligned.fusable & (index >= 0)).sum())
-    yield f"{how}: {len(mine)} receiver tokens, {fused_count} fused; {len(theirs)} sharer tokens"
-
-
 def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
     """For each receiver token the sharer token with the largest character overlap, ties to the later one.
 
     A token of the template reads the last token of the sharer's template at the same place, which has read everything up
-    to there; so the receiver's final template tokens read the sharer's last prompt token. Equal readings align by identity.
-    A message that the sharer's template leaves out, or writes in another order than most, reads what was read before it.
+    to there; so the receiver's final template tokens read the sharer's last prompt token. A token that no sharer token overlaps,
+    as of a message that the sharer's template leaves out or moves, reads the last one before it. Equal readings align by identity.
 
     Returns:
         ``(n,)`` int64, never decreasing; -1 before the sharer's first token.
     """
     if receiver.prompt.text == sharer.prompt.text and np.array_equal(receiver.ids, sharer.ids):
         return np.arange(len(receiver.ids))
-    order = _message_order(receiver.prompt)
-    spans, sharer_spans = (_drop_moved(_on_axis(reading.prompt, order)) for reading in (receiver, sharer))
-    starts, ends = _in_messages(receiver, spans)
-    sharer_starts, sharer_ends = _in_messages(sharer, sharer_spans)
+    spans, sharer_spans = _common_spans(receiver, sharer)
+    starts, ends = in_messages(receiver, spans)
+    sharer_starts, sharer_ends = in_messages(sharer, sharer_spans)
     in_message = np.flatnonzero(ends > starts)
     readable = np.flatnonzero(sharer_ends > sharer_starts)
-    sections = _sections(receiver, spans)
-    last = np.searchsorted(_sections(sharer, sharer_spans), sections, side="right") - 1  # the sharer's last token there, or before
-    index = np.where(sections % 2 == 0, last, -1)
+    template = sections(receiver, spans) // 2 * 2  # the one that a token stands in, or that stands before its message
+    index = np.searchsorted(sections(sharer, sharer_spans), template, side="right") - 1  # the sharer's last token there, or before
     if len(readable):
         best, overlap = _largest_overlap(starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable])
-        index[in_message] = np.where(overlap > 0, readable[best], -1)
+        index[in_message] = np.where(overlap > 0, readable[best], index[in_message])
     return np.maximum.accumulate(index)
+
+
+def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tuple[Reading, np.ndarray]:
+    """What the sharer reads under re-encoding, where each message token of the receiver is one token of the sharer.
+
+    Args:
+        receiver: The receiver's reading.
+        sharer: The sharer's own reading, of which the template is kept.
+        table: Receiver id -> sharer id, see :func:`kvfuse.reencode.reencoding`.
+
+    Returns:
+        The sharer's reading, its offsets zero (a re-encoded token need not stand for characters); the index as in
+        :func:`align_spans`.
+    """
+    spans, sharer_spans = _common_spans(receiver, sharer)
+    ids, index = splice(receiver.ids, places(receiver, spans), sharer.ids, places(sharer, sharer_spans), table)
+    return replace(sharer, ids=ids, offsets=np.zeros((len(ids), 2), dtype=np.int64)), index
 
 
 def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
@@ -205,63 +180,29 @@ def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
+def _align_one(
+    mine: Reading, prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str
+) -> tuple[Reading, np.ndarray]:
+    if how == "identity":
+        return mine, np.arange(len(mine.ids))
+    theirs = read(prompt, sharer)
+    if how == "span":
+        return theirs, align_spans(mine, theirs)
+    return align_reencoded(mine, theirs, reencoding(receiver, sharer, how))
+
+
+def _common_spans(receiver: Reading, sharer: Reading) -> tuple[np.ndarray, np.ndarray]:
+    """The messages' spans in both readings, on the axis that follows the receiver's text."""
+    order = message_order(receiver.prompt)
+    return drop_moved(on_axis(receiver.prompt, order)), drop_moved(on_axis(sharer.prompt, order))
+
+
 def _fusable(reading: Reading, fuse: str) -> np.ndarray:
     """``(n,)`` bool: the positions of a prompt that may be fused."""
-    starts, ends = _in_messages(reading, _on_axis(reading.prompt, _message_order(reading.prompt)))
+    starts, ends = in_messages(reading, own_spans(reading.prompt))
     fusable = np.ones(len(reading.ids), dtype=bool) if fuse == "all" else ends > starts
     fusable[-1:] = False
     return fusable
-
-
-def _message_order(prompt: RenderedPrompt) -> np.ndarray:
-    """``(messages,)``: the rank of each message in the text; one that the template leaves out follows the one before it."""
-    first = np.full(len(prompt.messages), -1)
-    for span in reversed(prompt.spans):
-        first[span.message] = span.start
-    written = np.maximum.accumulate(np.where(first >= 0, np.arange(len(first)), 0))
-    return np.argsort(np.argsort(first[written], kind="stable"))
-
-
-def _on_axis(prompt: RenderedPrompt, rank: np.ndarray) -> np.ndarray:
-    """``(k, 4)``: start and end of each span, the rank of its message, and its start on an axis that all models share.
-
-    On the axis stand the messages alone, by rank, each with its own length, however much of it the template writes.
-    """
-    spans = np.array([(span.start, span.end, span.message, span.offset) for span in prompt.spans], dtype=np.int64).reshape(-1, 4)
-    lengths = np.zeros(len(rank) + 1, dtype=np.int64)
-    lengths[rank + 1] = [len(content) for content in prompt.messages]
-    spans[:, 2] = rank[spans[:, 2]]
-    spans[:, 3] += np.cumsum(lengths)[spans[:, 2]]
-    return spans
-
-
-def _drop_moved(spans: np.ndarray) -> np.ndarray:
-    """The spans that stand in the text as on the axis. What this template writes elsewhere, or again, is left to it.
-
-    Either the spans that go back are dropped or those that run ahead, whichever are shorter.
-    """
-    sizes = spans[:, 1] - spans[:, 0]
-    starts, ends = spans[:, 3], spans[:, 3] + sizes
-    reached = np.maximum.accumulate(np.append(0, ends))[:-1]
-    ahead = np.minimum.accumulate(np.append(starts, ends.max(initial=0))[::-1])[::-1][1:]
-    return spans[max(starts >= reached, ends <= ahead, key=lambda kept: sizes[kept].sum())]
-
-
-def _in_messages(reading: Reading, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's first and last character on the axis of :func:`_on_axis`. A token of the template covers nothing."""
-    spans = np.vstack([np.zeros(4, dtype=np.int64), spans])  # before the first there is an empty one
-    start, end, _, axis = spans[np.searchsorted(spans[:, 0], reading.offsets[:, 1]) - 1].T  # the last that begins before
-    first, last = np.clip(reading.offsets, start[:, None], end[:, None]).T
-    inside = last > first
-    return np.where(inside, first - start + axis, 0), np.where(inside, last - start + axis, 0)
-
-
-def _sections(reading: Reading, spans: np.ndarray) -> np.ndarray:
-    """``(n,)``, never decreasing: 2k for a token of the template before the k-th message, 2k + 1 for all within that message."""
-    section = np.append(np.column_stack([2 * spans[:, 2], 2 * spans[:, 2] + 1]), 2 * len(reading.prompt.messages))
-    middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
-    places = np.searchsorted(2 * spans[:, :2].reshape(-1), middles, side="left")
-    return np.maximum.accumulate(section[places])  # what the template writes inside a message belongs to it
 
 
 def _largest_overlap(

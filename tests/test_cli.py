@@ -66,6 +66,35 @@ def test_align_prints_two_columns(folders):
     assert run("align", "Oslo", "-r", folders["-r"], "-s", folders["-r"]).output.splitlines()[-1].startswith("identity: ")
 
 
+def test_align_draws_a_chat(folders, tmp_path):
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]')
+    files = ["--chat", str(tmp_path / "chat.json"), "--html", str(tmp_path / "out" / "picture.html")]
+    result = run("align", *files, "-r", folders["-r"], "-s", folders["-s"], "--how", "reencode-longest", "--fuse", "messages")
+    assert result.output.startswith("reencode-longest: ")
+    assert len(result.output.splitlines()) == 1
+    assert result.output.strip() in (tmp_path / "out" / "picture.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hi", "--how", "spam"], "identity, span, reencode-first, reencode-longest, got 'spam'"),
+        (["hi", "--fuse", "spam"], "all, messages, got 'spam'"),
+        (["hi", "-s", "{empty}"], "expected a tokenizer at"),
+        (["--chat", "{empty}/chat.json"], "expected a chat in JSON"),
+        (["hi", "--chat", "{empty}/chat.json"], "got both"),
+        ([], "got neither"),
+        ([""], "got an empty one"),
+    ],
+)
+def test_wrong_alignments_give_one_line_and_no_file(folders, fails, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    models = ["-r", folders["-r"], "-s", folders["-s"], "--html", str(tmp_path / "picture.html")]
+    assert message in fails("align", *models, *arguments)
+    assert not (tmp_path / "picture.html").exists()
+
+
 def test_train_runs_a_recipe(folders, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
     (tmp_path / "recipe.yaml").write_text(f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: {tmp_path}/data.jsonl}}}}")

@@ -10,13 +10,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"kv_cache", "spans", "layer_alignment"},
+    {"kv_cache", "spans", "layer_alignment", "reencode"},
     {"chat"},
+    {"reading"},
+    {"message_axis"},
     {"prefill", "token_alignment", "fusers"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint"},
     {"decode"},
-    {"model"},
+    {"model", "alignment_view"},
     {"testing", "methods"},
     {"training", "evaluation"},
     {"demo"},

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from kvfuse.errors import RecipeError
+from kvfuse.token_alignment import TOKEN_ALIGNMENTS
 from kvfuse.training.recipe import load_recipe
 
 GOOD = {"receiver": "a", "sharer": "b", "output": "out", "data": {"path": "data.jsonl"}}
@@ -21,6 +22,11 @@ def test_defaults_are_the_papers(recipe):
     loaded = load_recipe(recipe(GOOD))
     assert (loaded.train.learning_rate, loaded.train.weight_decay, loaded.train.warmup) == (1e-4, 0.01, 0.1)
     assert loaded.fuser.kind == "c2c"
+
+
+@pytest.mark.parametrize("how", ["auto", *TOKEN_ALIGNMENTS])
+def test_every_token_alignment_can_be_asked_for(recipe, how):
+    assert load_recipe(recipe({**GOOD, "token_alignment": how})).token_alignment == how
 
 
 def test_words_after_the_recipe_win(recipe):

@@ -1,12 +1,18 @@
+import unicodedata
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from kvfuse import message_axis
 from kvfuse.chat import render
 from kvfuse.errors import PairError
+from kvfuse.reading import read
 from kvfuse.testing import tiny_tokenizer
-from kvfuse.token_alignment import align, align_spans, describe, read, stack
+from kvfuse.token_alignment import align, align_spans, stack
 
 FINE, COARSE, PLAIN = tiny_tokenizer(265), tiny_tokenizer(340, "lines"), tiny_tokenizer(300, None)
 texts = st.text(min_size=1, max_size=60).filter(str.strip)
@@ -113,6 +119,12 @@ def test_template_inside_a_message_reads_on_from_the_message():
     assert (0, 4) in covered(sharer, index[token + 1])
 
 
+def test_what_the_sharers_template_trims_reads_the_token_before_it():
+    receiver, sharer = read(chat(" \n Oslo"), PLAIN), read(chat(" \n Oslo"), COARSE)
+    index = align_spans(receiver, sharer)
+    assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start, "not nothing, though the receiver has no template"
+
+
 def test_the_last_token_is_never_fused():
     row = align("Oslo is the capital", FINE, [(COARSE, "span")])
     assert row.fusable.tolist() == [True] * (len(row.fusable) - 1) + [False]
@@ -145,7 +157,86 @@ def test_unknown_alignment_is_refused():
         align("text", FINE, [(COARSE, "spam")])
 
 
-def test_describe_shows_every_receiver_token():
-    lines = list(describe("Oslo?", FINE, COARSE, "span"))
-    assert len(lines) == len(read(chat("Oslo?"), FINE).ids) + 2
-    assert lines[-2].endswith("-")
+REAL = ("gpt2", "llama-3.2", "mistral-v3", "phi-4", "qwen2.5", "qwen3")
+PIECES = (
+    *(" ", "  ", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00"),  # white space, and what looks like none
+    *("é", "e\u0301", "a\u0323\u0301", "a\u0301\u0323", "한", "\u1112\u1161\u11ab", "\u212b", "\u0958", "ﬁ", "नमस्ते"),  # (de)composed
+    *("你", "好，", "世界", "𠮷", "👩‍👩‍👧", "👍🏽", "🇳🇴", "❤️", "𒀀", "\U0001d15e"),  # several bytes, several code points
+    *("Hello", " world", "1234", "'s", "def f(x):\n    return x", "▁", "<0xE4>", "<|im_end", "[INST", "\\", "`{}`"),
+)
+mixed = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=8).map("".join).filter(str.strip)
+
+
+class Tokenizers(dict):
+    def __repr__(self):
+        return "the real tokenizers"  # hypothesis prints arguments
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+    return Tokenizers((name, AutoTokenizer.from_pretrained(shared / "tokenizers" / name)) for name in REAL)
+
+
+def check_pair(receiver, sharer):
+    """What holds for every alignment: best overlap, ties to the later, nothing left out, never back."""
+    index = align_spans(receiver, sharer)
+    assert (np.diff(index) >= 0).all()
+    theirs = [covered(sharer, token) for token in range(len(sharer.ids))]
+    same = receiver.prompt == sharer.prompt and receiver.ids.tolist() == sharer.ids.tolist()
+    for token, position in enumerate(index):
+        mine = covered(receiver, token)
+        overlaps = [len(mine & other) for other in theirs]
+        assert not mine or position >= 0
+        if mine and max(overlaps):
+            assert overlaps[position] == max(overlaps)
+            assert same or max(overlaps) not in overlaps[position + 1 :], "pieces of one character read the last of its pieces"
+
+
+def simple(text, name):
+    """Up to what a tokenizer normalises."""
+    return text.replace("▁", " ").replace(" ", "") if name == "mistral-v3" else unicodedata.normalize("NFC", text)
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=mixed)
+def test_real_tokenizers_align_plain_text(real, text):
+    readings = {name: read(text, tokenizer) for name, tokenizer in real.items()}
+    for name, reading in readings.items():
+        inside = reading.offsets[:, 1] > reading.offsets[:, 0]
+        assert simple(real[name].decode(reading.ids[inside]), name) == simple(text, name)
+        assert message_axis.covered(reading).all(), f"{name}: every character is some token's"
+        assert (np.diff(reading.offsets[inside], axis=0) >= 0).all(), "in reading order"
+        assert align_spans(reading, read(text, real[name])).tolist() == list(range(len(reading.ids)))
+    for one, other in product(readings.values(), repeat=2):
+        check_pair(one, other)
+
+
+@settings(deadline=None, max_examples=20)
+@given(first=mixed, second=mixed)
+def test_real_tokenizers_align_chats(real, first, second):
+    readings = {name: read(chat(first, "Yes. ", second), tokenizer) for name, tokenizer in real.items()}
+    for one, other in product(readings.values(), repeat=2):
+        check_pair(one, other)
+        if one.prompt.templated and other.prompt.templated:
+            assert align_spans(one, other)[-1] == len(other.ids) - 1
+
+
+@pytest.mark.parametrize("character", ["你", "𠮷", "👩", "é", "𒀀"])
+def test_pieces_of_a_character_read_its_last_piece(real, character):
+    readings = [read(f"a{character}b", tokenizer) for tokenizer in real.values()]
+    for receiver, sharer in product(readings, repeat=2):
+        if receiver.ids.tolist() != sharer.ids.tolist():
+            mine, theirs = (np.flatnonzero((one.offsets == [1, 2]).all(axis=1)) for one in (receiver, sharer))
+            assert set(align_spans(receiver, sharer)[mine]) <= {theirs[-1]} if len(theirs) else True
+
+
+def test_composed_accents_belong_to_their_letter(real):
+    reading = read("cafe\u0301s a\u0323\u0301", real["qwen3"])
+    words = [reading.prompt.text[start:end] for start, end in reading.offsets]
+    assert "".join(words) == reading.prompt.text
+    assert all(not unicodedata.combining(word[0]) for word in words[:-1])
+
+
+def test_special_tokens_that_swallow_white_space_are_no_message(real):
+    row = align(chat(" Oslo "), real["phi-4"], [(real["qwen3"], "span")], fuse="messages")
+    assert [real["phi-4"].decode([token]) for token in row.receiver.ids[row.fusable]] == ["Os", "lo"]

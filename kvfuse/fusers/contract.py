@@ -16,7 +16,7 @@ class FuserConfig(PreTrainedConfig):
     Attributes:
         receiver: Identity of the receiver: name, KV shape, tokenizer, weights (:class:`kvfuse.language_model.Identity`).
         sharer: Identity of the sharer.
-        token_alignment: ``identity`` | ``span``.
+        token_alignment: One of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
         fuse: ``all`` | ``messages``: which prompt positions are fused.
         fuse_response: Whether the last prompt token and what is generated are fused as well.

@@ -11,7 +11,8 @@ from kvfuse.decode import decode
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods.contract import Method, Reply, to_replies
 from kvfuse.methods.single import Single
-from kvfuse.token_alignment import pad_left, read
+from kvfuse.reading import read
+from kvfuse.token_alignment import pad_left
 
 
 class Router(nn.Module):

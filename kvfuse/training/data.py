@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from kvfuse.chat import Prompt
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, Reading, SharerPrompt, pad_left, stack
+from kvfuse.reading import Reading
+from kvfuse.token_alignment import AlignedPrompt, AlignedReading, SharerPrompt, pad_left, stack
 from kvfuse.training.recipe import DataSection
 
 IGNORED = -100  # the label that transformers' losses skip

@@ -80,7 +80,7 @@ class Recipe(_Section):
     """Folder for the fuser."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the two models are loaded as; the fuser itself always trains in float32."""
-    token_alignment: Literal["auto", "identity", "span"] = "auto"
+    token_alignment: Literal["auto", "identity", "span", "reencode-first", "reencode-longest"] = "auto"
     """``auto``: identity for identical tokenizers, else span."""
     fuser: FuserSection = FuserSection()
     data: DataSection

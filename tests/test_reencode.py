@@ -1,0 +1,124 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from kvfuse.message_axis import own_spans, places
+from kvfuse.model import CacheToCache
+from kvfuse.reading import read
+from kvfuse.reencode import REENCODINGS, reencoding, splice
+from kvfuse.testing import tiny_fuser, tiny_tokenizer
+from kvfuse.token_alignment import align
+
+FINE, COARSE = tiny_tokenizer(265), tiny_tokenizer(340, "lines")
+texts = st.text(min_size=1, max_size=40).filter(str.strip)
+
+
+def places_of(reading):
+    return places(reading, own_spans(reading.prompt))
+
+
+def chat(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def one_by_one(token, receiver, sharer, how):
+    """The definition, for a token without a role."""
+    pieces = sharer.encode(receiver.decode([token]), add_special_tokens=False)
+    lengths = [len(sharer.decode([piece])) for piece in pieces]
+    return pieces[lengths.index(max(lengths)) if how == "reencode-longest" else 0]
+
+
+@pytest.mark.parametrize("how", REENCODINGS)
+@pytest.mark.parametrize(("receiver", "sharer"), [(FINE, COARSE), (COARSE, FINE)])
+def test_the_table_is_decoding_and_encoding_one_by_one(receiver, sharer, how):
+    table = reencoding(receiver, sharer, how)
+    ordinary = sorted(set(range(len(receiver))) - set(receiver.all_special_ids))
+    assert table[ordinary].tolist() == [one_by_one(token, receiver, sharer, how) for token in ordinary]
+
+
+def test_first_and_longest_differ_where_they_should():
+    sharer = tiny_tokenizer(340)
+    sharer.add_tokens(["resx"])
+    receiver = tiny_tokenizer(265)
+    receiver.add_tokens(["qresx"])
+    token = receiver.convert_tokens_to_ids("qresx")
+    first, longest = (sharer.decode([reencoding(receiver, sharer, how)[token]]) for how in REENCODINGS)
+    assert (first, longest) == ("q", "resx")
+
+
+def test_special_tokens_keep_their_role_else_their_name():
+    receiver, sharer = tiny_tokenizer(300), tiny_tokenizer(320)
+    receiver.add_special_tokens({"bos_token": "<|user|>", "unk_token": "<unknown>", "extra_special_tokens": ["<|system|>", "<nowhere>"]})
+    sharer.add_special_tokens({"bos_token": "<|assistant|>", "pad_token": "<|system|>"})
+    table = reencoding(receiver, sharer, "reencode-first")
+    expected = {"<pad>": "<|system|>", "<|end|>": "<|end|>", "<|user|>": "<|assistant|>", "<|system|>": "<|system|>"}
+    read_as = {name: sharer.convert_ids_to_tokens(int(table[receiver.convert_tokens_to_ids(name)])) for name in expected}
+    assert read_as == expected
+    assert table[receiver.convert_tokens_to_ids("<nowhere>")] == 0, "the sharer has no unknown token"
+
+
+def test_the_table_is_built_once_and_again_for_new_tokens():
+    receiver = tiny_tokenizer(265)
+    table = reencoding(receiver, COARSE, "reencode-first")
+    assert reencoding(receiver, COARSE, "reencode-first") is table
+    assert not table.flags.writeable
+    receiver.add_tokens(["<new>"])
+    assert len(reencoding(receiver, COARSE, "reencode-first")) == len(table) + 1
+
+
+def test_the_table_goes_with_its_tokenizers():
+    receiver = tiny_tokenizer(265)
+    table = weakref.ref(reencoding(receiver, receiver, "reencode-first"))
+    del receiver
+    gc.collect()
+    assert table() is None
+
+
+def test_padding_left_over_from_another_call_does_not_matter():
+    padding = tiny_tokenizer(340)
+    padding(["a", "longer"], padding="max_length", max_length=9, truncation=True)
+    expected = reencoding(FINE, tiny_tokenizer(340), "reencode-longest")
+    assert reencoding(FINE, padding, "reencode-longest").tolist() == expected.tolist()
+
+
+def test_splice_keeps_both_orders():
+    table = np.arange(100) + 100
+    ids, index = splice(np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table)
+    assert ids.tolist() == [7, 8, 102, 103, 105]
+    assert index.tolist() == [1, 2, 3, 3, 4], "no template between the messages: the last token before"
+
+
+@settings(deadline=None)
+@given(contents=st.lists(texts, min_size=1, max_size=3), tokenizers=st.permutations([FINE, COARSE]), how=st.sampled_from(REENCODINGS))
+def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, tokenizers, how):
+    receiver, sharer = tokenizers
+    row = align(chat(*contents), receiver, [(sharer, how)], fuse="messages")
+    (theirs, index), own, turns = row.sharers[0], read(chat(*contents), sharer), places_of(row.receiver)
+    message = turns % 2 == 1
+    assert theirs.ids[index[message]].tolist() == reencoding(receiver, sharer, how)[row.receiver.ids[message]].tolist()
+    assert (np.diff(index[message]) > 0).all(), "one to one"
+    template = np.setdiff1d(np.arange(len(theirs.ids)), index[message])
+    assert theirs.ids[template].tolist() == own.ids[places_of(own) % 2 == 0].tolist()
+    assert (np.diff(index) >= 0).all()
+    assert index[-1] == len(theirs.ids) - 1, "the end of the prompt reads the end of the prompt"
+    assert (message[row.fusable]).all()
+
+
+def test_a_fuser_trained_that_way_answers(receiver, sharer):
+    fuser = tiny_fuser(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
+    assert CacheToCache(receiver, [sharer], [fuser]).chat("What is the capital of Norway?", max_new_tokens=3)
+
+
+def test_real_tokenizers(shared):
+    receiver, sharer = (AutoTokenizer.from_pretrained(shared / "tokenizers" / name) for name in ("gpt2", "mistral-v3"))
+    table = reencoding(receiver, sharer, "reencode-longest")
+    for token in range(0, 50_000, 997):
+        assert table[token] == one_by_one(token, receiver, sharer, "reencode-longest")
+    assert table[receiver.eos_token_id] == sharer.eos_token_id
+    row = align("Oslo, the capital of Norway", receiver, [(sharer, "reencode-longest")])
+    assert sharer.decode(row.sharers[0][0].ids) == "<s> Os lo , the capital of Norway", "alone, each begins a word"
