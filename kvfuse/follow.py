@@ -19,6 +19,7 @@ from kvfuse.fuse import fuse
 from kvfuse.kv_cache import KV, keep_rows, read_cache, stage
 from kvfuse.language_model import LanguageModel
 from kvfuse.prefill import prefill
+from kvfuse.reencode import REENCODINGS, reencoding
 from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, pad_left
 
 CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change how the text before it is cut into tokens
@@ -166,6 +167,20 @@ class _Same:
 
 
 @dataclass
+class _Reencoder:
+    """Under re-encoding the sharer reads one token for each of the receiver's.
+
+    Attributes:
+        table: :func:`kvfuse.reencode.reencoding`.
+    """
+
+    table: np.ndarray
+
+    def next(self, token: int) -> tuple[int, list[int]]:
+        return 0, [int(self.table[token])]
+
+
+@dataclass
 class _Retokenizer:
     """Under ``span`` the sharer reads its own tokens of the text so far.
 
@@ -202,6 +217,8 @@ class _Retokenizer:
 def _writer(how: str, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, mine: list[int], theirs: list[int]) -> Any:
     if how == "identity":
         return _Same()
+    if how in REENCODINGS:
+        return _Reencoder(reencoding(receiver, sharer, how))
     ids = mine[-CONTEXT_TOKENS:]
     context = sharer.decode(theirs[-CONTEXT_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return _Retokenizer(receiver, sharer, ids, _text(receiver, ids), context)

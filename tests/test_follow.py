@@ -96,6 +96,14 @@ def test_token_by_token_equals_all_at_once(family, receiver):
 
 
 @torch.no_grad()
+def test_reencoded_tokens_are_read_one_by_one_as_all_at_once(receiver, sharer):
+    pair = pair_of(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
+    example = Example(QUESTION, "The capital is Oslo, they speak Norwegian.")
+    at_once = response_loss(pair, collate([encode(example, pair)]))
+    torch.testing.assert_close(at_once, losses_token_by_token(pair, example).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_between_tokenizers_they_agree_where_words_end_together(receiver):
     """A sharer may have read half a word that it will read as another token later; what is whole is read alike."""
     pair = pair_of(receiver, tiny_model("llama", tiny_tokenizer(320, "lines"), seed=4))

@@ -14,6 +14,7 @@ from kvfuse.chat import Prompt
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.reading import Reading
+from kvfuse.reencode import reencoding
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, SharerPrompt, pad_left, stack
 from kvfuse.training.recipe import DataSection
 
@@ -103,11 +104,13 @@ def encode(example: Example, pair: CacheToCache) -> EncodedExample:
         return EncodedExample(prompt, ids)
     sharers = []
     for sharer, fuser, (reading, _) in zip(pair.sharers, pair.fusers, prompt.sharers, strict=True):
-        if fuser.config.token_alignment == "identity":
-            sharers.append((ids, np.arange(1 + len(ids))))
-        else:
+        how = fuser.config.token_alignment
+        if how == "span":
             their_ids, their_ends = _read_response(reading, example.response, sharer.tokenizer)
             sharers.append((their_ids, np.searchsorted(their_ends, np.append(0, ends), side="right")))
+        else:  # token by token
+            their_ids = ids if how == "identity" else reencoding(receiver.tokenizer, sharer.tokenizer, how)[ids]
+            sharers.append((their_ids, np.arange(1 + len(ids))))
     return EncodedExample(prompt, ids, tuple(sharers))
 
 
