@@ -64,6 +64,7 @@ class CacheToCache:
         fuser: str | Path | Sequence[str | Path] = (),
         subfolder: str | Sequence[str] = "",
         fusion: str = "parallel",
+        sharer_options: dict[str, Any] | None = None,
         **model_options: Any,
     ) -> Self:
         """Load models and fusers from local folders or the Hub.
@@ -74,7 +75,8 @@ class CacheToCache:
             fuser: One per sharer, in the same order; ours or the authors'.
             subfolder: Folder of the fuser inside of ``fuser``, or one for each.
             fusion: See :class:`CacheToCache`.
-            model_options: For both models, e.g. ``dtype``, ``device_map``.
+            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map": "cuda:1"}``.
+            model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``.
 
         Raises:
             PairError: Models and fusers that do not fit, or a model that is not there.
@@ -87,10 +89,11 @@ class CacheToCache:
             raise PairError("expected at least one fuser, got none; name a fuser's folder or Hub id")
         names = [receiver or fusers[0].config.receiver["name"]]
         names += _as_list(sharer) if sharer is not None else [one.config.sharer["name"] for one in fusers]
-        models = [LanguageModel.from_pretrained(name, **model_options) for name in names]
-        for one in fusers:  # never computed in less than either was trained in
-            one.to(models[0].model.device, torch.promote_types(one.dtype, models[0].model.dtype))
-        return cls(models[0], models[1:], fusers, fusion)
+        first = LanguageModel.from_pretrained(names[0], **model_options)
+        sharers = [LanguageModel.from_pretrained(name, **{**model_options, **(sharer_options or {})}) for name in names[1:]]
+        for one in fusers:  # never computed in less than it was trained in, nor in less than the receiver
+            one.to(first.model.device, torch.promote_types(one.dtype, first.model.dtype))
+        return cls(first, sharers, fusers, fusion)
 
     @property
     def fuse_response(self) -> bool:

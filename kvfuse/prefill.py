@@ -72,7 +72,15 @@ def probe(model: PreTrainedModel) -> KVSpec:
     """Run two tokens through a model and read the shape of its cache, which configurations do not tell reliably.
 
     Raises:
-        PairError: The model has no KV-cache that can be fused.
+        PairError: The model has no KV-cache that can be fused, or does not run with a cache it is given.
     """
     ids = torch.zeros(1, 2, dtype=torch.long)
-    return read_cache(prefill(model, ids, torch.ones_like(ids))).spec
+    try:
+        return read_cache(prefill(model, ids, torch.ones_like(ids))).spec
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, PairError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise PairError(
+            f"expected a model that fills a cache of transformers, got {type(model).__name__}: {reason}; use another"
+        ) from error

@@ -43,6 +43,13 @@ def test_a_model_without_a_kv_cache_is_refused():
         probe(model.eval())
 
 
+def test_a_model_with_a_cache_of_its_own_is_refused():
+    model = tiny_model("qwen2").model
+    model.base_model.forward = lambda **inputs: (_ for _ in ()).throw(ValueError("only a cache of its own\nis compatible"))
+    with pytest.raises(PairError, match="got Qwen2ForCausalLM: only a cache of its own; use another"):
+        probe(model)
+
+
 def test_layers_of_different_shapes_are_refused():
     cache = DynamicCache()
     for layer, heads in enumerate((2, 4)):

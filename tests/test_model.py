@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import StaticCache, StoppingCriteria, TextStreamer
 
+from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fuse import fuse
 from kvfuse.kv_cache import is_filled, read_cache
@@ -265,6 +266,20 @@ def test_weights_loaded_in_another_dtype_are_the_same_model(receiver, sharer, sa
     coarse = LanguageModel.from_pretrained(saved_models / "receiver", dtype=torch.bfloat16)
     pair = CacheToCache(coarse, [LanguageModel.from_pretrained(saved_models / "sharer")], [fuser])
     assert isinstance(pair.chat(QUESTION, **GREEDY), str)
+
+
+@pytest.mark.parametrize("theirs", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mine", ["float32", "bfloat16", "float16"])
+def test_models_of_unlike_precision_talk(pair, saved_models, tmp_path, mine, theirs):
+    save_fuser(pair.fusers[0], tmp_path / "fuser")
+    names = {"receiver": saved_models / "receiver", "sharer": saved_models / "sharer", "fuser": tmp_path / "fuser"}
+    mixed = CacheToCache.from_pretrained(**names, dtype=mine, device_map="auto", sharer_options={"dtype": theirs})
+    assert [str(model.model.dtype) for model in (mixed.receiver, *mixed.sharers)] == [f"torch.{mine}", f"torch.{theirs}"]
+    prompt = stack([mixed.align(QUESTION)])
+    fused, expected = read_cache(mixed.prefill(prompt)), read_cache(pair.prefill(prompt))
+    assert str(fused.key.dtype) == f"torch.{mine}"
+    torch.testing.assert_close(fused.key.float(), expected.key, rtol=0.1, atol=0.15)
+    assert isinstance(mixed.chat(QUESTION, **GREEDY), str)
 
 
 def test_one_fuser_per_sharer(receiver, sharer):
