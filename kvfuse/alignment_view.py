@@ -147,7 +147,7 @@ def page(view: AlignmentView) -> str:
 
 def _texts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What each token says; a piece of a character, which says nothing alone, as that character with dots."""
-    texts = tokenizer.batch_decode([[token] for token in reading.ids])
+    texts = tokenizer.batch_decode([[token] for token in reading.ids], clean_up_tokenization_spaces=False)
     covers = [reading.prompt.text[start:end] for start, end in reading.offsets]
     texts = [f"{part}…" if part and "\ufffd" in text else text for text, part in zip(texts, covers, strict=True)]
     return tuple(_visible(text) for text in texts)

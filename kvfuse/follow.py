@@ -20,7 +20,7 @@ from kvfuse.kv_cache import KV, keep_rows, read_cache, stage
 from kvfuse.language_model import LanguageModel
 from kvfuse.prefill import prefill
 from kvfuse.reencode import REENCODINGS, reencoding
-from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, pad_left
+from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, count_positions, pad_left
 
 CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change how the text before it is cut into tokens
 
@@ -62,9 +62,10 @@ def read_along(
     Returns:
         ``(L, B, H, k, D)``: fused keys and values of the tail.
     """
-    prefill(receiver.model, tail.ids, torch.cat([prompt.mask[:, :-1], tail.mask], dim=1), streams.receiver)
+    prefill(receiver.model, tail.ids, torch.cat([prompt.mask[:, :-1], tail.mask], dim=1), tail.positions, streams.receiver)
     for sharer, cache, before, reads in zip(sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True):
-        prefill(sharer.model, reads.ids[:, 1:], torch.cat([before.mask, reads.mask[:, 1:]], dim=1), cache)
+        mask = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
+        prefill(sharer.model, reads.ids[:, 1:], mask, reads.positions[:, 1:], cache)
     theirs = [read_cache(cache, last=reads.ids.shape[1]) for cache, reads in zip(streams.sharers, tail.sharers, strict=True)]
     return fuse(read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, fusers, tail, fusion)
 
@@ -96,7 +97,8 @@ class Follower:
         for (sharer, how), cache, reads in zip(sharers, streams.sharers, prompt.sharers, strict=True):
             theirs = _unpad(reads.ids, reads.mask)
             writers = [_writer(how, receiver.tokenizer, sharer.tokenizer, *both) for both in zip(rows, theirs, strict=True)]
-            self.sharers.append(_SharerStream(sharer, cache, theirs, writers))
+            self.sharers.append(_SharerStream(sharer, cache, reads.positions[:, -1:], theirs, writers))
+        self.position = prompt.positions[:, -1:]  # (B, 1), of the token to read next
         self.started = False
 
     def read(self, ids: Tensor, mask: Tensor) -> KV:
@@ -109,7 +111,8 @@ class Follower:
         Returns:
             ``(L, B, H, 1, D)``.
         """
-        prefill(self.receiver.model, ids, mask.cpu(), self.cache)
+        prefill(self.receiver.model, ids, mask.cpu(), self.position, self.cache)
+        self.position = self.position + 1
         if self.started:
             for sharer in self.sharers:
                 sharer.read(ids[:, 0].tolist())
@@ -125,15 +128,21 @@ class Follower:
         """Go on with these rows, repeated or left out, as beams are."""
         for cache in (self.cache, *(sharer.cache for sharer in self.sharers)):
             cache.reorder_cache(rows)
+        self.position = self.position[rows.cpu()]
         for sharer in self.sharers:
             sharer.reorder(rows.tolist())
 
 
 class _SharerStream:
-    """One sharer, its cache, and per row the ids in it and what turns the receiver's tokens into more of them."""
+    """One sharer, its cache, and per row the ids in it and what turns the receiver's tokens into more of them.
 
-    def __init__(self, sharer: LanguageModel, cache: Cache, rows: list[list[int]], writers: list[Any]) -> None:
+    Attributes:
+        skipped: Positions that each row's prompt has left out.
+    """
+
+    def __init__(self, sharer: LanguageModel, cache: Cache, last: Tensor, rows: list[list[int]], writers: list[Any]) -> None:
         self.sharer, self.cache, self.rows, self.writers = sharer, cache, rows, writers
+        self.skipped = [position + 1 - len(row) for position, row in zip(last[:, 0].tolist(), rows, strict=True)]
 
     def read(self, tokens: list[int]) -> None:
         """Read what the receiver's new tokens mean for this sharer.
@@ -151,11 +160,13 @@ class _SharerStream:
             keep_rows(self.cache, kept, held)
         ids, mask = pad_left([np.array(row[keep:], dtype=np.int64) for row, keep in zip(wanted, kept, strict=True)], 0)
         _, before = pad_left([np.zeros(keep, dtype=np.int64) for keep in kept], 0)
-        prefill(self.sharer.model, ids, torch.cat([before, mask], dim=1), self.cache)
+        mask = torch.cat([before, mask], dim=1)
+        positions = (count_positions(mask) + torch.tensor(self.skipped)[:, None])[:, -ids.shape[1] :]
+        prefill(self.sharer.model, ids, mask, positions, self.cache)
         self.rows = wanted
 
     def reorder(self, rows: list[int]) -> None:
-        self.rows = [self.rows[row] for row in rows]
+        self.rows, self.skipped = [self.rows[row] for row in rows], [self.skipped[row] for row in rows]
         self.writers = [copy.copy(self.writers[row]) for row in rows]
 
 
@@ -235,5 +246,5 @@ def _unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def _one_position(rows: int, sharers: int) -> AlignedPrompt:
     """One new receiver position that reads each sharer's one new position."""
     zeros = torch.zeros(rows, 1, dtype=torch.long)
-    reads = SharerPrompt(ids=zeros, mask=zeros + 1, index=zeros)
-    return AlignedPrompt(ids=zeros, mask=zeros + 1, sharers=(reads,) * sharers, fuse_mask=zeros == 0)
+    reads = SharerPrompt(ids=zeros, mask=zeros + 1, positions=zeros, index=zeros)
+    return AlignedPrompt(ids=zeros, mask=zeros + 1, positions=zeros, sharers=(reads,) * sharers, fuse_mask=zeros == 0)

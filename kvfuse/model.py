@@ -19,7 +19,7 @@ from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prefill import prefill
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, stack
+from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
 
 
 class CacheToCache:
@@ -165,9 +165,9 @@ class CacheToCache:
 
     def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> Streams:
         """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more."""
-        receiver = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1])
+        receiver = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
         read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
-        return Streams(receiver, [prefill(sharer.model, reads.ids, reads.mask) for sharer, reads in read])
+        return Streams(receiver, [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read])
 
     def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
@@ -196,6 +196,8 @@ class CacheToCache:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
         tokenizer = self.receiver.tokenizer
         options.setdefault("pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        if not torch.equal(prompt.positions, count_positions(prompt.mask)):
+            options["position_ids"] = prompt.positions.to(self.receiver.model.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
 
     def _answer(self, prompt: AlignedPrompt, **options: Any) -> Any:

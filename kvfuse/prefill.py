@@ -13,7 +13,7 @@ from kvfuse.kv_cache import KVSpec, empty_cache, is_filled, read_cache
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None = None) -> Cache:
+def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Cache:
     """Run the model's decoder over a padded batch, up to the last keys and values and no further.
 
     Neither the vocabulary head nor the attention and feed-forward of the last layer are computed: nobody reads them.
@@ -22,6 +22,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | No
         model: Any causal language model.
         ids: ``(B, T)`` int64.
         mask: ``(B, T)``, 1 where there is a token; with a cache of ``P`` positions, ``(B, P + T)``.
+        positions: ``(B, T)`` int64, which padding must not shift: the fuser sees keys after RoPE.
         cache: What an earlier run gave, to be read on from; it is filled further.
 
     Returns:
@@ -35,7 +36,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | No
         model.base_model(
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync
-            position_ids=positions(mask)[:, -ids.shape[1] :].to(model.device),
+            position_ids=positions.to(model.device),
             past_key_values=_stop_after_last(cache),
             use_cache=True,
         )
@@ -63,11 +64,6 @@ def _stop_after_last(cache: Cache) -> Cache:
     return cache
 
 
-def positions(mask: Tensor) -> Tensor:
-    """``(B, T)`` position of each token in its own row, so that padding does not shift RoPE: the fuser sees keys after RoPE."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def probe(model: PreTrainedModel) -> KVSpec:
     """Run two tokens through a model and read the shape of its cache, which configurations do not tell reliably.
 
@@ -76,7 +72,7 @@ def probe(model: PreTrainedModel) -> KVSpec:
     """
     ids = torch.zeros(1, 2, dtype=torch.long)
     try:
-        return read_cache(prefill(model, ids, torch.ones_like(ids))).spec
+        return read_cache(prefill(model, ids, torch.ones_like(ids), torch.arange(2)[None])).spec
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, PairError):
             raise

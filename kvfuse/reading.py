@@ -18,12 +18,14 @@ class Reading:
         offsets: ``(n, 2)`` int64, the characters of the text that each token covers; a piece of a character covers all of it.
         prompt: The text.
         pad_id: What to pad ``ids`` with.
+        positions: ``(n,)`` int64, the position of each token, for RoPE.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     prompt: RenderedPrompt
     pad_id: int
+    positions: np.ndarray
 
 
 def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
@@ -39,7 +41,7 @@ def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
     ids = np.array(encoded["input_ids"], dtype=np.int64)
     if rendered.templated:  # else there are no special tokens in the text
         _release_space(offsets, ids, rendered.text, tokenizer)
-    return Reading(ids, _cover_composed(offsets, rendered.text), rendered, tokenizer.pad_token_id or 0)
+    return Reading(ids, _cover_composed(offsets, rendered.text), rendered, tokenizer.pad_token_id or 0, np.arange(len(ids)))
 
 
 def _release_space(offsets: np.ndarray, ids: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase) -> None:

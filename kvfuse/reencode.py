@@ -3,8 +3,9 @@
 Kept for fusers trained that way. Text is lost where a token has no single counterpart: a piece of a character is decoded to
 U+FFFD, and of several sharer tokens only one is kept. A table receiver id -> sharer id, built once per pair, says all of it.
 
-The reference pads the shorter of two template sections and leaves a hole in the positions there. Here nothing is padded and
-positions have no holes, so keys behind template sections of unequal length are rotated by another angle than in the reference.
+The reference pads the shorter of two template sections, so that a message has the same positions in both models. Here nothing
+is padded, but the same positions are skipped, for both models' keys are rotated by them. (At the end of a prompt the reference
+may pad the receiver too, and then generates from padding; here it never does.)
 """
 
 from threading import Lock
@@ -42,7 +43,7 @@ def reencoding(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBas
 
 def splice(
     ids: np.ndarray, places: np.ndarray, their_ids: np.ndarray, their_places: np.ndarray, table: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The sharer's own template tokens, with the receiver's message tokens, re-encoded, between them.
 
     Args:
@@ -53,15 +54,33 @@ def splice(
         table: :func:`reencoding`.
 
     Returns:
-        What the sharer reads, int64; and for each receiver token the position in it to read, ``(n,)`` int64: its own
-        counterpart, or for a template token the sharer's last template token at the same place (-1: none so far).
+        What the sharer reads; where each of these tokens stands, like ``places``; and for each receiver token the one of them
+        to read, ``(n,)``: its own counterpart, or for a template token the sharer's last template token at the same place
+        (-1: none so far). All int64.
     """
     template, message = their_places % 2 == 0, places % 2 == 1
     merged = np.concatenate([their_places[template], places[message]])
     order = np.argsort(merged, kind="stable")
     index = np.searchsorted(merged[order], places, side="right") - 1
     index[message] = np.flatnonzero(order >= template.sum())
-    return np.concatenate([their_ids[template], table[ids[message]]])[order], index
+    return np.concatenate([their_ids[template], table[ids[message]]])[order], merged[order], index
+
+
+def common_positions(places: np.ndarray, their_places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of both tokenizations where each section takes up as many as the longer of the two.
+
+    Args:
+        places: ``(n,)`` int64, never decreasing, where the receiver's tokens stand.
+        their_places: ``(m,)`` int64, likewise the sharer's.
+
+    Returns:
+        ``(n,)`` and ``(m,)`` int64.
+    """
+    last = max(places.max(initial=0), their_places.max(initial=0))
+    sizes = np.maximum(*(np.bincount(one, minlength=last + 1) for one in (places, their_places)))
+    starts = np.cumsum(sizes) - sizes
+    mine, theirs = (starts[one] + np.arange(len(one)) - np.searchsorted(one, one) for one in (places, their_places))
+    return mine, theirs
 
 
 def _build(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> np.ndarray:

@@ -146,7 +146,7 @@ def _trace(rendering: Rendering, aids: Sequence[Aid]) -> np.ndarray | None:
     if len(marked) != len(text):
         return None
     source = _read_marks(rendering, marked)
-    swapped = (marked != text) & (marked == _swap_spaces(text))
+    swapped = (marked != text) & (marked == _swap_spaces(text)) if aids else np.zeros(len(text), dtype=bool)
     if not np.where(source >= 0, said[source] == text, (marked == text) | swapped).all():
         return None
     return _fill(rendering, source, swapped, shown == said) if aids else source

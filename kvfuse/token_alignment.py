@@ -20,7 +20,7 @@ from kvfuse.chat import Prompt
 from kvfuse.errors import PairError
 from kvfuse.message_axis import drop_moved, in_messages, message_order, on_axis, own_spans, places, sections
 from kvfuse.reading import Reading, read
-from kvfuse.reencode import REENCODINGS, reencoding, splice
+from kvfuse.reencode import REENCODINGS, common_positions, reencoding, splice
 
 TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
 FUSE = ("all", "messages")
@@ -33,11 +33,13 @@ class SharerPrompt:
     Attributes:
         ids: ``(B, T_s)`` int64, padded left.
         mask: ``(B, T_s)`` int64, 1 where there is a token.
+        positions: ``(B, T_s)`` int64, for RoPE; counted from each row's first token, so that padding shifts nothing.
         index: ``(B, T)`` int64, for each receiver position the position in ``ids`` to read; -1: nothing to read.
     """
 
     ids: Tensor
     mask: Tensor
+    positions: Tensor
     index: Tensor
 
 
@@ -48,12 +50,14 @@ class AlignedPrompt:
     Attributes:
         ids: ``(B, T)`` int64, the receiver's, padded left.
         mask: ``(B, T)`` int64, 1 where there is a token.
+        positions: ``(B, T)`` int64, for RoPE.
         sharers: One entry per sharer.
         fuse_mask: ``(B, T)`` bool, the receiver positions to fuse; never the last one, which is the first query.
     """
 
     ids: Tensor
     mask: Tensor
+    positions: Tensor
     sharers: tuple[SharerPrompt, ...]
     fuse_mask: Tensor
 
@@ -97,8 +101,9 @@ def align(
         if given not in choices:
             raise PairError(f"expected {option} to be one of {', '.join(choices)}, got {given!r}; choose one")
     mine = read(prompt, receiver)
-    aligned = tuple(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers)
-    return AlignedReading(mine, _fusable(mine, fuse), aligned)
+    moved, theirs, indices = zip(*(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers), strict=True)
+    placed = moved[0] if len(sharers) == 1 else mine  # one sharer may move the receiver's positions, several may not agree
+    return AlignedReading(placed, _fusable(mine, fuse), tuple(zip(theirs, indices, strict=True)))
 
 
 def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
@@ -109,9 +114,11 @@ def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
         their_ids, their_mask = pad_left([theirs.ids for theirs, _ in column], column[0][0].pad_id)
         length = their_ids.shape[1]
         shifted = [np.where(index >= 0, index + length - len(theirs.ids), -1) for theirs, index in column]
-        sharers.append(SharerPrompt(ids=their_ids, mask=their_mask, index=pad_left(shifted, -1)[0]))
+        positions = pad_left([theirs.positions for theirs, _ in column], 0)[0]
+        sharers.append(SharerPrompt(ids=their_ids, mask=their_mask, positions=positions, index=pad_left(shifted, -1)[0]))
     fuse_mask = pad_left([row.fusable for row in rows], 0)[0].bool()
-    return AlignedPrompt(ids=ids, mask=mask, sharers=tuple(sharers), fuse_mask=fuse_mask)
+    positions = pad_left([row.receiver.positions for row in rows], 0)[0]
+    return AlignedPrompt(ids=ids, mask=mask, positions=positions, sharers=tuple(sharers), fuse_mask=fuse_mask)
 
 
 def from_ids(ids: Tensor, num_sharers: int = 1, mask: Tensor | None = None) -> AlignedPrompt:
@@ -125,7 +132,13 @@ def from_ids(ids: Tensor, num_sharers: int = 1, mask: Tensor | None = None) -> A
     mask = torch.ones_like(ids) if mask is None else mask
     index = torch.arange(ids.shape[1]).expand_as(ids)
     fuse_mask = mask.bool() & (index < ids.shape[1] - 1)
-    return AlignedPrompt(ids=ids, mask=mask, sharers=(SharerPrompt(ids=ids, mask=mask, index=index),) * num_sharers, fuse_mask=fuse_mask)
+    reads = SharerPrompt(ids=ids, mask=mask, positions=count_positions(mask), index=index)
+    return AlignedPrompt(ids=ids, mask=mask, positions=reads.positions, sharers=(reads,) * num_sharers, fuse_mask=fuse_mask)
+
+
+def count_positions(mask: Tensor) -> Tensor:
+    """``(B, T)`` int64: where each token of a padded batch stands in its own row."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
@@ -153,7 +166,7 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
     return np.maximum.accumulate(index)
 
 
-def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tuple[Reading, np.ndarray]:
+def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tuple[Reading, Reading, np.ndarray]:
     """What the sharer reads under re-encoding, where each message token of the receiver is one token of the sharer.
 
     Args:
@@ -162,12 +175,15 @@ def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tu
         table: Receiver id -> sharer id, see :func:`kvfuse.reencode.reencoding`.
 
     Returns:
-        The sharer's reading, its offsets zero (a re-encoded token need not stand for characters); the index as in
-        :func:`align_spans`.
+        Both readings at positions that they share, the sharer's offsets zero (a re-encoded token need not stand for
+        characters); the index as in :func:`align_spans`.
     """
     spans, sharer_spans = _common_spans(receiver, sharer)
-    ids, index = splice(receiver.ids, places(receiver, spans), sharer.ids, places(sharer, sharer_spans), table)
-    return replace(sharer, ids=ids, offsets=np.zeros((len(ids), 2), dtype=np.int64)), index
+    mine = places(receiver, spans)
+    ids, theirs, index = splice(receiver.ids, mine, sharer.ids, places(sharer, sharer_spans), table)
+    positions, their_positions = common_positions(mine, theirs)
+    read = replace(sharer, ids=ids, offsets=np.zeros((len(ids), 2), dtype=np.int64), positions=their_positions)
+    return replace(receiver, positions=positions), read, index
 
 
 def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
@@ -182,12 +198,13 @@ def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
 
 def _align_one(
     mine: Reading, prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str
-) -> tuple[Reading, np.ndarray]:
+) -> tuple[Reading, Reading, np.ndarray]:
+    """The receiver's reading, the sharer's, and the index of one in the other."""
     if how == "identity":
-        return mine, np.arange(len(mine.ids))
+        return mine, mine, np.arange(len(mine.ids))
     theirs = read(prompt, sharer)
     if how == "span":
-        return theirs, align_spans(mine, theirs)
+        return mine, theirs, align_spans(mine, theirs)
     return align_reencoded(mine, theirs, reencoding(receiver, sharer, how))
 
 

@@ -10,7 +10,7 @@ from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import pad_left, stack
+from kvfuse.token_alignment import count_positions, pad_left, stack
 from kvfuse.training.data import Example, collate, encode
 from kvfuse.training.trainer import response_loss
 
@@ -80,7 +80,8 @@ def losses_token_by_token(pair, example):
         token = ids[:, place : place + 1]
         mask = torch.ones(1, prompt.ids.shape[1] + place, dtype=torch.long)
         follower.feed(cache, token, mask)
-        logits = pair.receiver.model(token, attention_mask=mask, past_key_values=cache).logits[:, -1]
+        position = prompt.positions[:, -1:] + place
+        logits = pair.receiver.model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[:, place + 1]))
     return torch.stack(losses)
 
@@ -143,7 +144,7 @@ def test_a_sharer_has_read_its_own_tokens_of_the_text_so_far(receiver, text):
     for read, (reading, _), said in zip(rows, (pair.align(prompt).sharers[0] for prompt in PROMPTS), texts, strict=True):
         assert _text(sharer, read) == _text(sharer, reading.ids) + said
     ids, mask = pad_left([np.array(row) for row in rows], 0)
-    at_once, followed = read_cache(prefill(sharer.model, ids, mask)), read_cache(streams.sharers[0])
+    at_once, followed = read_cache(prefill(sharer.model, ids, mask, count_positions(mask))), read_cache(streams.sharers[0])
     seen = mask.bool()[None, :, None, :, None]
     torch.testing.assert_close(followed.key * seen, at_once.key * seen, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(followed.value * seen, at_once.value * seen, rtol=1e-4, atol=1e-4)

@@ -4,8 +4,9 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from kvfuse.errors import PairError
 from kvfuse.kv_cache import KV, KVSpec, read_cache, write_cache
-from kvfuse.prefill import positions, prefill, probe
+from kvfuse.prefill import prefill, probe
 from kvfuse.testing import FAMILIES, tiny_model
+from kvfuse.token_alignment import count_positions
 
 IDS = torch.arange(5, 30).view(1, -1)
 
@@ -17,7 +18,7 @@ def random_kv(layers=3, batch=2, heads=2, tokens=5, dim=4):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_read_keeps_every_position_and_write_gives_them_back(family):
     model = tiny_model(family).model
-    cache = prefill(model, IDS, torch.ones_like(IDS))
+    cache = prefill(model, IDS, torch.ones_like(IDS), torch.arange(IDS.shape[1])[None])
     kv = read_cache(cache)
     assert kv.key.shape[3] == IDS.shape[1], "also in layers with a sliding window"
     again = write_cache(model.config, cache, kv)
@@ -69,14 +70,14 @@ def test_adding_tokens_undoes_picking_them():
 
 
 def test_padding_does_not_shift_positions():
-    assert positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert count_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 def test_padded_keys_equal_those_without_padding():
     """Attention would hide a shift of RoPE, which is relative; a fuser sees it."""
     model = tiny_model("qwen3").model
-    alone = read_cache(prefill(model, IDS, torch.ones_like(IDS)))
+    alone = read_cache(prefill(model, IDS, torch.ones_like(IDS), torch.arange(IDS.shape[1])[None]))
     padded_ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), IDS], 1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(IDS)], 1)
-    padded = read_cache(prefill(model, padded_ids, mask))
+    padded = read_cache(prefill(model, padded_ids, mask, count_positions(mask)))
     torch.testing.assert_close(padded.key[:, :, :, 4:], alone.key, rtol=1e-5, atol=1e-5)

@@ -10,9 +10,9 @@ from kvfuse.fuse import fuse
 from kvfuse.kv_cache import is_filled, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import positions, prefill
+from kvfuse.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import stack
+from kvfuse.token_alignment import count_positions, stack
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
 PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the same question", "a"]
@@ -195,7 +195,7 @@ def test_in_sequence_each_fuser_reads_what_those_before_have_made(receiver, shar
     pair = CacheToCache(receiver, [sharer, sharer], fusers, fusion="sequential")
     prompt = stack([pair.align(QUESTION)])
     first = read_cache(pair.select(0).prefill(stack([pair.select(0).align(QUESTION)])))
-    theirs = read_cache(prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask))
+    theirs = read_cache(prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask, prompt.sharers[1].positions))
     one = replace(prompt, sharers=prompt.sharers[1:])
     expected = fuse(first, [theirs], fusers[1:], one)
     torch.testing.assert_close(read_cache(pair.prefill(prompt)).key, expected.key)
@@ -231,7 +231,7 @@ def test_gradients_reach_every_fuser_parameter_and_no_other(pair):
     model, prompt = pair.receiver.model, stack([pair.align(prompt) for prompt in PROMPTS])
     mask = torch.cat([prompt.mask, torch.ones(len(PROMPTS), 1, dtype=torch.long)], 1)
     tail = prompt.ids[:, -1:].repeat(1, 2)
-    output = model(tail, attention_mask=mask, position_ids=positions(mask)[:, -2:], past_key_values=pair.prefill(prompt))
+    output = model(tail, attention_mask=mask, position_ids=count_positions(mask)[:, -2:], past_key_values=pair.prefill(prompt))
     output.logits.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in fuser.parameters())
     assert all(parameter.grad is None for one in (pair.receiver, *pair.sharers) for parameter in one.model.parameters())

@@ -3,6 +3,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -10,9 +11,9 @@ from transformers import AutoTokenizer
 from kvfuse.message_axis import own_spans, places
 from kvfuse.model import CacheToCache
 from kvfuse.reading import read
-from kvfuse.reencode import REENCODINGS, reencoding, splice
+from kvfuse.reencode import REENCODINGS, common_positions, reencoding, splice
 from kvfuse.testing import tiny_fuser, tiny_tokenizer
-from kvfuse.token_alignment import align
+from kvfuse.token_alignment import align, stack
 
 FINE, COARSE = tiny_tokenizer(265), tiny_tokenizer(340, "lines")
 texts = st.text(min_size=1, max_size=40).filter(str.strip)
@@ -88,9 +89,27 @@ def test_padding_left_over_from_another_call_does_not_matter():
 
 def test_splice_keeps_both_orders():
     table = np.arange(100) + 100
-    ids, index = splice(np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table)
+    ids, places, index = splice(np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table)
     assert ids.tolist() == [7, 8, 102, 103, 105]
+    assert places.tolist() == [0, 0, 1, 1, 3]
     assert index.tolist() == [1, 2, 3, 3, 4], "no template between the messages: the last token before"
+
+
+def test_messages_have_the_same_positions_in_both_models():
+    """A shorter template section is followed by a hole, as if it were padded to the longer one's length."""
+    mine, theirs = common_positions(np.array([0, 1, 1, 2, 2, 2, 3, 4]), np.array([0, 0, 0, 1, 1, 2, 3, 4, 4]))
+    assert mine.tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
+    assert theirs.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), [(FINE, COARSE), (COARSE, FINE)])
+def test_both_models_are_told_the_positions(receiver, sharer):
+    row = align(chat("What is it?", "No.", "Oslo"), receiver, [(sharer, "reencode-first")], fuse="messages")
+    (theirs, index), message = row.sharers[0], places_of(row.receiver) % 2 == 1
+    assert row.receiver.positions[message].tolist() == theirs.positions[index[message]].tolist()
+    assert max(np.diff(row.receiver.positions).max(), np.diff(theirs.positions).max()) > 1, "the templates are of unlike length"
+    plain = align("one two", receiver, [(sharer, "reencode-first")])
+    assert plain.receiver.positions.tolist() == list(range(len(plain.receiver.ids))), "nothing to skip without templates"
 
 
 @settings(deadline=None)
@@ -112,6 +131,24 @@ def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, t
 def test_a_fuser_trained_that_way_answers(receiver, sharer):
     fuser = tiny_fuser(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
     assert CacheToCache(receiver, [sharer], [fuser]).chat("What is the capital of Norway?", max_new_tokens=3)
+
+
+def test_skipped_positions_reach_both_models_and_what_is_generated(receiver, sharer):
+    """The keys are those of a prefill at these positions, and generating goes on from the last of them."""
+    pair = CacheToCache(
+        receiver, [sharer], [tiny_fuser(receiver, sharer, token_alignment="reencode-first", fuse="messages", gate_init=-1.0)]
+    )
+    prompt = stack([pair.align(chat("What is it?", "No.", "Oslo")), pair.align(chat("hi"))])
+    skipped = prompt.positions[:, -1] + 1 - prompt.mask.sum(-1)
+    assert (skipped > 0).all()
+    tokens = pair.decode(prompt, pair.prefill(prompt), max_new_tokens=4, do_sample=False)
+    for row in range(2):
+        real = prompt.mask[row] == 1
+        ids, places = prompt.ids[row][real][None], prompt.positions[row][real][None]
+        for _ in range(4):
+            logits = receiver.model(ids, position_ids=places).logits
+            ids, places = torch.cat([ids, logits[:, -1:].argmax(-1)], 1), torch.cat([places, places[:, -1:] + 1], 1)
+        assert tokens[row, -4:].tolist() == ids[0, -4:].tolist()
 
 
 def test_real_tokenizers(shared):

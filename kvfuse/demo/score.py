@@ -78,12 +78,13 @@ def score(
         progress: Told a method's name and how many questions it has just answered.
     """
     answers: dict[str, list[list[Answer]]] = {}
-    for seed in seeds:
-        for name, method in make_methods(folder, seed, questions).items():
+    by_seed = [make_methods(folder, seed, questions) for seed in seeds]
+    for methods in by_seed:
+        for name, method in methods.items():
             if name not in answers or isinstance(method, Fused):
                 answers.setdefault(name, []).append(_ask(method, questions, progress))
     progress("timing", 0)
-    seconds = time_methods(make_methods(folder, seeds[0], questions), questions)
+    seconds = time_methods(by_seed[0], questions)
     return {name: Scores(_right(runs, questions), runs[0], seconds[name]) for name, runs in answers.items()}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -119,16 +120,22 @@ def collate(examples: Sequence[EncodedExample]) -> TrainingBatch:
     ids, mask = _pad_right([np.concatenate([example.prompt.receiver.ids[-1:], example.response_ids]) for example in examples], 0)
     labels = ids.masked_fill(mask == 0, IGNORED)
     labels[:, 0] = IGNORED
-    sharers = tuple(_collate_sharer(examples, place) for place in range(len(examples[0].sharers)))
-    tail = AlignedPrompt(ids=ids, mask=mask, sharers=sharers, fuse_mask=mask.bool())
-    return TrainingBatch(prompt=stack([example.prompt for example in examples]), tail=tail, labels=labels)
+    prompt = stack([example.prompt for example in examples])
+    sharers = tuple(_collate_sharer(examples, place, prompt.sharers[place]) for place in range(len(examples[0].sharers)))
+    tail = AlignedPrompt(ids=ids, mask=mask, positions=_go_on(prompt, ids), sharers=sharers, fuse_mask=mask.bool())
+    return TrainingBatch(prompt=prompt, tail=tail, labels=labels)
 
 
-def _collate_sharer(examples: Sequence[EncodedExample], place: int) -> SharerPrompt:
+def _go_on(prompt: AlignedPrompt | SharerPrompt, ids: Tensor) -> Tensor:
+    """Positions ``(B, k)`` from the last prompt token on."""
+    return prompt.positions[:, -1:] + torch.arange(ids.shape[1])
+
+
+def _collate_sharer(examples: Sequence[EncodedExample], place: int, prompt: SharerPrompt) -> SharerPrompt:
     readings = [example.prompt.sharers[place][0] for example in examples]
     responses, indices = zip(*(example.sharers[place] for example in examples), strict=True)
     ids, mask = _pad_right([np.append(reading.ids[-1:], response) for reading, response in zip(readings, responses, strict=True)], 0)
-    return SharerPrompt(ids=ids, mask=mask, index=_pad_right(indices, -1)[0])
+    return SharerPrompt(ids=ids, mask=mask, positions=_go_on(prompt, ids), index=_pad_right(indices, -1)[0])
 
 
 def _pad_right(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:

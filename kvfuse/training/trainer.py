@@ -13,7 +13,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from kvfuse.follow import read_along
 from kvfuse.kv_cache import stage
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import positions
 from kvfuse.training.data import EncodedExample, TrainingBatch, collate
 from kvfuse.training.recipe import TrainSection
 
@@ -40,7 +39,7 @@ def response_loss(
     output = receiver(
         input_ids=batch.tail.ids.to(receiver.device),
         attention_mask=mask.to(receiver.device),
-        position_ids=positions(mask)[:, past.shape[1] :].to(receiver.device),
+        position_ids=batch.tail.positions.to(receiver.device),
         past_key_values=_fused_cache(pair, batch, pair.fusers if fusers is None else fusers),
         labels=batch.labels.to(receiver.device),
         **options,
