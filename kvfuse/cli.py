@@ -16,10 +16,6 @@ list_app = typer.Typer(name="list", no_args_is_help=True, help="Tell what there 
 app.add_typer(demo_app)
 app.add_typer(list_app)
 
-ReceiverOption = Annotated[str, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers.")]
-SharerOption = Annotated[list[str], typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; may be repeated.")]
-FuserOption = Annotated[list[str], typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser, one per sharer, in the same order.")]
-
 
 @app.callback()
 def kvfuse() -> None:
@@ -28,10 +24,16 @@ def kvfuse() -> None:
 
 @app.command()
 def chat(
-    receiver: ReceiverOption,
-    sharer: SharerOption,
-    fuser: FuserOption,
+    fuser: Annotated[list[str], typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; once per sharer.")],
+    receiver: Annotated[
+        str | None, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers; by default the fuser names it.")
+    ] = None,
+    sharer: Annotated[
+        list[str] | None, typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; in the order of the fusers.")
+    ] = None,
     prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation until an empty line.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder of the fuser inside of its repository.")] = "",
+    fusion: Annotated[str, typer.Option(help="How several sharers come together: parallel or sequential.")] = "parallel",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Ask two models that answer together.
@@ -40,7 +42,7 @@ def chat(
     """
     from kvfuse.model import CacheToCache
 
-    model = CacheToCache.from_pretrained(receiver=receiver, sharer=sharer, fuser=fuser, device_map="auto")
+    model = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
     if prompt is not None:
         _answer(model, [{"role": "user", "content": prompt}], max_new_tokens)
         return
@@ -69,7 +71,7 @@ def train(
 
 @app.command()
 def align(
-    receiver: ReceiverOption,
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers.")],
     sharer: Annotated[str, typer.Option("--sharer", "-s", help="Folder or Hub id of the model that only reads.")],
     text: Annotated[str | None, typer.Argument(help="What the user says.")] = None,
     chat: Annotated[Path | None, typer.Option(help="In place of a text: a JSON file with a list of messages.")] = None,

@@ -53,6 +53,13 @@ def test_chat_answers_one_question(folders):
     assert result.output.strip()
 
 
+def test_chat_finds_the_models_that_the_fuser_names(folders):
+    named = run("chat", *words(folders), "--max-new-tokens", "4", "What is Oslo?").output
+    assert run("chat", "-f", folders["-f"], "--max-new-tokens", "4", "What is Oslo?").output == named
+    twice = ["-f", folders["-f"], "-s", folders["-s"]] * 2
+    assert run("chat", *twice, "--fusion", "sequential", "--max-new-tokens", "4", "What is Oslo?").exit_code == 0
+
+
 def test_chat_goes_on_until_an_empty_line(folders):
     result = run("chat", *words(folders), "--max-new-tokens", "2", text="one\ntwo\n\n")
     assert result.exit_code == 0
