@@ -54,8 +54,8 @@ def test_chat_answers_one_question(folders):
 
 
 def test_chat_finds_the_models_that_the_fuser_names(folders):
-    named = run("chat", *words(folders), "--max-new-tokens", "4", "What is Oslo?").output
-    assert run("chat", "-f", folders["-f"], "--max-new-tokens", "4", "What is Oslo?").output == named
+    named = run("chat", *words(folders), "--max-new-tokens", "4", "What is Oslo?").stdout
+    assert run("chat", "-f", folders["-f"], "--max-new-tokens", "4", "What is Oslo?").stdout == named
     twice = ["-f", folders["-f"], "-s", folders["-s"]] * 2
     assert run("chat", *twice, "--fusion", "sequential", "--max-new-tokens", "4", "What is Oslo?").exit_code == 0
 
