@@ -22,6 +22,6 @@ def test_a_sharer_that_has_read_the_story_saves_the_receiver_bits(shared, tmp_pa
     assert result.exit_code == 0
     gain = json.loads((tmp_path / "run" / "result.json").read_text())
     assert gain["examples"] > 50
-    assert gain["fused"] < 0.98 * gain["receiver"]
+    assert gain["fused"] < 0.96 * gain["receiver"]
     pair = CacheToCache.from_pretrained(fuser=tmp_path / "run" / "fuser")
     assert len(pair.chat("Once upon a time there was a little", max_new_tokens=20, do_sample=False)) > 20
