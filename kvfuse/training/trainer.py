@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from kvfuse.follow import read_along
 from kvfuse.kv_cache import stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.data import EncodedExample, TrainingBatch, collate
 from kvfuse.training.recipe import TrainSection
+from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
 
 GATE_LEARNING_RATE_SCALE = 20.0
 
@@ -93,15 +93,22 @@ class FuserTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
-        super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal()])
+        super().__init__(
+            pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal(), Safeguards()]
+        )
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
 
     def resume(self) -> None:
-        """Train, from the last whole checkpoint if there is one."""
+        """Train, from the last whole checkpoint if there is one.
+
+        Raises:
+            RecipeError: Memory or disk space runs out, or the weights are no numbers any more.
+        """
         folder = Path(self.args.output_dir)
-        self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        with told_in_one_line(folder):
+            self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None

@@ -1,0 +1,122 @@
+"""A run that is killed, runs out of something or diverges loses nothing that was whole."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from kvfuse.errors import RecipeError
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser
+from kvfuse.training.data import Example, encode
+from kvfuse.training.recipe import TrainSection
+from kvfuse.training.safeguards import WHOLE, last_whole_checkpoint
+from kvfuse.training.trainer import FuserTrainer
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from transformers import Trainer
+from kvfuse.training.recipe import load_recipe
+from kvfuse.training.run import train
+
+save, count = Trainer._save_optimizer_and_scheduler, 0
+
+def killed(self, folder):
+    global count
+    count += 1
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)  # the fuser is written, the optimizer is not
+    save(self, folder)
+
+if sys.argv[1] == "kill":
+    Trainer._save_optimizer_and_scheduler = killed
+train(load_recipe("recipe.yaml", ["output=" + sys.argv[2]]), quiet=True)
+"""
+
+
+@pytest.fixture
+def trainer(receiver, sharer, tmp_path):
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, zero_init=True)])
+    examples = [encode(Example(f"What is {i}?", f"It is {i}."), pair) for i in range(4)]
+    section = TrainSection(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2)
+    return FuserTrainer(pair, section, examples, tmp_path / "checkpoints", quiet=True)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_weights(saved_models, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "receiver": str(saved_models / "receiver"),
+        "sharer": str(saved_models / "sharer"),
+        "output": "run",
+        "data": {"path": "data.jsonl", "validation_share": 0.25},
+        "fuser": {"hidden_dim": 8, "intermediate_dim": 8},
+        "train": {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+
+    def run(mode, output):
+        return subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, mode, output], cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("kill", "killed").returncode == -signal.SIGKILL
+    half = tmp_path / "killed/checkpoints/checkpoint-4"
+    assert half.is_dir()
+    assert not (half / WHOLE).exists()
+    for output in ("killed", "whole"):
+        ran = run("go on", output)
+        assert ran.returncode == 0, ran.stderr
+    ended = [load_file(tmp_path / output / "fuser/model.safetensors") for output in ("killed", "whole")]
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[1])
+
+
+def test_only_whole_checkpoints_are_resumed_from(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    for step, whole in ((9, True), (10, True), (100, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / WHOLE).touch()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-100").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(trainer, tmp_path):
+    class Diverge(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    trainer.add_callback(Diverge())
+    with pytest.raises(RecipeError, match=r"step 4.*learning_rate"):
+        trainer.resume()
+    assert last_whole_checkpoint(tmp_path / "checkpoints") == str(tmp_path / "checkpoints/checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "full disk"), (torch.OutOfMemoryError("no more"), "batch_size")]
+)
+def test_what_runs_out_is_told_in_one_line(trainer, error, told):
+    class RunOut(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise error
+
+    trainer.add_callback(RunOut())
+    with pytest.raises(RecipeError, match=told):
+        trainer.resume()
+
+
+def test_other_errors_are_left_alone(trainer):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise OSError(errno.EIO, "broken")
+
+    trainer.add_callback(Break())
+    with pytest.raises(OSError, match="broken"):
+        trainer.resume()
