@@ -120,13 +120,13 @@ class CacheToCache:
         Raises:
             PromptError: A prompt is empty, or longer than a model's context.
         """
-        return self._answer(stack([self.align(prompt) for prompt in _as_batch(prompts)]), **options)
+        return self.answer(stack([self.align(prompt) for prompt in _as_batch(prompts)]), **options)
 
     @torch.no_grad()
     def chat(self, messages: Prompt, **options: Any) -> str:
         """Answer one chat, or one question, as text. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
-        ids = self._answer(prompt, **options)
+        ids = self.answer(prompt, **options)
         return self.receiver.tokenizer.decode(ids[0, prompt.ids.shape[1] :], skip_special_tokens=True)
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
@@ -138,7 +138,7 @@ class CacheToCache:
         def run() -> None:
             try:
                 with torch.no_grad():  # which each thread switches for itself
-                    self._answer(prompt, streamer=streamer, **options)
+                    self.answer(prompt, streamer=streamer, **options)
             except BaseException as error:  # carried over to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -149,6 +149,18 @@ class CacheToCache:
         thread.join()
         if failure:
             raise failure[0]
+
+    def answer(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
+        """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`prefill`, the rest as in :meth:`generate`."""
+        fusers = self.fusers if fusers is None else fusers
+        room = static_length(self.receiver.model, prompt.ids.shape[1], options)
+        if not (self.fuse_response and fusers) or prompt.ids.shape[1] < 2:
+            return self.decode(prompt, self.prefill(prompt, fusers, room), **options)
+        streams = self.read(prompt)
+        cache = self.fuse(prompt, streams, fusers, room)
+        sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
+        follower = Follower(self.receiver, sharers, fusers, self.fusion, prompt, streams)
+        return self.decode(prompt, cache, follower=follower, **options)
 
     def align(self, prompt: Prompt) -> AlignedReading:
         """Step 1: tokenize a prompt for every model and align it.
@@ -199,16 +211,6 @@ class CacheToCache:
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
             options["position_ids"] = prompt.positions.to(self.receiver.model.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
-
-    def _answer(self, prompt: AlignedPrompt, **options: Any) -> Any:
-        room = static_length(self.receiver.model, prompt.ids.shape[1], options)
-        if not self.fuse_response or prompt.ids.shape[1] < 2:
-            return self.decode(prompt, self.prefill(prompt, max_cache_len=room), **options)
-        streams = self.read(prompt)
-        cache = self.fuse(prompt, streams, self.fusers, room)
-        sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
-        follower = Follower(self.receiver, sharers, self.fusers, self.fusion, prompt, streams)
-        return self.decode(prompt, cache, follower=follower, **options)
 
 
 def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:

@@ -55,6 +55,14 @@ def test_the_fused_method_is_the_pairs_own_chat(methods, pair):
     assert texts(methods["cache-to-cache"]) == [pair.chat(prompt, **OPTIONS).strip() for prompt in PROMPTS]
 
 
+def test_fused_responses_are_fused_by_every_method(pair):
+    followed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True)])
+    assert texts(Fused(followed)) == [followed.chat(prompt, **OPTIONS).strip() for prompt in PROMPTS]
+    assert texts(Fused(followed)) != texts(Fused(pair))
+    closed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True, gate_init=-1.0)])
+    assert texts(Zeroed(closed)) == texts(Mismatched(closed, other)) == texts(Single("receiver", pair.receiver))
+
+
 def test_text_to_text_reads_the_hint(methods):
     method = methods["text-to-text"]
     hint = method.hints(PROMPTS[:1], **OPTIONS)[0].text

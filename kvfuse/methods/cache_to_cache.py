@@ -28,7 +28,7 @@ class Fused(Method):
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         prompt = stack([self.align(prompt) for prompt in prompts])
-        ids = self.pair.decode(prompt, self.pair.prefill(prompt, self.fusers), **options)
+        ids = self.pair.answer(prompt, self.fusers, **options)
         return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver)
 
     def align(self, prompt: Prompt) -> AlignedReading:
@@ -68,10 +68,14 @@ class Mismatched(Fused):
 
     def align(self, prompt: Prompt) -> AlignedReading:
         """The prompt for the receiver, its donor for the sharers, aligned from the end, where the answer begins."""
-        mine, theirs = self.pair.align(prompt), self.pair.align(self.donor(prompt))
-        shift = len(theirs.receiver.ids) - len(mine.receiver.ids)
-        places = np.maximum(np.arange(len(mine.receiver.ids)) + shift, 0)
-        return replace(mine, sharers=tuple((reading, index[places]) for reading, index in theirs.sharers))
+        return swap_sharers(self.pair.align(prompt), self.pair.align(self.donor(prompt)))
+
+
+def swap_sharers(mine: AlignedReading, theirs: AlignedReading) -> AlignedReading:
+    """One prompt as the receiver reads it, with what the sharers read of another, aligned from the end."""
+    shift = len(theirs.receiver.ids) - len(mine.receiver.ids)
+    places = np.maximum(np.arange(len(mine.receiver.ids)) + shift, 0)
+    return replace(mine, sharers=tuple((reading, index[places]) for reading, index in theirs.sharers))
 
 
 class _ZeroedSharer(nn.Module):
