@@ -5,6 +5,7 @@ import torch
 
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser
+from kvfuse.fusers.contract import describe_gates
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.grouped import GroupedFFN, GroupedLayerNorm, GroupedLinear, GroupedRMSNorm, GroupedSwiGLU
 from kvfuse.kv_cache import KV, KVSpec
@@ -47,6 +48,16 @@ def test_it_reads_both_caches(fuser, inputs):
     base = fuser(*inputs)
     assert not torch.equal(fuser(inputs[0].zeros_like(), inputs[1]).key, base.key)
     assert not torch.equal(fuser(inputs[0], inputs[1].zeros_like()).value, base.value)
+
+
+def assert_gradients_reach_everything(fuser, inputs):
+    residual = fuser.train()(*inputs)
+    (residual.key.square().sum() + residual.value.square().sum()).backward()
+    assert [name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+
+
+def test_gradients_reach_every_parameter(fuser, inputs):
+    assert_gradients_reach_everything(fuser, inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,6 +131,15 @@ def test_gate_is_binary_at_inference_and_sharpens_while_training():
     gate.anneal(1.0)
     assert gate.temperature == pytest.approx(0.001)
     assert all(draw in (0.0, 1.0) or not 0.01 < draw < 0.99 for draw in gate().flatten().tolist())
+
+
+def test_open_gates_are_told(fuser):
+    total = sum(opened.numel() for opened in fuser.open_gates().values())
+    assert all(opened.all() for opened in fuser.open_gates().values())
+    fuser.gate.logit.data[1] = -1.0
+    assert sum(int(opened.sum()) for opened in fuser.open_gates().values()) == total - 1
+    assert "2 of 3" in describe_gates(fuser)
+    assert describe_gates(fuser).endswith(f"Closed layers: {next(iter(fuser.open_gates()))} 1.")
 
 
 def test_grouped_blocks_equal_one_network_per_group():

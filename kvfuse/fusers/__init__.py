@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 from kvfuse.errors import PairError
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
-from kvfuse.fusers.contract import Fuser, FuserConfig
+from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates
 
 FUSERS: dict[str, type[Fuser]] = {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser}
 
@@ -33,4 +33,14 @@ def make_fuser(kind: str, **options: Any) -> Fuser:
     return fuser
 
 
-__all__ = ["FUSERS", "C2CComplexConfig", "C2CComplexFuser", "C2CConfig", "C2CFuser", "Fuser", "FuserConfig", "make_fuser"]
+__all__ = [
+    "FUSERS",
+    "C2CComplexConfig",
+    "C2CComplexFuser",
+    "C2CConfig",
+    "C2CFuser",
+    "Fuser",
+    "FuserConfig",
+    "describe_gates",
+    "make_fuser",
+]
