@@ -11,10 +11,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from kvfuse.errors import CheckpointError
-from kvfuse.fusers import Fuser
+from kvfuse.fusers import Fuser, fuser_class
+from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import write_published
 
@@ -61,12 +62,15 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
         return fuser.to(options["dtype"]) if isinstance(options.get("dtype"), torch.dtype) else fuser
     _require_whole(folder)
     try:
+        kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
+        if kind.startswith(PREFIX):
+            fuser_class(kind.removeprefix(PREFIX))  # it may come with a package that is not imported yet
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"expected the {CONFIG} of a fuser in {folder}, got: {str(error).splitlines()[0]}; train or download it again"
         ) from error
-    if not config.model_type.startswith("kvfuse-"):
+    if not config.model_type.startswith(PREFIX):
         raise CheckpointError(f"expected a fuser in {folder}, got a model of type {config.model_type!r}; name the fuser's folder")
     fuser, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **{"dtype": "auto", **options})
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 
-from kvfuse.fuse import fuse
+from kvfuse.fuse import Rotations, fuse
 from kvfuse.kv_cache import KV, keep_rows, read_cache, stage
 from kvfuse.language_model import LanguageModel
 from kvfuse.prefill import prefill
@@ -46,6 +46,7 @@ def read_along(
     streams: Streams,
     prompt: AlignedPrompt,
     tail: AlignedPrompt,
+    rotations: Rotations = (),
 ) -> KV:
     """Read a whole response at once, for training: what :class:`Follower` does token by token.
 
@@ -58,6 +59,7 @@ def read_along(
         prompt: What is in them.
         tail: ``(B, k)``: the last prompt token and the response, padded right; each sharer's begins with its last prompt
             token, which it has read.
+        rotations: See :func:`kvfuse.fuse.fuse`.
 
     Returns:
         ``(L, B, H, k, D)``: fused keys and values of the tail.
@@ -67,7 +69,7 @@ def read_along(
         mask = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
         prefill(sharer.model, reads.ids[:, 1:], mask, reads.positions[:, 1:], cache)
     theirs = [read_cache(cache, last=reads.ids.shape[1]) for cache, reads in zip(streams.sharers, tail.sharers, strict=True)]
-    return fuse(read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, fusers, tail, fusion)
+    return fuse(read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, fusers, tail, fusion, rotations)
 
 
 class Follower:
@@ -80,6 +82,7 @@ class Follower:
         fusion: See :func:`kvfuse.fuse.fuse`.
         prompt: What all of them have read.
         streams: Their caches of it, which are filled further.
+        rotations: See :func:`kvfuse.fuse.fuse`.
     """
 
     def __init__(
@@ -90,8 +93,9 @@ class Follower:
         fusion: str,
         prompt: AlignedPrompt,
         streams: Streams,
+        rotations: Rotations = (),
     ) -> None:
-        self.receiver, self.cache, self.fusers, self.fusion = receiver, streams.receiver, fusers, fusion
+        self.receiver, self.cache, self.fusers, self.fusion, self.rotations = receiver, streams.receiver, fusers, fusion, rotations
         rows = _unpad(prompt.ids, prompt.mask)
         self.sharers = []
         for (sharer, how), cache, reads in zip(sharers, streams.sharers, prompt.sharers, strict=True):
@@ -112,13 +116,14 @@ class Follower:
             ``(L, B, H, 1, D)``.
         """
         prefill(self.receiver.model, ids, mask.cpu(), self.position, self.cache)
-        self.position = self.position + 1
         if self.started:
             for sharer in self.sharers:
                 sharer.read(ids[:, 0].tolist())
         self.started = True
         theirs = [read_cache(sharer.cache, last=1) for sharer in self.sharers]
-        return fuse(read_cache(self.cache, last=1), theirs, self.fusers, _one_position(len(ids), len(theirs)), self.fusion)
+        prompt = _one_position(self.position, [sharer.last_position for sharer in self.sharers])
+        self.position = self.position + 1
+        return fuse(read_cache(self.cache, last=1), theirs, self.fusers, prompt, self.fusion, self.rotations)
 
     def feed(self, cache: Cache, ids: Tensor, mask: Tensor) -> None:
         """Read a token per row and have it stand fused in the receiver's cache when the model reads it next."""
@@ -143,6 +148,11 @@ class _SharerStream:
     def __init__(self, sharer: LanguageModel, cache: Cache, last: Tensor, rows: list[list[int]], writers: list[Any]) -> None:
         self.sharer, self.cache, self.rows, self.writers = sharer, cache, rows, writers
         self.skipped = [position + 1 - len(row) for position, row in zip(last[:, 0].tolist(), rows, strict=True)]
+
+    @property
+    def last_position(self) -> Tensor:
+        """``(B, 1)`` int64: where each row's last token stands."""
+        return torch.tensor([[len(row) + skipped - 1] for row, skipped in zip(self.rows, self.skipped, strict=True)])
 
     def read(self, tokens: list[int]) -> None:
         """Read what the receiver's new tokens mean for this sharer.
@@ -243,8 +253,8 @@ def _unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
 
 
-def _one_position(rows: int, sharers: int) -> AlignedPrompt:
-    """One new receiver position that reads each sharer's one new position."""
-    zeros = torch.zeros(rows, 1, dtype=torch.long)
-    reads = SharerPrompt(ids=zeros, mask=zeros + 1, positions=zeros, index=zeros)
-    return AlignedPrompt(ids=zeros, mask=zeros + 1, positions=zeros, sharers=(reads,) * sharers, fuse_mask=zeros == 0)
+def _one_position(position: Tensor, theirs: list[Tensor]) -> AlignedPrompt:
+    """One new receiver position ``(B, 1)`` that reads each sharer's one new position ``(B, 1)``."""
+    zeros = torch.zeros_like(position)
+    reads = tuple(SharerPrompt(ids=zeros, mask=zeros + 1, positions=one, index=zeros) for one in theirs)
+    return AlignedPrompt(ids=zeros, mask=zeros + 1, positions=position, sharers=reads, fuse_mask=zeros == 0)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from kvfuse.errors import PairError
 from kvfuse.kv_cache import KVSpec
 from kvfuse.prefill import probe
+from kvfuse.rotation import Rotation, measure_rotation
 
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
@@ -84,6 +85,11 @@ class LanguageModel:
     def kv_spec(self) -> KVSpec:
         """Shape of the model's cache, read off a two-token run."""
         return probe(self.model)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """How the model turns its keys by their positions, measured. Raises PairError where none does."""
+        return measure_rotation(self.model)
 
     @cached_property
     def identity(self) -> Identity:

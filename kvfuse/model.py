@@ -55,6 +55,8 @@ class CacheToCache:
         if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
             raise PairError("expected fusers that fuse the same positions, got fusers for different ones; train them alike")
         self.receiver, self.sharers, self.fusers, self.fusion = receiver, list(sharers), list(fusers), fusion
+        removed = [fuser.config.rope == "removed" for fuser in fusers]
+        self.rotations = [(receiver.rotation, one.rotation) if turned else None for one, turned in zip(sharers, removed, strict=True)]
 
     @classmethod
     def from_pretrained(
@@ -159,7 +161,7 @@ class CacheToCache:
         streams = self.read(prompt)
         cache = self.fuse(prompt, streams, fusers, room)
         sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
-        follower = Follower(self.receiver, sharers, fusers, self.fusion, prompt, streams)
+        follower = Follower(self.receiver, sharers, fusers, self.fusion, prompt, streams, self.rotations)
         return self.decode(prompt, cache, follower=follower, **options)
 
     def align(self, prompt: Prompt) -> AlignedReading:
@@ -183,7 +185,7 @@ class CacheToCache:
 
     def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
-        fused = fuse(read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers, prompt, self.fusion)
+        fused = fuse(read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers, prompt, self.fusion, self.rotations)
         return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
 
     def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:

@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kvfuse.fusers import FUSERS, Fuser, make_fuser
+from kvfuse.fusers import Fuser, fuser_class, make_fuser
 from kvfuse.language_model import LanguageModel
 
 CORPUS = (
@@ -107,7 +107,7 @@ def tiny_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str = "c2c"
     """A random fuser for a pair, gates open, small enough for tests."""
     torch.manual_seed(seed)
     same = receiver.identity.tokenizer == sharer.identity.tokenizer
-    sizes = {name: 16 for name in FUSERS[kind].config_class.__annotations__ if name.endswith("_dim")}
+    sizes = {name: 16 for name in fuser_class(kind).config_class.__annotations__ if name.endswith("_dim")}
     defaults = {**sizes, "gate_init": 1.0, "token_alignment": "identity" if same else "span"}
     pair = {"receiver": receiver.identity.to_dict(), "sharer": sharer.identity.to_dict()}
     return make_fuser(kind, **pair, **{**defaults, **options}).eval()

@@ -72,9 +72,8 @@ def losses_token_by_token(pair, example):
     prompt, ids = stack([encoded.prompt]), collate([encoded]).tail.ids
     streams = pair.read(prompt)
     cache = pair.fuse(prompt, streams, pair.fusers)
-    follower = Follower(
-        pair.receiver, [(pair.sharers[0], pair.fusers[0].config.token_alignment)], pair.fusers, pair.fusion, prompt, streams
-    )
+    sharers = [(pair.sharers[0], pair.fusers[0].config.token_alignment)]
+    follower = Follower(pair.receiver, sharers, pair.fusers, pair.fusion, prompt, streams, pair.rotations)
     losses = []
     for place in range(ids.shape[1] - 1):
         token = ids[:, place : place + 1]
@@ -97,8 +96,9 @@ def test_token_by_token_equals_all_at_once(family, receiver):
 
 
 @torch.no_grad()
-def test_reencoded_tokens_are_read_one_by_one_as_all_at_once(receiver, sharer):
-    pair = pair_of(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
+@pytest.mark.parametrize("rope", ["kept", "removed"])
+def test_reencoded_tokens_are_read_one_by_one_as_all_at_once(receiver, sharer, rope):
+    pair = pair_of(receiver, sharer, token_alignment="reencode-longest", fuse="messages", rope=rope)
     example = Example(QUESTION, "The capital is Oslo, they speak Norwegian.")
     at_once = response_loss(pair, collate([encode(example, pair)]))
     torch.testing.assert_close(at_once, losses_token_by_token(pair, example).mean(), rtol=1e-4, atol=1e-5)

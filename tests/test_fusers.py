@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvfuse.errors import PairError
-from kvfuse.fusers import FUSERS, make_fuser
+from kvfuse.fusers import FUSERS, make_fuser, register_fuser
+from kvfuse.fusers.contract import describe_gates
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.grouped import GroupedFFN, GroupedLayerNorm, GroupedLinear, GroupedRMSNorm, GroupedSwiGLU
 from kvfuse.kv_cache import KV, KVSpec
@@ -47,6 +48,16 @@ def test_it_reads_both_caches(fuser, inputs):
     base = fuser(*inputs)
     assert not torch.equal(fuser(inputs[0].zeros_like(), inputs[1]).key, base.key)
     assert not torch.equal(fuser(inputs[0], inputs[1].zeros_like()).value, base.value)
+
+
+def assert_gradients_reach_everything(fuser, inputs):
+    residual = fuser.train()(*inputs)
+    (residual.key.square().sum() + residual.value.square().sum()).backward()
+    assert [name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+
+
+def test_gradients_reach_every_parameter(fuser, inputs):
+    assert_gradients_reach_everything(fuser, inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,18 +104,26 @@ def test_c2c_equals_the_paper_layer_by_layer(receiver, sharer):
             torch.testing.assert_close(getattr(residual, part)[layer], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("receiver", "sharer", "per_layer"),
-    [((28, 8, 128), (24, 2, 64), 17_066_002), ((28, 8, 128), (16, 8, 64), 17_852_434), ((36, 8, 128), (28, 4, 128), 17_852_434)],
-)
-def test_c2c_has_as_many_parameters_as_the_published_fusers(receiver, sharer, per_layer):
+def parameters_at(cls, receiver, sharer):
+    """How many a fuser has for models of these layers, KV heads and head sizes."""
     specs = {
         whose: {"kv": {"num_layers": layers, "num_kv_heads": heads, "key_dim": dim, "value_dim": dim}}
         for whose, (layers, heads, dim) in (("receiver", receiver), ("sharer", sharer))
     }
     with torch.device("meta"):
-        fuser = FUSERS["c2c"](FUSERS["c2c"].config_class(**specs))
-    assert sum(parameter.numel() for parameter in fuser.parameters()) == receiver[0] * per_layer
+        return sum(parameter.numel() for parameter in cls(cls.config_class(**specs)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("receiver", "sharer", "per_layer"),
+    [((28, 8, 128), (24, 2, 64), 17_066_002), ((28, 8, 128), (16, 8, 64), 17_852_434), ((36, 8, 128), (28, 4, 128), 17_852_434)],
+)
+def test_c2c_has_as_many_parameters_as_the_published_fusers(receiver, sharer, per_layer):
+    assert parameters_at(FUSERS["c2c"], receiver, sharer) == receiver[0] * per_layer
+
+
+def test_low_rank_takes_ten_megabytes_where_the_papers_takes_956():
+    assert 2 * parameters_at(FUSERS["low-rank"], (28, 8, 128), (24, 2, 64)) == pytest.approx(10e6, rel=0.05)
 
 
 def test_gate_is_binary_at_inference_and_sharpens_while_training():
@@ -120,6 +139,15 @@ def test_gate_is_binary_at_inference_and_sharpens_while_training():
     gate.anneal(1.0)
     assert gate.temperature == pytest.approx(0.001)
     assert all(draw in (0.0, 1.0) or not 0.01 < draw < 0.99 for draw in gate().flatten().tolist())
+
+
+def test_open_gates_are_told(fuser):
+    total = sum(opened.numel() for opened in fuser.open_gates().values())
+    assert all(opened.all() for opened in fuser.open_gates().values())
+    fuser.gate.logit.data[1] = -1.0
+    assert sum(int(opened.sum()) for opened in fuser.open_gates().values()) == total - 1
+    assert "2 of 3" in describe_gates(fuser)
+    assert describe_gates(fuser).endswith(f"Closed layers: {next(iter(fuser.open_gates()))} 1.")
 
 
 def test_grouped_blocks_equal_one_network_per_group():
@@ -149,6 +177,18 @@ def test_a_model_with_keys_and_values_of_unlike_size_is_refused(receiver, sharer
         make_fuser("c2c", receiver=receiver.identity.to_dict(), sharer=odd)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(PairError, match=r"fuser\.kind"):
+def test_an_unknown_kind_names_the_nearest():
+    with pytest.raises(PairError, match=r"fuser\.kind .* did you mean 'c2c'"):
         make_fuser("c3c")
+
+
+def test_what_cannot_be_registered_is_refused():
+    c2c = FUSERS["c2c"]
+    with pytest.raises(PairError, match="subclass both"):
+        register_fuser("mine", torch.nn.Linear)
+    with pytest.raises(PairError, match="model_type to be 'kvfuse-mine', got 'kvfuse-c2c'"):
+        register_fuser("mine", c2c)
+    with pytest.raises(PairError, match="choose another name"):
+        register_fuser("c2c", type("Other", (c2c,), {}))
+    assert "mine" not in FUSERS
+    assert FUSERS["c2c"] is c2c

@@ -15,6 +15,7 @@ LAYERS = [
     {"reading"},
     {"message_axis"},
     {"prefill", "token_alignment", "fusers"},
+    {"rotation"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint"},
     {"decode"},

@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from kvfuse.errors import PromptError, RecipeError
+from kvfuse.fusers import describe_gates
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 from kvfuse.training.data import IGNORED, Example, collate, encode, load_examples, split
@@ -184,6 +185,7 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
     assert str(gain) in (tmp_path / "out" / "fuser" / "README.md").read_text()
     assert said[0].startswith("trainable: ")
+    assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 
 def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):

@@ -1,28 +1,41 @@
-"""The paper's fuser: projection with feature fusion, weighting per head, a gate per layer."""
+"""The paper's fuser: projection with feature fusion, weighting per head, a gate per layer; each part can be left out."""
 
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_uniform
-from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices, require_uniform
+from kvfuse.fusers.gate import GATE_NOISES, Gate
+from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, from_groups, to_groups
 from kvfuse.kv_cache import KV
+
+FUSED_PARTS = {"both": PARTS, "keys": ("key",), "values": ("value",)}
+GATES = ("layer", "head", "none")
 
 
 class C2CConfig(FuserConfig):
     """Options of :class:`C2CFuser`; defaults are the paper's.
+
+    Rows of the paper's ablation (2.8, table 8): ``Project`` is ``replace``, without ``receiver_input``, ``feature_fusion``
+    and ``weighting``, gate ``none``; ``+ Fuse`` is gate ``none``.
 
     Attributes:
         hidden_dim: Width of the fuser.
         intermediate_dim: Inner width of its feed-forward blocks.
         num_layers: Depth of the projection, at least 3.
         dropout: In the feed-forward blocks.
+        receiver_input: Whether the projection reads the receiver's cache beside the sharer's.
+        feature_fusion: Whether a feed-forward block fuses the two before projection and weighting.
+        replace: Whether the projection takes the place of the receiver's cache instead of being added to it.
+        weighting: Whether every token weights its heads.
+        parts: ``both`` | ``keys`` | ``values``: what is fused; the other part's residual is exactly zero.
+        gate: ``layer`` (one for its keys, one for its values) | ``head`` (one per KV head of each) | ``none``.
         gate_init: Initial gate logit.
+        gate_noise: ``logistic`` | ``gumbel``, the reference's (:class:`kvfuse.fusers.gate.Gate`).
         initial_temperature: Of the gates, at the start of training.
         final_temperature: At its end.
-        zero_init: Start from a residual of zero.
+        zero_init: Start from a projection of zero.
     """
 
     model_type = "kvfuse-c2c"
@@ -31,7 +44,14 @@ class C2CConfig(FuserConfig):
     intermediate_dim: int = 1024
     num_layers: int = 3
     dropout: float = 0.1
+    receiver_input: bool = True
+    feature_fusion: bool = True
+    replace: bool = False
+    weighting: bool = True
+    parts: str = "both"
+    gate: str = "layer"
     gate_init: float = 0.0
+    gate_noise: str = "logistic"
     initial_temperature: float = 1.0
     final_temperature: float = 0.001
     zero_init: bool = False
@@ -50,42 +70,63 @@ class C2CFuser(Fuser):
     def __init__(self, config: C2CConfig) -> None:
         super().__init__(config)
         require_uniform(config)
+        require_choices(config, parts=tuple(FUSED_PARTS), gate=GATES, gate_noise=GATE_NOISES)
         receiver, sharer = config.receiver_kv, config.sharer_kv
-        groups, hidden = 2 * receiver.num_layers, config.hidden_dim
+        self.parts = FUSED_PARTS[config.parts]
+        groups, hidden = len(self.parts) * receiver.num_layers, config.hidden_dim
         width = receiver.num_kv_heads * receiver.key_dim
 
         def block(inner: int) -> GroupedFFN:
             return GroupedFFN(groups, hidden, inner, config.dropout)
 
-        self.fusion_in = GroupedLinear(groups, sharer.num_kv_heads * sharer.key_dim + width, hidden)
-        self.fusion = block(config.intermediate_dim)
+        inputs = sharer.num_kv_heads * sharer.key_dim + (width if config.receiver_input else 0)
+        self.fusion_in = GroupedLinear(groups, inputs, hidden)
+        self.fusion = block(config.intermediate_dim) if config.feature_fusion else None
         self.projection = nn.ModuleList(block(config.intermediate_dim) for _ in range(config.num_layers - 2))
         self.projection_out = GroupedLinear(groups, hidden, width)
-        self.weighting = block(hidden)
-        self.weighting_out = GroupedLinear(groups, hidden, receiver.num_kv_heads)
-        self.gate = Gate(groups, config.initial_temperature, config.final_temperature)
+        self.weighting = block(hidden) if config.weighting else None
+        self.weighting_out = GroupedLinear(groups, hidden, receiver.num_kv_heads) if config.weighting else None
+        heads = receiver.num_kv_heads if config.gate == "head" else 1
+        temperatures = config.initial_temperature, config.final_temperature
+        self.gate = None if config.gate == "none" else Gate(groups, *temperatures, heads, config.gate_noise)
         self.post_init()
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
         for part in (self.fusion_in, self.fusion, *self.projection, self.weighting, self.weighting_out):
-            part.reset_parameters()
+            if part is not None:
+                part.reset_parameters()
         self.projection_out.reset_parameters(zero=self.config.zero_init)
-        self.gate.reset_parameters(self.config.gate_init)
+        if self.gate is not None:
+            self.gate.reset_parameters(self.config.gate_init)
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`."""
-        x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
-        hidden = self.fusion(self.fusion_in(x))
-        weight = torch.sigmoid(self.weighting_out(self.weighting(hidden)))  # (G, N, H)
+        mine, theirs = to_groups(receiver, parts=self.parts), to_groups(sharer, self.sharer_layers, self.parts)  # (G, N, C)
+        hidden = self.fusion_in(torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs)
+        hidden = hidden if self.fusion is None else self.fusion(hidden)
+        weight = self._weigh(hidden, receiver.spec.num_kv_heads)
         for block in self.projection:
             hidden = block(hidden)
-        return from_groups(self.projection_out(hidden), self.gate() * weight, like=receiver)
+        projected = self.projection_out(hidden)
+        return from_groups(projected - mine if self.config.replace else projected, weight, like=receiver, parts=self.parts)
 
     def set_progress(self, share: float) -> None:
         """Anneal the gates."""
-        self.gate.anneal(share)
+        if self.gate is not None:
+            self.gate.anneal(share)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The gate logits."""
-        return [self.gate.logit]
+        return [] if self.gate is None else [self.gate.logit]
+
+    def open_gates(self) -> dict[str, Tensor]:
+        """Of keys and of values, per layer or per layer and head."""
+        return {} if self.gate is None else self.gate.by_part(self.parts)
+
+    def _weigh(self, hidden: Tensor, heads: int) -> Tensor:
+        """Gates times weights, ``(G, N, H)`` or what broadcasts to it, from ``(G, N, hidden)``."""
+        switch = hidden.new_ones(1, 1, 1) if self.gate is None else self.gate(hidden.shape[1], heads)
+        if self.weighting is None or self.weighting_out is None:
+            return switch
+        return switch * torch.sigmoid(self.weighting_out(self.weighting(hidden)))

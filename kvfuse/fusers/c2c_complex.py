@@ -89,6 +89,10 @@ class C2CComplexFuser(Fuser):
         """The gate logits."""
         return [self.gate.logit]
 
+    def open_gates(self) -> dict[str, Tensor]:
+        """Of layers; one gate switches keys and values."""
+        return self.gate.by_part(["layer"])
+
     def _translate(self, theirs: Tensor) -> Tensor:
         """``(2L, N, C_s)`` -> ``(2L, N, C_r)``, with a shortcut where both are equally wide."""
         hidden = theirs

@@ -1,13 +1,17 @@
 """What a fuser is: the receiver's and a sharer's KV in, the residual for the receiver's KV out."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfuse.errors import PairError
 from kvfuse.kv_cache import KV, KVSpec
 from kvfuse.layer_alignment import align_layers
+
+ROPES = ("kept", "removed")
 
 
 class FuserConfig(PreTrainedConfig):
@@ -20,6 +24,8 @@ class FuserConfig(PreTrainedConfig):
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
         fuse: ``all`` | ``messages``: which prompt positions are fused.
         fuse_response: Whether the last prompt token and what is generated are fused as well.
+        rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or turned back to
+            position zero (:mod:`kvfuse.rotation`).
     """
 
     receiver: dict[str, Any] = field(default_factory=dict)
@@ -28,6 +34,7 @@ class FuserConfig(PreTrainedConfig):
     layer_alignment: str | list[int] = "terminal"
     fuse: str = "all"
     fuse_response: bool = False
+    rope: str = "kept"
 
     @property
     def receiver_kv(self) -> KVSpec:
@@ -59,6 +66,7 @@ class Fuser(PreTrainedModel):
 
     def __init__(self, config: FuserConfig) -> None:
         super().__init__(config)
+        require_choices(config, rope=ROPES)
         self.sharer_layers = config.layers
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
@@ -83,8 +91,34 @@ class Fuser(PreTrainedModel):
         """Parameters that train with their own learning rate and without weight decay."""
         return []
 
+    def open_gates(self) -> dict[str, Tensor]:
+        """What is switched on at inference: bool, ``(L,)`` or ``(L, H)``, by the name of what is gated; empty without gates."""
+        return {}
+
     def _init_weights(self, module: Any) -> None:
         """transformers' hook; :meth:`reset_parameters` does the work, once for the whole fuser."""
+
+
+def describe_gates(fuser: Fuser) -> str:
+    """One line: how many gates are open, and which layers are closed altogether."""
+    gates = fuser.open_gates()
+    if not gates:
+        return "The fuser has no gates."
+    counts = ", ".join(f"{name} {int(opened.sum())} of {opened.numel()}" for name, opened in gates.items())
+    shut = {name: (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist() for name, opened in gates.items()}
+    closed = "; ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in shut.items() if layers)
+    return f"Open gates: {counts}." + (f" Closed layers: {closed}." if closed else "")
+
+
+def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:
+    """Refuse an option whose value is not one of its choices.
+
+    Raises:
+        PairError: Names the option and the choices.
+    """
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise PairError(f"expected fuser.{name} to be one of {', '.join(known)}, got {getattr(config, name)!r}; choose one")
 
 
 def require_uniform(config: FuserConfig) -> None:

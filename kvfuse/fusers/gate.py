@@ -1,24 +1,31 @@
-"""The learned switch of a layer: open or closed at inference, a noisy slope while training."""
+"""The learned switch of a layer, or of one of its heads: open or closed at inference, a noisy slope while training."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+GATE_NOISES = ("logistic", "gumbel")
 
 
 class Gate(nn.Module):
     """One gate per group (paper, 3.3.2): binary at inference, Gumbel-sigmoid with falling temperature while training.
 
-    The noise is logistic, the difference of two Gumbel draws, so that a logit of zero is open half of the time, and one
-    draw switches a whole layer, as at inference.
+    ``logistic`` noise is the difference of two Gumbel draws, so that a logit of zero is open half of the time, and one draw
+    switches all that the gate switches at inference. ``gumbel`` is the reference's: one Gumbel draw per head and token,
+    which opens 63% at a logit of zero.
 
     Attributes:
-        logit: ``(G, 1, 1)``; the gate is open where it is above zero. (Never 0-d: FSDP cannot shard that.)
+        logit: ``(G, 1, 1)``, or ``(G, 1, H)`` with a gate per head; open where it is above zero. (Never 0-d: FSDP cannot
+            shard that.)
     """
 
-    def __init__(self, groups: int, initial_temperature: float, final_temperature: float) -> None:
+    def __init__(self, groups: int, initial_temperature: float, final_temperature: float, heads: int = 1, noise: str = "logistic") -> None:
         super().__init__()
-        self.logit = nn.Parameter(torch.empty(groups, 1, 1))
+        self.logit = nn.Parameter(torch.empty(groups, 1, heads))
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.temperature = initial_temperature
+        self.noise = noise
 
     def reset_parameters(self, logit: float) -> None:
         nn.init.constant_(self.logit, logit)
@@ -28,9 +35,21 @@ class Gate(nn.Module):
         ratio = self.final_temperature / self.initial_temperature
         self.temperature = self.initial_temperature * ratio ** min(share, 1.0)
 
-    def forward(self) -> Tensor:
-        """``(G, 1, 1)``: exactly 0 or 1 at inference, in (0, 1) while training."""
+    def by_part(self, parts: Sequence[str]) -> dict[str, Tensor]:
+        """Which gates are open, ``(L,)`` or ``(L, H)`` bool, where the groups are all layers of the first part, then of the next."""
+        opened = (self.logit > 0).flatten(1).squeeze(1).cpu()
+        return {f"{part}s": half for part, half in zip(parts, opened.chunk(len(parts)), strict=True)}
+
+    def forward(self, tokens: int = 1, heads: int = 1) -> Tensor:
+        """The switch, for so many tokens and heads.
+
+        Returns:
+            As :attr:`logit`, exactly 0 or 1 at inference, in (0, 1) while training; there ``(G, tokens, heads)`` under
+            ``gumbel`` noise.
+        """
         if not self.training:
             return (self.logit > 0).to(self.logit.dtype)
-        uniform = torch.rand_like(self.logit, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
-        return torch.sigmoid((self.logit + torch.logit(uniform)) / self.temperature).to(self.logit.dtype)
+        shape = (len(self.logit), tokens, heads) if self.noise == "gumbel" else self.logit.shape
+        uniform = torch.rand(shape, device=self.logit.device).clamp(1e-6, 1 - 1e-6)
+        noise = -torch.log(-torch.log(uniform)) if self.noise == "gumbel" else torch.logit(uniform)
+        return torch.sigmoid((self.logit + noise) / self.temperature).to(self.logit.dtype)

@@ -1,15 +1,19 @@
 """Building blocks that run one small network per group, all groups in one product.
 
-A fuser has two groups a layer, one for keys and one for values, all of one shape: tensors are ``(G, N, C)`` with ``G = 2L``.
+A fuser has two groups a layer, one for keys and one for values, all of one shape: tensors are ``(G, N, C)`` with ``G = 2L``,
+or ``G = L`` where it fuses keys or values alone.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvfuse.kv_cache import KV
+
+PARTS = ("key", "value")
 
 
 class GroupedLinear(nn.Module):
@@ -106,23 +110,26 @@ class GroupedFFN(nn.Module):
         return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))
 
 
-def to_groups(kv: KV, layers: list[int] | None = None) -> Tensor:
-    """``(2L, B * T, H * D)``: every token's heads side by side, keys of the chosen layers, then their values."""
-    parts = [kv.key, kv.value] if layers is None else [part[layer][None] for part in (kv.key, kv.value) for layer in layers]
-    return torch.cat(parts).transpose(2, 3).flatten(3).flatten(1, 2)
+def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS) -> Tensor:
+    """``(G, B * T, H * D)``: every token's heads side by side, the chosen layers of the first part, then of the second."""
+    chosen = [getattr(kv, part) for part in parts]
+    stacked = chosen if layers is None else [part[layer][None] for part in chosen for layer in layers]
+    return torch.cat(stacked).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def from_groups(projected: Tensor, weight: Tensor, like: KV) -> KV:
+def from_groups(projected: Tensor, weight: Tensor, like: KV, parts: Sequence[str] = PARTS) -> KV:
     """Weight every head and undo :func:`to_groups`.
 
     Args:
-        projected: ``(2L, B * T, H * D)``.
-        weight: ``(2L, B * T, H)``.
+        projected: ``(G, B * T, H * D)``.
+        weight: ``(G, B * T, H)``, or what broadcasts to it.
         like: Tells ``B``, ``H``, ``T`` and ``D``.
+        parts: What the groups are; the other part's residual is exactly zero.
 
     Returns:
         ``(L, B, H, T, D)``.
     """
     _, batch, heads, tokens, dim = like.key.shape
-    weighted = projected.unflatten(-1, (heads, dim)) * weight.unsqueeze(-1)  # (2L, N, H, D)
-    return KV(*weighted.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(2))
+    weighted = projected.unflatten(-1, (heads, dim)) * weight.unsqueeze(-1)  # (G, N, H, D)
+    by_part = dict(zip(parts, weighted.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(len(parts)), strict=True))
+    return KV(*(by_part[part] if part in by_part else torch.zeros_like(getattr(like, part)) for part in PARTS))

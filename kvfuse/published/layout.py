@@ -29,6 +29,7 @@ class ProjectorClass:
         defaults: Their arguments that ours has as options, with the defaults of their class.
         required: Their arguments that must have one value, because ours knows no other: that value and their default.
         renamed: Theirs -> our option, where the two differ.
+        fixed: Our options that must have one value, because theirs knows no other.
         modules: Gives for a configuration our module -> their module, ``{part}`` standing for ``key`` and ``value``.
     """
 
@@ -38,6 +39,7 @@ class ProjectorClass:
     modules: Callable[[Any], dict[str, str]]
     required: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
 
     def options(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Our options for their arguments. Raises ValueError, naming the argument, where ours cannot do as theirs."""
@@ -50,6 +52,11 @@ class ProjectorClass:
         """Their arguments for our configuration."""
         options = {name: getattr(config, self.renamed.get(name, name)) for name in self.defaults}
         return {**options, **{name: value for name, (value, _) in self.required.items()}}
+
+    def lost(self, config: FuserConfig) -> list[str]:
+        """Those of our options, with their values, that this class cannot hold."""
+        given = {name: getattr(config, name) for name in self.fixed}
+        return [f"{name}={value!r}" for name, value in given.items() if value != self.fixed[name]]
 
     def tensors(self, fuser: Fuser, layer: int) -> Iterator[tuple[str, str, int]]:
         """Everything that one receiver layer has: our parameter's name, the group in it, and their tensor's name."""
@@ -93,6 +100,8 @@ def _complex_modules(config: Any) -> dict[str, str]:
     }
 
 
+_ROPE = {"rope": "kept"}
+_WHOLE = {"receiver_input": True, "feature_fusion": True, "replace": False, "weighting": True, "parts": "both", "gate": "layer"}
 _COMMON = {"dropout": 0.1, "initial_temperature": 1.0}
 
 CLASSES = (
@@ -101,6 +110,7 @@ CLASSES = (
         kind="c2c",
         defaults=_COMMON | {"hidden_dim": 1024, "intermediate_dim": 1024, "num_layers": 3, "final_temperature": 0.001, "zero_init": False},
         modules=_c2c_modules,
+        fixed=_ROPE | _WHOLE,
     ),
     ProjectorClass(
         name="AllInOneProjector",
@@ -122,5 +132,6 @@ CLASSES = (
             "weight_input_features": ("target_projected_key", "target_key"),
         },
         renamed={"scalar_temperature": "weight_temperature"},
+        fixed=_ROPE,
     ),
 )

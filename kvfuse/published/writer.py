@@ -21,8 +21,9 @@ def write_published(fuser: Fuser, folder: Path) -> None:
     config = fuser.config
     cls = next((cls for cls in CLASSES if type(fuser) is FUSERS[cls.kind]), None)
     fused = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}.get(config.token_alignment)
-    if cls is None or fused != config.fuse:
-        got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r}"
+    if cls is None or fused != config.fuse or cls.lost(config):
+        options = ", ".join(cls.lost(config)) if cls else ""
+        got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r} {options}".rstrip()
         raise CheckpointError(f"expected a fuser that the published format can hold, got {got}; keep it in kvfuse's own")
     arguments = _arguments(cls, fuser)
     _write_json(folder / RECIPE, _recipe(cls, fuser))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvfuse.errors import RecipeError
-from kvfuse.fusers import FUSERS
+from kvfuse.errors import PairError, RecipeError
+from kvfuse.fusers import FuserConfig, fuser_class
 
 
 class _Section(BaseModel):
@@ -147,9 +147,10 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _fuser_options(kind: str) -> list[str]:
-    if kind not in FUSERS:
-        nearest = difflib.get_close_matches(kind, FUSERS, n=1, cutoff=0.0)[0]
-        raise RecipeError(f"expected fuser.kind to be one of {', '.join(FUSERS)}, got {kind!r}; did you mean {nearest!r}?")
-    ours = [cls for cls in FUSERS[kind].config_class.__mro__ if cls.__module__.startswith("kvfuse")]
-    given = {"receiver", "sharer", "token_alignment"}
-    return [name for cls in ours for name in cls.__annotations__ if name not in given and name != "model_type"]
+    try:
+        config = fuser_class(kind).config_class
+    except PairError as error:
+        raise RecipeError(str(error)) from error
+    given = {"receiver", "sharer", "token_alignment", "model_type"}
+    mine = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
+    return [name for cls in mine for name in cls.__annotations__ if name not in given]

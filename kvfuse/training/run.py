@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from kvfuse.checkpoint import save_fuser, write_file
 from kvfuse.errors import RecipeError
-from kvfuse.fusers import Fuser, make_fuser
+from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.training.data import EncodedExample, encode, load_examples, split
@@ -65,6 +65,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
     write_file(recipe.output / "result.json", json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
     say(str(gain))
+    say(describe_gates(pair.fusers[0]))
     say(f"saved to {recipe.output / 'fuser'}")
     return gain
 

@@ -54,7 +54,8 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
     streams = pair.read(batch.prompt, len(fusers))
     cache = pair.fuse(batch.prompt, streams, fusers)
     if pair.fuse_response and fusers:
-        stage(cache, read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail))
+        fused = read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations)
+        stage(cache, fused)
     return cache
 
 

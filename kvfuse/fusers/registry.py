@@ -1,0 +1,78 @@
+"""Fusers by kind: the built-in ones, those of installed packages, those registered by hand.
+
+A package offers a fuser by an entry point of the group ``kvfuse.fusers``, its kind the name and its class the object. It is
+imported when its kind is first asked for, by :func:`make_fuser`, a recipe or a fuser's folder.
+"""
+
+import difflib
+from importlib.metadata import entry_points
+from typing import Any
+
+from transformers import AutoConfig, AutoModel
+
+from kvfuse.errors import PairError
+from kvfuse.fusers.c2c import C2CFuser
+from kvfuse.fusers.c2c_complex import C2CComplexFuser
+from kvfuse.fusers.contract import Fuser, FuserConfig
+from kvfuse.fusers.low_rank import LowRankFuser
+
+GROUP, PREFIX = "kvfuse.fusers", "kvfuse-"
+FUSERS: dict[str, type[Fuser]] = {}
+"""Kind -> class, as far as they are loaded."""
+
+
+def register_fuser(kind: str, cls: type[Fuser]) -> None:
+    """Make a fuser known under a kind, to transformers too.
+
+    Args:
+        kind: What recipes call it.
+        cls: Its ``config_class`` has the ``model_type`` ``kvfuse-<kind>``, by which a saved fuser is found again.
+
+    Raises:
+        PairError: It is no fuser, its ``model_type`` is another, or the kind is taken.
+    """
+    config = getattr(cls, "config_class", None)
+    if not (isinstance(cls, type) and issubclass(cls, Fuser) and isinstance(config, type) and issubclass(config, FuserConfig)):
+        raise PairError(f"expected a Fuser with a config_class of its own for the kind {kind!r}, got {cls!r}; subclass both")
+    if config.model_type != PREFIX + kind:
+        raise PairError(f"expected {config.__name__}.model_type to be {PREFIX + kind!r}, got {config.model_type!r}; set it")
+    if FUSERS.setdefault(kind, cls) is not cls:
+        raise PairError(f"expected a new fuser.kind, got {kind!r}, which is {FUSERS[kind].__name__}; choose another name")
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, cls, exist_ok=True)
+
+
+def fuser_class(kind: str) -> type[Fuser]:
+    """The class of a kind.
+
+    Raises:
+        PairError: There is no such kind (the nearest is named), or its package does not offer a fuser.
+    """
+    offered = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in FUSERS and kind in offered:
+        register_fuser(kind, offered[kind].load())
+    if kind not in FUSERS:
+        known = sorted({*FUSERS, *offered})
+        nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)[0]
+        raise PairError(f"expected fuser.kind to be one of {', '.join(known)}, got {kind!r}; did you mean {nearest!r}?")
+    return FUSERS[kind]
+
+
+def make_fuser(kind: str, **options: Any) -> Fuser:
+    """A new fuser of a kind, its weights drawn from torch's global generator.
+
+    Args:
+        kind: See :func:`fuser_class`.
+        options: Fields of its configuration.
+
+    Raises:
+        PairError: An unknown kind, or models that the kind cannot serve.
+    """
+    cls = fuser_class(kind)
+    fuser = cls(cls.config_class(**options))
+    fuser.reset_parameters()
+    return fuser
+
+
+for _kind, _cls in {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser, "low-rank": LowRankFuser}.items():
+    register_fuser(_kind, _cls)
