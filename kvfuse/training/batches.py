@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, pad_left, stack
-from kvfuse.training.encoding import EncodedExample
+from kvfuse.training.columns import EncodedExample
 
 IGNORED = -100  # the label that transformers' losses skip
 

@@ -10,7 +10,7 @@ from kvfuse.reading import Reading
 from kvfuse.token_alignment import AlignedReading
 
 PROMPT_COLUMNS, SHARER_COLUMNS = ("ids", "positions", "fusable", "response"), ("ids", "positions", "index", "response", "seen")
-NOTHING = np.empty(0, dtype=np.int64)
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EncodedExample:
 
 
 def to_columns(example: EncodedExample) -> dict[str, Any]:
-    """An example as plain integers: ``(n,)`` columns of the receiver, and of each sharer a list of such."""
+    """An example as plain integers: ``(n,)`` int32 columns of the receiver, and of each sharer a list of such."""
     prompt = example.prompt
     responses = example.sharers or ((NOTHING, NOTHING),) * len(prompt.sharers)
     mine = (prompt.receiver.ids, prompt.receiver.positions, prompt.fusable, example.response_ids)
@@ -38,8 +38,8 @@ def to_columns(example: EncodedExample) -> dict[str, Any]:
         (reading.ids, reading.positions, index, *response) for (reading, index), response in zip(prompt.sharers, responses, strict=True)
     ]
     return {
-        **dict(zip(PROMPT_COLUMNS, mine, strict=True)),
-        **dict(zip((f"sharer_{name}" for name in SHARER_COLUMNS), map(list, zip(*theirs, strict=True)), strict=True)),
+        **dict(zip(PROMPT_COLUMNS, map(_narrow, mine), strict=True)),
+        **{f"sharer_{name}": list(map(_narrow, column)) for name, column in zip(SHARER_COLUMNS, zip(*theirs, strict=True), strict=True)},
         "pad_ids": [prompt.receiver.pad_id, *(reading.pad_id for reading, _ in prompt.sharers)],
         "length": len(prompt.receiver.ids) + len(example.response_ids),
     }
@@ -54,6 +54,11 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
     readings = tuple((_reading(one[0], one[1], pad), one[2]) for one, pad in zip(sharers, their_pads, strict=True))
     responses = tuple((one[3], one[4]) for one in sharers if len(one[4]))
     return EncodedExample(AlignedReading(_reading(ids, positions, mine), fusable.astype(bool), readings), response, responses)
+
+
+def _narrow(column: np.ndarray) -> np.ndarray:
+    """One type for all columns: ``datasets`` writes arrays of one type alone as they are."""
+    return column.astype(np.int32)
 
 
 def _reading(ids: np.ndarray, positions: np.ndarray, pad_id: int) -> Reading:

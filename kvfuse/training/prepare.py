@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import PromptError, RecipeError
-from kvfuse.training.columns import PROMPT_COLUMNS, SHARER_COLUMNS, to_columns
+from kvfuse.training.columns import NOTHING, PROMPT_COLUMNS, SHARER_COLUMNS, to_columns
 from kvfuse.training.encoding import Encoder, TooLongError
 from kvfuse.training.examples import Example, examples_of, without_oldest_turn
 from kvfuse.training.recipe import DataSection
@@ -162,8 +162,8 @@ def _encode(example: Example, data: DataSection, encoder: Encoder) -> Row:
 
 def _nothing() -> Row:
     """A row without an example."""
-    lists = [*PROMPT_COLUMNS, *(f"sharer_{name}" for name in SHARER_COLUMNS), "pad_ids"]
-    return {"reason": "", **{name: [] for name in lists}, "length": 0, "characters": 0, "shortened": 0}
+    columns = {**dict.fromkeys(PROMPT_COLUMNS, NOTHING), **{f"sharer_{name}": [] for name in SHARER_COLUMNS}, "pad_ids": []}
+    return {"reason": "", **columns, "length": 0, "characters": 0, "shortened": 0}
 
 
 def _features() -> Any:

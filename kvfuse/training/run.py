@@ -62,7 +62,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
     training, held_out = split(prepared.examples, recipe.data.validation_share)
     write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
-    write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
+    _list_bad_rows(recipe, prepared)
     FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
     pair.fusers[0].eval()
     gain = measure(pair, list(map(from_columns, held_out)), held_out["characters"][:])
@@ -86,7 +86,7 @@ def prepare_data(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared
         prepared.require_enough(recipe.data)
     except RecipeError:
         if prepared.bad:
-            write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
+            _list_bad_rows(recipe, prepared)
         raise
     return prepared
 
@@ -132,6 +132,11 @@ def _require_own_folder(recipe: Recipe) -> None:
         raise RecipeError(
             f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; choose another output"
         )
+
+
+def _list_bad_rows(recipe: Recipe, prepared: Prepared) -> None:
+    if prepared.bad:
+        write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
 
 
 def _as_yaml(recipe: Recipe) -> str:

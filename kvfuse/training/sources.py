@@ -61,7 +61,7 @@ def load_rows(data: DataSection) -> "Dataset | IterableDataset":
 
 def parse(row: Row, number: int, data: DataSection) -> tuple[str, int, Row | bytes]:
     """Where a row comes from: file and line, or data set and number; and what it says, of a file in bytes."""
-    return tuple(row[key] for key in RAW) if row.keys() == set(RAW) else (str(data.path), number + 1, row)  # type: ignore[return-value]
+    return tuple(row[key] for key in RAW) if row.keys() == set(RAW) else (str(data.path), number + 1, row)
 
 
 def decode(source: str, content: Row | bytes) -> Row:
