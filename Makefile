@@ -31,9 +31,9 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable ".[train]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[demo-build,dev]"
+	$(BIN)/pip install --quiet --editable ".[train,demo-build,dev]"
 	touch $@

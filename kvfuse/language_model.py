@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.errors import PairError
 from kvfuse.kv_cache import KVSpec
@@ -79,7 +79,7 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """The longest prompt the model was made for, in tokens; None if it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return _context(self.model.config)
 
     @cached_property
     def kv_spec(self) -> KVSpec:
@@ -107,6 +107,12 @@ def load_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokeni
     """Load a tokenizer alone. Raises PairError where there is none."""
     with _telling("a tokenizer", name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def load_context(name: str | Path) -> int | None:
+    """A model's :attr:`LanguageModel.context` without the model. Raises PairError where there is no configuration."""
+    with _telling("a model's configuration", name):
+        return _context(AutoConfig.from_pretrained(name))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -140,6 +146,10 @@ def check_identity(whose: str, expected: dict[str, Any], model: LanguageModel) -
         raise PairError(f"expected the tokenizer of {expected['name']!r}, got another one ({model.name}); {trained_with}")
     if "weights" in expected and not getattr(model.model, "is_quantized", False) and not _same_weights(expected, model.identity):
         raise PairError(f"expected the weights of {expected['name']!r}, got other ones ({model.name}); {trained_with}")
+
+
+def _context(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

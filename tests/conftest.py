@@ -1,7 +1,11 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kvfuse-tests-")  # read when datasets is imported; also by commands
 
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -11,7 +11,9 @@ from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.token_alignment import count_positions, pad_left, stack
-from kvfuse.training.data import Example, collate, encode
+from kvfuse.training.batches import collate
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
 from kvfuse.training.trainer import response_loss
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
@@ -68,7 +70,7 @@ def test_the_response_makes_a_difference(followed):
 
 def losses_token_by_token(pair, example):
     """The loss of a response that is fed to the follower and the receiver one token at a time."""
-    encoded = encode(example, pair)
+    encoded = Encoder.of(pair).encode(example)
     prompt, ids = stack([encoded.prompt]), collate([encoded]).tail.ids
     streams = pair.read(prompt)
     cache = pair.fuse(prompt, streams, pair.fusers)
@@ -91,7 +93,7 @@ def test_token_by_token_equals_all_at_once(family, receiver):
     """With one tokenizer, decoding and training compute the same, for every family as receiver."""
     pair = pair_of(tiny_model(family), tiny_model("llama", seed=4))
     example = Example(QUESTION, "The capital is Oslo, they speak Norwegian.")
-    at_once = response_loss(pair, collate([encode(example, pair)]))
+    at_once = response_loss(pair, collate([Encoder.of(pair).encode(example)]))
     torch.testing.assert_close(at_once, losses_token_by_token(pair, example).mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_token_by_token_equals_all_at_once(family, receiver):
 def test_reencoded_tokens_are_read_one_by_one_as_all_at_once(receiver, sharer, rope):
     pair = pair_of(receiver, sharer, token_alignment="reencode-longest", fuse="messages", rope=rope)
     example = Example(QUESTION, "The capital is Oslo, they speak Norwegian.")
-    at_once = response_loss(pair, collate([encode(example, pair)]))
+    at_once = response_loss(pair, collate([Encoder.of(pair).encode(example)]))
     torch.testing.assert_close(at_once, losses_token_by_token(pair, example).mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -109,13 +111,13 @@ def test_between_tokenizers_they_agree_where_words_end_together(receiver):
     """A sharer may have read half a word that it will read as another token later; what is whole is read alike."""
     pair = pair_of(receiver, tiny_model("llama", tiny_tokenizer(320, "lines"), seed=4))
     example = Example(QUESTION, "a b c d e")  # letters and spaces are the same pieces for both
-    at_once = response_loss(pair, collate([encode(example, pair)]))
+    at_once = response_loss(pair, collate([Encoder.of(pair).encode(example)]))
     torch.testing.assert_close(at_once, losses_token_by_token(pair, example).mean(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(followed):
-    encoded = [encode(Example(QUESTION, "It is Oslo." * length), followed) for length in (1, 2, 3)]
+    encoded = [Encoder.of(followed).encode(Example(QUESTION, "It is Oslo." * length)) for length in (1, 2, 3)]
     counts = [len(one.response_ids) for one in encoded]
     mean = sum(float(response_loss(followed, collate([one]))) * count for one, count in zip(encoded, counts, strict=True)) / sum(counts)
     assert float(response_loss(followed, collate(encoded))) == pytest.approx(mean, rel=1e-5)
@@ -156,7 +158,7 @@ def _text(model, ids):
 
 def test_gradients_reach_every_fuser_parameter(followed):
     followed.fusers[0].train()
-    response_loss(followed, collate([encode(Example(QUESTION, "It is Oslo."), followed)])).backward()
+    response_loss(followed, collate([Encoder.of(followed).encode(Example(QUESTION, "It is Oslo."))])).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in followed.fusers[0].parameters())
 
 

@@ -9,13 +9,16 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from kvfuse.errors import RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
-from kvfuse.training.data import Example, encode
+from kvfuse.training.columns import to_columns
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import WHOLE, last_whole_checkpoint
 from kvfuse.training.trainer import FuserTrainer
@@ -44,9 +47,9 @@ train(load_recipe("recipe.yaml", ["output=" + sys.argv[2]]), quiet=True)
 @pytest.fixture
 def trainer(receiver, sharer, tmp_path):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, zero_init=True)])
-    examples = [encode(Example(f"What is {i}?", f"It is {i}."), pair) for i in range(4)]
+    rows = [to_columns(Encoder.of(pair).encode(Example(f"What is {i}?", f"It is {i}."))) for i in range(4)]
     section = TrainSection(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2)
-    return FuserTrainer(pair, section, examples, tmp_path / "checkpoints", quiet=True)
+    return FuserTrainer(pair, section, Dataset.from_list(rows), tmp_path / "checkpoints", quiet=True)
 
 
 @pytest.mark.slow

@@ -2,14 +2,18 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.fusers import describe_gates
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
-from kvfuse.training.data import IGNORED, Example, collate, encode, load_examples, split
-from kvfuse.training.recipe import DataSection, TrainSection, load_recipe
+from kvfuse.training.batches import IGNORED, collate
+from kvfuse.training.columns import to_columns
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
+from kvfuse.training.recipe import TrainSection, load_recipe
 from kvfuse.training.run import train
 from kvfuse.training.trainer import FuserTrainer, bits_per_response, response_loss
 
@@ -18,7 +22,7 @@ EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is numb
 
 @pytest.fixture
 def encoded(pair):
-    return [encode(example, pair) for example in EXAMPLES]
+    return list(map(Encoder.of(pair).encode, EXAMPLES))
 
 
 def fresh_pair(receiver, sharer):
@@ -27,7 +31,7 @@ def fresh_pair(receiver, sharer):
 
 def trainer(pair, encoded, folder, **changes):
     options = {"steps": 6, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 3, **changes}
-    return FuserTrainer(pair, TrainSection(**options), encoded, folder, quiet=True)
+    return FuserTrainer(pair, TrainSection(**options), Dataset.from_list(list(map(to_columns, encoded))), folder, quiet=True)
 
 
 def weights(pair):
@@ -108,61 +112,15 @@ def test_temperature_falls_over_the_runs_own_steps(pair, encoded, tmp_path):
     assert pair.fusers[0].gate.temperature == pytest.approx(0.001 ** (3 / 4)), "set before the last of four steps"
 
 
-CHATS = [
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-    {"prompt": "q", "response": "a"},
-]
-
-
-def write(path, rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return DataSection(path=path)
-
-
-def test_chats_are_read_in_both_shapes(tmp_path):
-    with_system, plain = load_examples(write(tmp_path / "chats.jsonl", CHATS))
-    assert (with_system.prompt, with_system.response) == (CHATS[0]["messages"][:-1], "a")
-    assert (plain.prompt, plain.response) == ([{"role": "user", "content": "q"}], "a")
-
-
-@pytest.mark.parametrize("bad", ["{", '{"prompt": "q"}', '{"messages": []}', '{"messages": [{"role": "user", "content": "q"}]}', "[1]"])
-def test_a_bad_row_names_its_line(tmp_path, bad):
-    with pytest.raises(RecipeError, match="line 3"):
-        load_examples(write(tmp_path / "chats.jsonl", [*CHATS, bad]))
-
-
-def test_documents_are_cut_at_white_space(tmp_path):
-    (tmp_path / "text.txt").write_text("one two three four five\n<|endoftext|>\nsix seven eight<|endoftext|>short")
-    data = DataSection(path=tmp_path / "text.txt", format="text", prompt_characters=5, response_characters=7)
-    first, second = load_examples(data)
-    assert (first.prompt, first.response, first.ends) == ("one two", " three four", False)
-    assert (second.prompt, second.response, second.ends) == ("six seven", " eight", True)
-
-
-def test_a_long_document_gives_several_examples(tmp_path):
-    document = " ".join(f"word{i}" for i in range(100))
-    (tmp_path / "text.txt").write_text(document)
-    examples = load_examples(DataSection(path=tmp_path / "text.txt", format="text", prompt_characters=20, response_characters=10))
-    joined = " ".join(example.prompt + example.response for example in examples)
-    assert document.startswith(joined)
-    assert len(document) - len(joined) < 40, "only a last piece without a response is left out"
-    assert not any(example.ends for example in examples[:-1])
-
-
-def test_held_out_examples_are_the_last():
-    assert split(EXAMPLES, 0.25) == (EXAMPLES[:6], EXAMPLES[6:])
-    assert len(split(EXAMPLES[:2], 0.01)[1]) == 1
-
-
 def test_an_example_longer_than_the_context_is_refused(pair):
     with pytest.raises(PromptError, match="fit 256 tokens"):
-        encode(Example("short", "word " * 300), pair)
+        Encoder.of(pair).encode(Example("short", "word " * 300))
 
 
 @pytest.fixture
 def recipe(saved_models, tmp_path):
     rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
-    write(tmp_path / "chats.jsonl", rows)
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lines = {
         "receiver": saved_models / "receiver",
         "sharer": saved_models / "sharer",
@@ -184,7 +142,7 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fused"] == gain.fused
     assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
     assert str(gain) in (tmp_path / "out" / "fuser" / "README.md").read_text()
-    assert said[0].startswith("trainable: ")
+    assert (said[0], said[1].split(":")[0]) == ("examples: 10", "trainable")
     assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 

@@ -1,6 +1,7 @@
 """A training run as one YAML file, every key checked before anything is loaded."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,17 +33,35 @@ class DataSection(_Section):
     """``data``: where the examples come from."""
 
     path: Path
-    """A file of chats (JSON lines) or of plain text."""
-    format: Literal["chat", "text"] = "chat"
-    """``chat``: rows with ``messages``, or with ``prompt`` and ``response``. ``text``: documents, cut into prompts and responses."""
-    separator: str = "<|endoftext|>"
+    """A file (.json, .jsonl, .txt, .csv, .parquet), a folder of them, or the name of a data set on the Hub."""
+    name: str | None = None
+    """Of the Hub data set's configuration."""
+    split: str = "train"
+    """Of the Hub data set."""
+    revision: str | None = None
+    """Of the Hub data set."""
+    streaming: bool = False
+    """Read rows one by one, as many as ``limit`` says, without keeping their files; encoded rows are kept for this run only."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = "auto"
+    """What a row looks like (``training/shapes.py``); ``auto`` reads it off its columns. ``text``: documents, cut into examples."""
+    loss_on: Literal["last", "all"] = "last"
+    """Learn the assistant's last turn, or each of them as an example of its own, which reads a chat again for every turn."""
+    max_tokens: int | None = Field(None, ge=2)
+    """The longest prompt and response together, for every model that reads both; by default what its context holds."""
+    truncation: Literal["refuse", "drop_history"] = "refuse"
+    """What becomes of longer ones: bad rows, or shorter ones without their oldest turns; no turn is ever cut."""
+    max_bad_share: float = Field(0.05, ge=0, le=1)
+    """Refuse to train where more of the rows than this are bad; they are listed in ``output/bad_rows.jsonl``."""
+    workers: int = Field(1, ge=1)
+    """Processes that encode."""
+    separator: str = Field("<|endoftext|>", min_length=1)
     """Between two documents of a text file."""
     prompt_characters: int = Field(200, ge=1)
     """Length of a prompt cut from a document, to the next white space."""
     response_characters: int = Field(200, ge=1)
     """Length of the response that follows it, to the next white space."""
     limit: int | None = Field(None, ge=2)
-    """Use the first so many examples."""
+    """Read the first so many rows, and keep at most so many examples of them."""
     validation_share: float = Field(0.05, gt=0, lt=1)
     """The last so much of them is held out."""
 
@@ -65,6 +84,8 @@ class TrainSection(_Section):
     """Share of the steps over which the learning rate rises; it falls linearly after."""
     max_grad_norm: float = Field(1.0, gt=0)
     seed: int = 42
+    group_by_length: bool = False
+    """Batches of examples of like length: less padding, but less mixed, and so slower to learn from where length tells the kind."""
     save_steps: int = Field(200, ge=1)
     """Steps between checkpoints; a killed run goes on from the last."""
 
@@ -138,6 +159,10 @@ def _explain(error: ValidationError) -> str:
         return _unknown(key, list(_SECTIONS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", Recipe).model_fields))
     if first["type"] == "missing":
         return f"expected the key {key} in the recipe, got none; add it"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.0)[0]
+        return f"expected {key} to be one of {', '.join(choices)}, got {first['input']!r}; did you mean {nearest!r}?"
     return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
 
 

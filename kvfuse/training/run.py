@@ -15,7 +15,9 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.training.data import EncodedExample, encode, load_examples, split
+from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.training.encoding import Encoder, token_alignment
+from kvfuse.training.prepare import Prepared, prepare, split
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.trainer import FuserTrainer, bits_per_response
 
@@ -50,24 +52,44 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
         What the fuser gained on held-out examples.
 
     Raises:
-        RecipeError, PairError, PromptError: Before anything is written.
+        RecipeError, PairError, PromptError: Before anything is written, but for the list of bad rows where they are too many.
     """
-    examples = load_examples(recipe.data)
+    _require_own_folder(recipe)
+    prepared = prepare_data(recipe, say)
     pair = new_pair(recipe)
     trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
     frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
-    training, held_out = ([encode(example, pair) for example in part] for part in split(examples, recipe.data.validation_share))
-    _claim(recipe)
+    training, held_out = split(prepared.examples, recipe.data.validation_share)
+    write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
+    _list_bad_rows(recipe, prepared)
     FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
     pair.fusers[0].eval()
-    gain = measure(pair, held_out, [len(example.response) for example in examples[-len(held_out) :]])
+    gain = measure(pair, list(map(from_columns, held_out)), held_out["characters"][:])
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
     write_file(recipe.output / "result.json", json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
     say(str(gain))
     say(describe_gates(pair.fusers[0]))
     say(f"saved to {recipe.output / 'fuser'}")
     return gain
+
+
+def prepare_data(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
+    """Encode a recipe's data, before its models are loaded; of several processes, the first does it for all.
+
+    Raises:
+        RecipeError: Too many rows are bad; they are listed in ``output/bad_rows.jsonl``.
+    """
+    with PartialState().main_process_first():
+        prepared = prepare(recipe.data, Encoder.load(recipe))
+    say(str(prepared))
+    try:
+        prepared.require_enough(recipe.data)
+    except RecipeError:
+        if prepared.bad:
+            _list_bad_rows(recipe, prepared)
+        raise
+    return prepared
 
 
 def new_pair(recipe: Recipe) -> CacheToCache:
@@ -81,12 +103,11 @@ def new_pair(recipe: Recipe) -> CacheToCache:
 def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) -> Fuser:
     """A new float32 fuser of the recipe's kind that remembers this pair."""
     identical = receiver.identity.tokenizer == sharer.identity.tokenizer
-    alignment = recipe.token_alignment
     return make_fuser(
         recipe.fuser.kind,
         receiver=receiver.identity.to_dict(),
         sharer=sharer.identity.to_dict(),
-        token_alignment=("identity" if identical else "span") if alignment == "auto" else alignment,
+        token_alignment=token_alignment(recipe, identical),
         **recipe.fuser.options,
     ).to(receiver.model.device)
 
@@ -105,14 +126,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONS_OF}
 
 
-def _claim(recipe: Recipe) -> None:
-    """Keep the recipe beside what it makes; refuse a folder that another recipe has started."""
+def _require_own_folder(recipe: Recipe) -> None:
+    """Refuse a folder that another recipe has started."""
     saved = recipe.output / "recipe.yaml"
     if saved.exists() and saved.read_text() != _as_yaml(recipe):
         raise RecipeError(
             f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; choose another output"
         )
-    write_file(saved, _as_yaml(recipe))
+
+
+def _list_bad_rows(recipe: Recipe, prepared: Prepared) -> None:
+    if prepared.bad:
+        write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
 
 
 def _as_yaml(recipe: Recipe) -> str:

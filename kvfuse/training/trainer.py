@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from transformers import Cache, PrinterCallback, Trainer, TrainerCallback, Train
 from kvfuse.follow import read_along
 from kvfuse.kv_cache import stage
 from kvfuse.model import CacheToCache
-from kvfuse.training.data import EncodedExample, TrainingBatch, collate
+from kvfuse.training.batches import TrainingBatch, collate
+from kvfuse.training.columns import EncodedExample, from_columns
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 GATE_LEARNING_RATE_SCALE = 20.0
 
@@ -65,13 +69,11 @@ class FuserTrainer(Trainer):
     Args:
         pair: The models; its fuser is trained in place.
         train: The recipe's ``train`` section.
-        examples: What to learn.
+        examples: What to learn, a data set of :func:`kvfuse.training.columns.to_columns`.
         folder: For checkpoints; a run that finds some there goes on from the last.
     """
 
-    def __init__(
-        self, pair: CacheToCache, train: TrainSection, examples: Sequence[EncodedExample], folder: Path, quiet: bool = False
-    ) -> None:
+    def __init__(self, pair: CacheToCache, train: TrainSection, examples: "Dataset", folder: Path, quiet: bool = False) -> None:
         self.pair, self.train_section = pair, train
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -85,6 +87,8 @@ class FuserTrainer(Trainer):
             warmup_steps=train.warmup,
             max_grad_norm=train.max_grad_norm,
             seed=train.seed,
+            train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+            length_column_name="length",
             save_steps=train.save_steps,
             save_total_limit=2,
             logging_steps=50,
@@ -94,9 +98,7 @@ class FuserTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
-        super().__init__(
-            pair.fusers[0], arguments, data_collator=_collate, train_dataset=list(examples), callbacks=[_Anneal(), Safeguards()]
-        )
+        super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=examples, callbacks=[_Anneal(), Safeguards()])
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
@@ -154,6 +156,6 @@ class _Anneal(TrainerCallback):
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
 
 
-def _collate(examples: Sequence[EncodedExample]) -> dict[str, TrainingBatch | Tensor]:
-    batch = collate(examples)
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
+    batch = collate([from_columns(row) for row in rows])
     return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them

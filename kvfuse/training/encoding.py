@@ -1,0 +1,156 @@
+"""Examples -> what the models read of them, from their tokenizers alone."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+import kvfuse
+from kvfuse.errors import PromptError
+from kvfuse.fusers import fuser_class
+from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
+from kvfuse.model import CacheToCache
+from kvfuse.reading import Reading
+from kvfuse.reencode import reencoding
+from kvfuse.token_alignment import AlignedReading, align
+from kvfuse.training.columns import EncodedExample
+from kvfuse.training.examples import Example
+from kvfuse.training.recipe import Recipe
+
+
+class TooLongError(PromptError):
+    """An example that a model has no room for."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model as far as encoding goes: its tokenizer, and how many tokens it has room for."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Self:
+        return cls(model.name, model.tokenizer, model.context)
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Without the model. Raises PairError where there is no tokenizer or no configuration."""
+        return cls(name, load_tokenizer(name), load_context(name))
+
+    def require_room(self, length: int, what: str, most: int | None = None) -> None:
+        """Raises TooLongError where neither the context nor ``most`` has room for so many tokens."""
+        room = min((limit for limit in (self.context, most) if limit is not None), default=length)
+        if length > room:
+            raise TooLongError(f"expected {what} to fit {room} tokens of {self.name}, got {length}; shorten them")
+
+    def identify(self) -> list[Any]:
+        """What decides the ids that it reads."""
+        tokenizer = self.tokenizer
+        return [tokenizer_hash(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, self.context]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Aligns prompts and tokenizes responses for a pair.
+
+    Attributes:
+        receiver: The model that answers.
+        sharers: Those that only read, each with one of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
+        fuse: Which prompt positions are fused.
+        fuse_response: Whether the response is fused too, so that the sharers read it.
+        max_tokens: The longest prompt and response, where that is less than a context.
+    """
+
+    receiver: Reader
+    sharers: tuple[tuple[Reader, str], ...]
+    fuse: str = "all"
+    fuse_response: bool = False
+    max_tokens: int | None = None
+
+    @classmethod
+    def of(cls, pair: CacheToCache) -> Self:
+        """For models at hand."""
+        sharers = [(Reader.of(one), fuser.config.token_alignment) for one, fuser in zip(pair.sharers, pair.fusers, strict=True)]
+        return cls(Reader.of(pair.receiver), tuple(sharers), pair.fusers[0].config.fuse, pair.fuse_response)
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> Self:
+        """For a recipe's models, of which only tokenizers and configurations are loaded."""
+        receiver, sharer = Reader.load(recipe.receiver), Reader.load(recipe.sharer)
+        how = token_alignment(recipe, tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer))
+        defaults, options = fuser_class(recipe.fuser.kind).config_class, recipe.fuser.options
+        fuse, fuse_response = (options.get(name, getattr(defaults, name)) for name in ("fuse", "fuse_response"))
+        return cls(receiver, ((sharer, how),), fuse, fuse_response, recipe.data.max_tokens)
+
+    def encode(self, example: Example) -> EncodedExample:
+        """Align the prompt and tokenize the response as it would follow it.
+
+        Raises:
+            TooLongError: A model has no room for what it reads.
+            PromptError: See :func:`kvfuse.chat.render`.
+        """
+        sharers = [(sharer.tokenizer, how) for sharer, how in self.sharers]
+        prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
+        tokenizer = self.receiver.tokenizer
+        ids, ends = _read_response(prompt.receiver, example.response, tokenizer)
+        if example.ends:
+            ids, ends = np.append(ids, tokenizer.eos_token_id), np.append(ends, len(example.response))
+        self.receiver.require_room(len(prompt.receiver.ids) + len(ids), "prompt and response", self.max_tokens)
+        responses = tuple(self._follow(place, prompt, example, ids, ends) for place in range(len(sharers) if self.fuse_response else 0))
+        self._require_room(prompt, responses)
+        return EncodedExample(prompt, ids, responses)
+
+    def _follow(
+        self, place: int, prompt: AlignedReading, example: Example, ids: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What one sharer reads of a response, and how much of it each of the receiver's tokens may see."""
+        sharer, how = self.sharers[place]
+        if how == "span":
+            their_ids, their_ends = _read_response(prompt.sharers[place][0], example.response, sharer.tokenizer)
+            return their_ids, np.searchsorted(their_ends, np.append(0, ends), side="right")
+        their_ids = ids if how == "identity" else reencoding(self.receiver.tokenizer, sharer.tokenizer, how)[ids]
+        return their_ids, np.arange(1 + len(ids))  # token by token
+
+    def _require_room(self, prompt: AlignedReading, responses: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
+        for place, ((sharer, _), (reading, _)) in enumerate(zip(self.sharers, prompt.sharers, strict=True)):
+            length = len(reading.ids) + (len(responses[place][0]) if responses else 0)
+            sharer.require_room(length, "prompt and response" if responses else "the prompt", self.max_tokens)
+
+    def fingerprint(self, *others: Any) -> str:
+        """32 hex digits that change with anything that decides the encoded rows: tokenizers, templates, options, this code."""
+        readers = [self.receiver.identify(), *([*sharer.identify(), how] for sharer, how in self.sharers)]
+        options = [self.fuse, self.fuse_response, self.max_tokens, *others, transformers.__version__, tokenizers.__version__]
+        digest = hashlib.sha256(json.dumps([readers, options], sort_keys=True, default=str).encode())
+        folder = Path(kvfuse.__file__).parent
+        for file in sorted([*folder.glob("*.py"), *folder.glob("training/*.py")]):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:32]
+
+
+def token_alignment(recipe: Recipe, identical: bool) -> str:
+    """How a recipe's pair is aligned, by whether its tokenizers are identical."""
+    return recipe.token_alignment if recipe.token_alignment != "auto" else ("identity" if identical else "span")
+
+
+def _read_response(prompt: Reading, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize a response as it follows its prompt; alone, where the two would grow together.
+
+    Returns:
+        Ids ``(n,)`` int64, and how many characters of the response have been said after each ``(n,)`` int64.
+    """
+    text, length, origin = prompt.prompt.text, len(prompt.ids), len(prompt.prompt.text)
+    encoded = tokenizer(text + response, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True)
+    if encoded.input_ids[:length] != prompt.ids.tolist():
+        encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+        length, origin = 0, 0
+    starts, ends = np.array(encoded.offset_mapping[length:], dtype=np.int64).reshape(-1, 2).T - origin
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])  # all pieces of a character but its last have not said it yet
+    return np.array(encoded.input_ids[length:], dtype=np.int64), ends

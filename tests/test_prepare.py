@@ -1,0 +1,222 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import disable_progress_bars
+
+from kvfuse.errors import RecipeError
+from kvfuse.testing import TEMPLATES, tiny_tokenizer
+from kvfuse.training.batches import collate
+from kvfuse.training.columns import from_columns, to_columns
+from kvfuse.training.encoding import Encoder, Reader
+from kvfuse.training.examples import Example
+from kvfuse.training.prepare import prepare, split
+from kvfuse.training.recipe import DataSection, Recipe
+
+disable_progress_bars()
+CHATS = [
+    {
+        "messages": [{"role": "user", "content": f"What is {10 + i}?"}, {"role": "assistant", "content": f"It is number {10 + i}."}]
+        * (1 + i % 3)
+    }
+    for i in range(12)
+]
+BAD = {
+    "broken JSON": b'{"messages": [',
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "unknown shape": b'{"story": "x"}',
+    "wrong shape": b'{"messages": 3}',
+    "wrong roles": b'{"prompt": "only a question"}',
+    "empty response": b'{"prompt": "q", "response": " "}',
+    "too long": json.dumps({"prompt": "q", "response": "word " * 300}).encode(),
+    "refused prompt": b'{"prompt": " ", "response": "a"}',
+}
+
+
+def encoder_of(template="tagged", **options):
+    receiver, sharer = Reader("receiver", tiny_tokenizer(template=template), 256), Reader("sharer", tiny_tokenizer(300, "lines"), 512)
+    return Encoder(receiver, ((sharer, "span"),), **options)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({**chat, "id": str(tmp_path)}) for chat in CHATS))  # not yet in the cache of any test
+    return file
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a row was encoded."""
+    made, encode = Counter(), Encoder.encode
+
+    def counting(self, example):
+        made["encoded"] += 1
+        return encode(self, example)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    return made
+
+
+def columns(prepared):
+    return prepared.examples.to_list()
+
+
+@pytest.mark.parametrize("fuse_response", [False, True])
+@pytest.mark.parametrize("how", ["identity", "span", "reencode-first"])
+def test_columns_give_the_batch_of_the_examples(receiver, sharer, how, fuse_response):
+    theirs = receiver if how == "identity" else sharer
+    encoder = Encoder(Reader.of(receiver), ((Reader.of(theirs), how),), fuse_response=fuse_response)
+    prompts = ("What is Oslo?", [{"role": "user", "content": "hi"}], CHATS[2]["messages"])
+    encoded = [encoder.encode(Example(prompt, "It is a city.")) for prompt in prompts]
+    before, after = collate(encoded), collate([from_columns(to_columns(one)) for one in encoded])
+    for name in ("prompt", "tail"):
+        ours, again = getattr(before, name), getattr(after, name)
+        assert len(ours.sharers) == len(again.sharers) == (1 if name == "prompt" or fuse_response else 0)
+        for one, other in zip([ours, *ours.sharers], [again, *again.sharers], strict=True):
+            fields = [field for field in vars(one) if field != "sharers"]
+            assert all(torch.equal(getattr(one, field), getattr(other, field)) for field in fields)
+    assert torch.equal(before.labels, after.labels)
+
+
+def test_a_recipes_encoder_is_that_of_its_pair(pair, saved_models, tmp_path):
+    names = {name: str(saved_models / name) for name in ("receiver", "sharer")}
+    recipe = Recipe(**names, output=tmp_path, data=DataSection(path="x"), fuser={"fuse": "messages", "fuse_response": True})
+    loaded = Encoder.load(recipe)
+    assert (loaded.fuse, loaded.fuse_response, loaded.sharers[0][1]) == ("messages", True, "span")
+    plain = Encoder.load(recipe.model_copy(update={"fuser": recipe.fuser.model_validate({})}))
+    assert plain.fingerprint() == Encoder.of(pair).fingerprint() != loaded.fingerprint()
+
+
+def test_every_kind_of_bad_row_is_counted_and_placed(chats):
+    chats.write_bytes(b"\n".join([*BAD.values(), chats.read_bytes()]))
+    data = DataSection(path=chats)
+    prepared = prepare(data, encoder_of())
+    assert [(row.source, row.line, row.reason.partition(":")[0]) for row in prepared.bad] == [
+        ("chats.jsonl", line, kind) for line, kind in enumerate(BAD, start=1)
+    ]
+    assert len(prepared.examples) == len(CHATS)
+    assert all(f"1 {kind}" in str(prepared) for kind in BAD)
+    assert [json.loads(line)["line"] for line in prepared.bad_rows().splitlines()] == list(range(1, 1 + len(BAD)))
+    with pytest.raises(RecipeError, match=r"at most 5.0% bad rows .* got 40.0% .* chats.jsonl line 1: broken JSON"):
+        prepared.require_enough(data)
+    prepared.require_enough(data.model_copy(update={"max_bad_share": 0.4}))
+
+
+def test_what_a_template_refuses_is_a_bad_row(chats):
+    refusing = TEMPLATES["tagged"] + "{% if messages|length > 3 %}{{ raise_exception('one question at a time') }}{% endif %}"
+    encoder = encoder_of()
+    encoder.receiver.tokenizer.chat_template = refusing
+    prepared = prepare(DataSection(path=chats), encoder)
+    assert len(prepared.bad) == 4
+    assert all("one question at a time" in row.reason for row in prepared.bad)
+
+
+def test_too_few_examples_are_refused(chats):
+    chats.write_text(json.dumps(CHATS[0]))
+    data = DataSection(path=chats)
+    with pytest.raises(RecipeError, match="at least 2 examples"):
+        prepare(data, encoder_of()).require_enough(data)
+    chats.write_text("")
+    with pytest.raises(RecipeError, match="expected rows"):
+        prepare(data, encoder_of())
+
+
+def test_every_turn_is_an_example_where_asked(chats):
+    last, every = (prepare(DataSection(path=chats, loss_on=which), encoder_of()).examples for which in ("last", "all"))
+    assert (len(last), len(every)) == (12, 4 * (1 + 2 + 3))
+    assert every["line"][:6] == [1, 2, 2, 3, 3, 3]
+    assert [row for row in every.to_list() if row["line"] == 3][-1] == last.to_list()[2]
+
+
+def test_long_chats_are_bad_or_lose_their_oldest_turns(chats):
+    lengths = sorted(set(prepare(DataSection(path=chats), encoder_of()).examples["length"]))
+    short = [row for row in columns(prepare(DataSection(path=chats), encoder_of())) if row["line"] % 3 == 1]
+    most = max(row["length"] for row in short)
+    assert most < lengths[-1]
+    encoder = encoder_of(max_tokens=most)
+    refused = prepare(DataSection(path=chats, max_tokens=most), encoder)
+    assert (len(refused.examples), refused.shortened, {row.reason.partition(":")[0] for row in refused.bad}) == (4, 0, {"too long"})
+    shorter = prepare(DataSection(path=chats, max_tokens=most, truncation="drop_history"), encoder)
+    assert (len(shorter.examples), shorter.shortened, shorter.bad) == (12, 8, ())
+    assert "8 without their oldest turns" in str(shorter)
+    assert max(shorter.examples["length"]) <= most
+    decode = encoder.receiver.tokenizer.decode
+    assert "It is" not in decode(shorter.examples[2]["ids"]), "one question is left"
+    assert decode(shorter.examples[2]["response"]) == "It is number 12.<|end|>", "and the response is whole"
+
+
+def test_a_sharer_without_room_counts_too(chats):
+    encoder = encoder_of()
+    narrow = Encoder(encoder.receiver, ((Reader("narrow", encoder.sharers[0][0].tokenizer, 10), "span"),))
+    assert all("10 tokens of narrow" in row.reason for row in prepare(DataSection(path=chats), narrow).bad)
+
+
+def test_a_second_run_reads_what_the_first_has_encoded(chats, calls):
+    first = prepare(DataSection(path=chats), encoder_of())
+    assert calls["encoded"] == len(CHATS)
+    again = prepare(DataSection(path=chats, max_bad_share=0.5, workers=2), encoder_of())
+    assert calls["encoded"] == len(CHATS)
+    assert columns(first) == columns(again)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "data"),
+    [
+        ({"template": "lines"}, {}),
+        ({"fuse": "messages"}, {}),
+        ({"fuse_response": True}, {}),
+        ({"max_tokens": 200}, {}),
+        ({}, {"truncation": "drop_history"}),
+        ({}, {"limit": 8}),
+        ({}, {"format": "messages"}),
+    ],
+)
+def test_anything_else_is_encoded_again(chats, calls, encoder, data):
+    prepare(DataSection(path=chats), encoder_of())
+    calls.clear()
+    prepare(DataSection(path=chats, **data), encoder_of(**encoder))
+    assert calls["encoded"] > 0
+
+
+def test_other_content_of_the_same_length_is_encoded_again(chats, calls):
+    prepare(DataSection(path=chats), encoder_of())
+    calls.clear()
+    chats.write_text(chats.read_text().replace("number", "cipher"))
+    assert "cipher" in encoder_of().receiver.tokenizer.decode(prepare(DataSection(path=chats), encoder_of()).examples[0]["response"])
+
+
+@pytest.mark.parametrize("options", [{"streaming": True}, {"workers": 2, "separator": "other"}], ids=["streamed", "two workers"])
+def test_streamed_and_parallel_rows_are_the_same(chats, options):
+    chats.write_bytes(b"\n".join([BAD["broken JSON"], chats.read_bytes()]))
+    one, other = prepare(DataSection(path=chats), encoder_of()), prepare(DataSection(path=chats, **options), encoder_of())
+    assert columns(one) == columns(other)
+    assert one.bad == other.bad
+
+
+def test_a_limit_is_one_of_rows_and_of_examples(chats):
+    assert prepare(DataSection(path=chats, limit=5), encoder_of()).examples["line"][:] == [1, 2, 3, 4, 5]
+    assert prepare(DataSection(path=chats, limit=5, loss_on="all"), encoder_of()).examples["line"][:] == [1, 2, 2, 3, 3]
+
+
+def test_held_out_examples_are_the_last(chats):
+    examples = prepare(DataSection(path=chats), encoder_of()).examples
+    training, held_out = split(examples, 0.25)
+    assert (training["line"][:], held_out["line"][:]) == (list(range(1, 10)), [10, 11, 12])
+    assert [len(part) for part in split(examples.select(range(2)), 0.01)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows"), [("chat/glaive_toolcall_en_demo.json", 300), ("chat/v1_sft_demo.jsonl", 500), ("openbookqa/test.jsonl", 500)]
+)
+def test_real_files_are_prepared(shared, file, rows):
+    prepared = prepare(DataSection(path=shared / "data" / file, limit=60), encoder_of(max_tokens=250))
+    assert len(prepared.examples) + len(prepared.bad) == 60 < rows
+    assert {row.reason.partition(":")[0] for row in prepared.bad} <= {"too long"}
+    for row in prepared.examples:
+        index = np.array(row["sharer_index"][0])
+        assert len(index) == len(row["ids"]) == len(row["fusable"]) <= 250
+        assert (np.diff(index) >= 0).all()
+        assert index.max() < len(row["sharer_ids"][0])
