@@ -13,9 +13,11 @@ from kvfuse.training.batches import IGNORED, collate
 from kvfuse.training.columns import to_columns
 from kvfuse.training.encoding import Encoder
 from kvfuse.training.examples import Example
+from kvfuse.training.loss import response_loss
 from kvfuse.training.recipe import TrainSection, load_recipe
 from kvfuse.training.run import train
-from kvfuse.training.trainer import FuserTrainer, bits_per_response, response_loss
+from kvfuse.training.trainer import FuserTrainer
+from kvfuse.training.validation import Validation
 
 EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(8)]
 
@@ -72,13 +74,14 @@ def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
 def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer, encoded, tmp_path):
     pair = fresh_pair(receiver, sharer)
     frozen = {name: tensor.clone() for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
-    before, start = weights(pair), bits_per_response(pair, encoded, fused=True)
+    before, validation = weights(pair), Validation(pair, encoded, [1] * len(encoded))
+    start = validation.measure()
     trainer(pair, encoded, tmp_path, steps=20).resume()
     pair.fusers[0].eval()
     assert all(not torch.equal(before[name], after) for name, after in weights(pair).items())
     now = {name: tensor for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
     assert all(torch.equal(frozen[name], now[name]) for name in frozen)
-    assert bits_per_response(pair, encoded, fused=True) < start == pytest.approx(bits_per_response(pair, encoded, fused=False))
+    assert validation.measure().fused < start.fused == pytest.approx(start.receiver), "it starts from a residual of zero"
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encoded, tmp_path):

@@ -87,7 +87,11 @@ class TrainSection(_Section):
     group_by_length: bool = False
     """Batches of examples of like length: less padding, but less mixed, and so slower to learn from where length tells the kind."""
     save_steps: int = Field(200, ge=1)
-    """Steps between checkpoints; a killed run goes on from the last."""
+    """Steps between checkpoints, of which the best on held-out examples is kept; a killed run goes on from the last."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after so many checkpoints that are no better than the best; by default it goes on."""
+    report_to: str = "none"
+    """Where Trainer logs to: ``tensorboard``, ``trackio``, ``wandb``, …"""
 
 
 class Recipe(_Section):

@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 import yaml
@@ -15,29 +14,14 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
 from kvfuse.training.recipe import Recipe
-from kvfuse.training.trainer import FuserTrainer, bits_per_response
+from kvfuse.training.trainer import FuserTrainer
+from kvfuse.training.validation import Gain, Validation
 
 VERSIONS_OF = ("kvfuse", "torch", "transformers", "accelerate")
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Bits per character of held-out responses, receiver alone and fused."""
-
-    receiver: float
-    fused: float
-    examples: int
-
-    def __str__(self) -> str:
-        verdict = "beats the receiver alone" if self.fused < self.receiver else "does NOT beat the receiver alone"
-        return (
-            f"Held-out responses ({self.examples}): {self.receiver:.3f} bits per character for the receiver alone, "
-            f"{self.fused:.3f} fused ({self.fused / self.receiver - 1:+.1%}). The fused receiver {verdict}."
-        )
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
@@ -63,9 +47,10 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     training, held_out = split(prepared.examples, recipe.data.validation_share)
     write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
     _list_bad_rows(recipe, prepared)
-    FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
+    validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
+    FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
     pair.fusers[0].eval()
-    gain = measure(pair, list(map(from_columns, held_out)), held_out["characters"][:])
+    gain = validation.measure()
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
     write_file(recipe.output / "result.json", json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
     say(str(gain))
@@ -110,15 +95,6 @@ def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) ->
         token_alignment=token_alignment(recipe, identical),
         **recipe.fuser.options,
     ).to(receiver.model.device)
-
-
-def measure(pair: CacheToCache, examples: Sequence[EncodedExample], characters: Sequence[int]) -> Gain:
-    """Bits per character of the responses, without and with the sharer's cache."""
-    per_response = sum(characters) / len(characters)
-    alone, fused = (bits_per_response(pair, examples, fused=fused) / per_response for fused in (False, True))
-    if not math.isfinite(fused):
-        raise RecipeError(f"expected a finite loss, got {fused}; train with a lower train.learning_rate")
-    return Gain(alone, fused, len(examples))
 
 
 def versions() -> dict[str, str]:

@@ -1,66 +1,25 @@
 """Train the fuser of a pair with transformers' Trainer: the trained model is the fuser, the two models only read."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kvfuse.follow import read_along
-from kvfuse.kv_cache import stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import TrainingBatch, collate
-from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.training.columns import from_columns
+from kvfuse.training.loss import response_loss
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
+from kvfuse.training.validation import Validation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 GATE_LEARNING_RATE_SCALE = 20.0
-
-
-def response_loss(
-    pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None = None, num_items: Tensor | int | None = None
-) -> Tensor:
-    """Next-token loss of the receiver on the responses, over the fused cache of the prompts (paper, 3.3.4).
-
-    Args:
-        pair: The models; gradients flow through the frozen receiver into the fusers.
-        batch: Prompts, responses, labels.
-        fusers: In place of the pair's own, e.g. wrapped; an empty list gives the receiver's own loss.
-        num_items: Divide the summed loss by this many tokens; by default by those of the batch.
-
-    Returns:
-        0-d float32 in nats.
-    """
-    receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
-    mask = torch.cat([past, batch.tail.mask], dim=1)
-    options = {} if num_items is None else {"num_items_in_batch": num_items}
-    output = receiver(
-        input_ids=batch.tail.ids.to(receiver.device),
-        attention_mask=mask.to(receiver.device),
-        position_ids=batch.tail.positions.to(receiver.device),
-        past_key_values=_fused_cache(pair, batch, pair.fusers if fusers is None else fusers),
-        labels=batch.labels.to(receiver.device),
-        **options,
-    )
-    return output.loss
-
-
-def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module]) -> Cache | None:
-    """The cache of the prompts, and where the response is fused too, the keys and values that its tokens will have."""
-    if batch.prompt.ids.shape[1] < 2:
-        return None
-    streams = pair.read(batch.prompt, len(fusers))
-    cache = pair.fuse(batch.prompt, streams, fusers)
-    if pair.fuse_response and fusers:
-        fused = read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations)
-        stage(cache, fused)
-    return cache
 
 
 class FuserTrainer(Trainer):
@@ -71,10 +30,20 @@ class FuserTrainer(Trainer):
         train: The recipe's ``train`` section.
         examples: What to learn, a data set of :func:`kvfuse.training.columns.to_columns`.
         folder: For checkpoints; a run that finds some there goes on from the last.
+        validation: Measured with every checkpoint; the fuser ends as it was at the best of them.
+        quiet: Show no progress.
     """
 
-    def __init__(self, pair: CacheToCache, train: TrainSection, examples: "Dataset", folder: Path, quiet: bool = False) -> None:
-        self.pair, self.train_section = pair, train
+    def __init__(
+        self,
+        pair: CacheToCache,
+        train: TrainSection,
+        examples: "Dataset",
+        folder: Path,
+        validation: Validation | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.pair, self.train_section, self.validation = pair, train, validation
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=train.steps or -1,
@@ -91,14 +60,21 @@ class FuserTrainer(Trainer):
             length_column_name="length",
             save_steps=train.save_steps,
             save_total_limit=2,
+            eval_strategy="no" if validation is None else "steps",
+            eval_steps=train.save_steps,
+            load_best_model_at_end=validation is not None,
+            metric_for_best_model="eval_fused",
+            greater_is_better=False,
             logging_steps=50,
             logging_strategy="no" if quiet else "steps",
-            report_to="none",
+            report_to=train.report_to,
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
-        super().__init__(pair.fusers[0], arguments, data_collator=_collate, train_dataset=examples, callbacks=[_Anneal(), Safeguards()])
+        callbacks = [_Anneal(), Safeguards(), *([EarlyStoppingCallback(train.patience)] if train.patience and validation else [])]
+        options = {"train_dataset": examples, "eval_dataset": None if validation is None else validation.examples}
+        super().__init__(pair.fusers[0], arguments, data_collator=_collate, callbacks=callbacks, **options)
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
@@ -112,6 +88,14 @@ class FuserTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with told_in_one_line(folder):
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's hook: the held-out loss of the receiver alone, fused, and with a mismatched sharer."""
+        assert self.validation is not None
+        metrics = {f"eval_{name}": value for name, value in vars(self.validation.measure()).items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -138,18 +122,12 @@ class FuserTrainer(Trainer):
         return self.optimizer
 
 
-@torch.no_grad()
-def bits_per_response(pair: CacheToCache, examples: Sequence[EncodedExample], fused: bool, batch_size: int = 16) -> float:
-    """Mean bits the receiver needs for a response, from its own cache or the fused one."""
-    nats = 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size])
-        nats += float(response_loss(pair, batch, fusers=None if fused else [], num_items=1))
-    return nats / math.log(2) / len(examples)
-
-
 class _Anneal(TrainerCallback):
     """Tells the fuser how far the run is, from the step count alone, so that a resumed run anneals alike."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # the last checkpoint, too, may be the best
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]

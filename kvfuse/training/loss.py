@@ -1,0 +1,52 @@
+"""The loss that trains a fuser, and measures one: the receiver's, on responses, over the fused cache of their prompts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from kvfuse.follow import read_along
+from kvfuse.kv_cache import stage
+from kvfuse.model import CacheToCache
+from kvfuse.training.batches import TrainingBatch
+
+
+def response_loss(
+    pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None = None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Next-token loss of the receiver on the responses, over the fused cache of the prompts (paper, 3.3.4).
+
+    Args:
+        pair: The models; gradients flow through the frozen receiver into the fusers.
+        batch: Prompts, responses, labels.
+        fusers: In place of the pair's own, e.g. wrapped; an empty list gives the receiver's own loss.
+        num_items: Divide the summed loss by this many tokens; by default by those of the batch.
+
+    Returns:
+        0-d float32 in nats.
+    """
+    receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
+    mask = torch.cat([past, batch.tail.mask], dim=1)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    output = receiver(
+        input_ids=batch.tail.ids.to(receiver.device),
+        attention_mask=mask.to(receiver.device),
+        position_ids=batch.tail.positions.to(receiver.device),
+        past_key_values=_fused_cache(pair, batch, pair.fusers if fusers is None else fusers),
+        labels=batch.labels.to(receiver.device),
+        **options,
+    )
+    return output.loss
+
+
+def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module]) -> Cache | None:
+    """The cache of the prompts, and where the response is fused too, the keys and values that its tokens will have."""
+    if batch.prompt.ids.shape[1] < 2:
+        return None
+    streams = pair.read(batch.prompt, len(fusers))
+    cache = pair.fuse(batch.prompt, streams, fusers)
+    if pair.fuse_response and fusers:
+        fused = read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations)
+        stage(cache, fused)
+    return cache

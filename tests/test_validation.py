@@ -1,0 +1,116 @@
+"""Held-out loss: the receiver alone, fused, and with a sharer that read something else; and what a run makes of it."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from kvfuse.errors import RecipeError
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser
+from kvfuse.training.columns import to_columns
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
+from kvfuse.training.recipe import TrainSection
+from kvfuse.training.trainer import FuserTrainer
+from kvfuse.training.validation import Gain, Validation, mismatch
+
+RESPONSES = ["It is Oslo.", "They speak Dutch there.", "The receiver answers."]
+
+
+def encoded(pair):
+    return [Encoder.of(pair).encode(Example(f"What is number {i}?", response)) for i, response in enumerate(RESPONSES)]
+
+
+def validation(pair):
+    return Validation(pair, encoded(pair), list(map(len, RESPONSES)))
+
+
+@pytest.fixture(params=[False, True], ids=["prompts", "responses"])
+def some_pair(request, receiver, sharer):
+    return CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=request.param)])
+
+
+def test_closed_gates_measure_as_the_receiver_alone(some_pair):
+    some_pair.fusers[0].gate.logit.data.fill_(-1)
+    gain = validation(some_pair).measure()
+    assert gain.fused == pytest.approx(gain.receiver, rel=1e-5)
+    assert gain.mismatched == pytest.approx(gain.receiver, rel=1e-5)
+
+
+def test_the_receiver_alone_needs_as_many_bits_as_its_own_loss_says(some_pair):
+    nats = 0.0
+    for one in encoded(some_pair):
+        ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response_ids)])[None]
+        logits = some_pair.receiver.model(ids).logits[0, len(one.prompt.receiver.ids) - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(one.response_ids), reduction="sum"))
+    bits = nats / torch.log(torch.tensor(2.0)).item() / sum(map(len, RESPONSES))
+    assert validation(some_pair).receiver == pytest.approx(bits, rel=1e-4)
+
+
+def test_a_mismatched_sharer_changes_what_is_fused_and_nothing_else(some_pair):
+    gain = validation(some_pair).measure()
+    assert gain.mismatched != pytest.approx(gain.fused, rel=1e-6)
+    one, other = encoded(some_pair)[:2]
+    swapped = mismatch(one, other)
+    assert swapped.prompt.receiver is one.prompt.receiver
+    assert swapped.response_ids is one.response_ids
+    assert [reading.ids.tolist() for reading, _ in swapped.prompt.sharers] == [reading.ids.tolist() for reading, _ in other.prompt.sharers]
+    assert mismatch(one, one).prompt.sharers[0][1].tolist() == one.prompt.sharers[0][1].tolist()
+
+
+def test_measuring_leaves_the_fuser_in_training(some_pair):
+    some_pair.fusers[0].train()
+    validation(some_pair).measure()
+    assert some_pair.fusers[0].training
+
+
+def test_a_loss_that_is_no_number_is_refused(some_pair):
+    next(some_pair.fusers[0].parameters()).data.fill_(float("nan"))
+    with pytest.raises(RecipeError, match="finite loss"):
+        validation(some_pair).measure()
+
+
+@pytest.mark.parametrize(("fused", "told"), [(0.9, "beats"), (1.1, "does NOT beat")])
+def test_the_verdict_is_in_words(fused, told):
+    assert f"The fused receiver {told} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
+
+
+class Scripted(Validation):
+    """Says at each checkpoint what it is told to."""
+
+    def __init__(self, pair, losses):
+        super().__init__(pair, encoded(pair), list(map(len, RESPONSES)))
+        self.losses = iter(losses)
+
+    def measure(self):
+        return Gain(1.0, next(self.losses), 1.0, 3)
+
+
+def run(pair, folder, losses, **options):
+    rows = Dataset.from_list(list(map(to_columns, encoded(pair))))
+    section = TrainSection(batch_size=1, learning_rate=1e-2, save_steps=2, **options)
+    trainer = FuserTrainer(pair, section, rows, folder, Scripted(pair, losses), quiet=True)
+    trainer.resume()
+    return trainer.state
+
+
+def test_the_fuser_ends_as_it_was_at_the_best_checkpoint(some_pair, tmp_path):
+    state = run(some_pair, tmp_path, [0.9, 0.5, 0.8, 0.7], steps=7)
+    assert state.global_step == 7
+    assert state.best_model_checkpoint.endswith("checkpoint-4")
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in some_pair.fusers[0].state_dict().items())
+
+
+def test_a_run_that_gets_no_better_ends_early(some_pair, tmp_path):
+    assert run(some_pair, tmp_path, [0.9, 0.95, 0.93, 0.5, 0.4], steps=10, patience=2).global_step == 6
+
+
+def test_the_log_has_all_three(some_pair, tmp_path):
+    state = run(some_pair, tmp_path, [0.9], steps=2)
+    measured = next(entry for entry in state.log_history if "eval_fused" in entry)
+    assert (measured["eval_receiver"], measured["eval_fused"], measured["eval_mismatched"]) == (1.0, 0.9, 1.0)
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["best_metric"] == 0.9
