@@ -58,15 +58,22 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. train.steps=100.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be trained, and estimate time and memory.")] = False,
 ) -> None:
     """Train a fuser for a pair of frozen models; started again, a killed run goes on where it was.
 
     kvfuse train recipes/stories.yaml train.steps=100 output=runs/short
     """
+    from kvfuse.training.plan import plan
     from kvfuse.training.recipe import load_recipe
+    from kvfuse.training.run import prepare_data
     from kvfuse.training.run import train as run
 
-    run(load_recipe(recipe, overrides or []), typer.echo)
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        typer.echo(plan(loaded, prepare_data(loaded, typer.echo)))
+    else:
+        run(loaded, typer.echo)
 
 
 @app.command()
