@@ -15,6 +15,7 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.training.closed_form import fit
 from kvfuse.training.data import EncodedExample, encode, load_examples, split
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.trainer import FuserTrainer, bits_per_response
@@ -59,7 +60,10 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
     training, held_out = ([encode(example, pair) for example in part] for part in split(examples, recipe.data.validation_share))
     _claim(recipe)
-    FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
+    if pair.fusers[0].solved:
+        fit(pair, recipe.train, training)
+    else:
+        FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", quiet).resume()
     pair.fusers[0].eval()
     gain = measure(pair, held_out, [len(example.response) for example in examples[-len(held_out) :]])
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
