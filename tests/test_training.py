@@ -149,6 +149,17 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 
+def test_a_solved_fuser_is_fitted_saved_and_reported_like_any_other(recipe, tmp_path):
+    plain = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("fuser:"))
+    recipe.write_text(plain)
+    said = []
+    train(load_recipe(recipe, ["fuser.kind=ridge", "fuser.num_sources=1"]), said.append)
+    fuser = CacheToCache.from_pretrained(fuser=tmp_path / "out" / "fuser").fusers[0]
+    assert 0 < fuser.weight.max() <= 0.25, "fitted: it starts at one"
+    assert said[-2] == describe_gates(fuser)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
     train(load_recipe(recipe), lambda line: None)
     with pytest.raises(RecipeError, match="begun by another"):

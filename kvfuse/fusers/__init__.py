@@ -5,6 +5,7 @@ from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
 from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates
 from kvfuse.fusers.low_rank import LowRankConfig, LowRankFuser
 from kvfuse.fusers.registry import FUSERS, fuser_class, make_fuser, register_fuser
+from kvfuse.fusers.ridge import RidgeConfig, RidgeFuser
 
 __all__ = [
     "FUSERS",
@@ -16,6 +17,8 @@ __all__ = [
     "FuserConfig",
     "LowRankConfig",
     "LowRankFuser",
+    "RidgeConfig",
+    "RidgeFuser",
     "describe_gates",
     "fuser_class",
     "make_fuser",

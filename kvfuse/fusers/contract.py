@@ -1,6 +1,6 @@
 """What a fuser is: the receiver's and a sharer's KV in, the residual for the receiver's KV out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -58,9 +58,11 @@ class Fuser(PreTrainedModel):
 
     Attributes:
         sharer_layers: The sharer layer that feeds each receiver layer.
+        solved: Whether training is one call of :meth:`fit` instead of many steps along a gradient.
     """
 
     config_class: ClassVar = FuserConfig
+    solved: ClassVar[bool] = False
     base_model_prefix = "fuser"
     config: FuserConfig
 
@@ -83,6 +85,17 @@ class Fuser(PreTrainedModel):
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
+
+    def fit(self, batches: Iterable[tuple[KV, KV]]) -> None:
+        """Set the parameters in closed form.
+
+        Args:
+            batches: The receiver's and the sharer's KV of the same tokens; each is seen once, none need be kept.
+
+        Raises:
+            PairError: There are too few.
+        """
+        raise NotImplementedError
 
     def set_progress(self, share: float) -> None:
         """Told before every training step which share of the run (0 … 1) is done; for annealing."""

@@ -15,6 +15,7 @@ from kvfuse.fusers.c2c import C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexFuser
 from kvfuse.fusers.contract import Fuser, FuserConfig
 from kvfuse.fusers.low_rank import LowRankFuser
+from kvfuse.fusers.ridge import RidgeFuser
 
 GROUP, PREFIX = "kvfuse.fusers", "kvfuse-"
 FUSERS: dict[str, type[Fuser]] = {}
@@ -74,5 +75,5 @@ def make_fuser(kind: str, **options: Any) -> Fuser:
     return fuser
 
 
-for _kind, _cls in {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser, "low-rank": LowRankFuser}.items():
+for _kind, _cls in {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser, "low-rank": LowRankFuser, "ridge": RidgeFuser}.items():
     register_fuser(_kind, _cls)

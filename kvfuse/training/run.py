@@ -14,6 +14,7 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.training.closed_form import fit
 from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
@@ -48,7 +49,10 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
     _list_bad_rows(recipe, prepared)
     validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
-    FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
+    if pair.fusers[0].solved:
+        fit(pair, recipe.train, training)
+    else:
+        FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
     pair.fusers[0].eval()
     gain = validation.measure()
     save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")

@@ -1,0 +1,49 @@
+"""Fit a fuser in closed form: both models read the examples once, and only sums over their tokens are kept."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvfuse.fuse import pick
+from kvfuse.kv_cache import KV, read_cache
+from kvfuse.model import CacheToCache
+from kvfuse.token_alignment import stack
+from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.training.recipe import TrainSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
+    """Fit the one fuser of a pair to the prompts of the examples.
+
+    Args:
+        pair: The models; their fuser is fitted in place.
+        train: ``batch_size`` and ``steps`` say how many examples are read at once and how often; once through by default.
+        examples: A data set of :func:`kvfuse.training.columns.to_columns`. Their responses are not read: the caches of two
+            models are compared, not what follows from them.
+    """
+    read = islice(examples, train.steps and train.steps * train.batch_size)
+    pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
+
+
+@torch.no_grad()
+def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_size: int) -> Iterator[tuple[KV, KV]]:
+    """The receiver's and the sharer's caches of the tokens that are fused, batch by batch, as the fuser will see them.
+
+    Yields:
+        ``(L_r, 1, H_r, N, D_r)`` and ``(L_s, 1, H_s, N, D_s)``.
+    """
+    weight = next(pair.fusers[0].parameters())
+    unread = iter(examples)
+    while batch := list(islice(unread, batch_size)):
+        prompt = stack([example.prompt for example in batch])
+        if prompt.ids.shape[1] < 2:
+            continue
+        streams = pair.read(prompt)
+        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.rotations)
+        if picked is not None:
+            yield picked.receiver, picked.sharer
