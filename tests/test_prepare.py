@@ -16,10 +16,8 @@ from kvfuse.training.prepare import prepare, split
 from kvfuse.training.recipe import DataSection, Recipe
 
 disable_progress_bars()
-CHATS = [
-    {"messages": [{"role": "user", "content": f"What is {10 + i}?"}, {"role": "assistant", "content": f"It is number {10 + i}."}] * (1 + i % 3)}
-    for i in range(12)
-]
+QUESTIONS = [(("user", f"What is {i}?"), ("assistant", f"It is number {i}.")) for i in range(10, 22)]
+CHATS = [{"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)} for i, turns in enumerate(QUESTIONS)]
 BAD = {
     "broken JSON": b'{"messages": [',
     "not UTF-8": b'{"prompt": "\xff"}',

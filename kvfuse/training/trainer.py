@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Cache, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvfuse.follow import read_along
@@ -86,8 +88,6 @@ class FuserTrainer(Trainer):
             warmup_steps=train.warmup,
             max_grad_norm=train.max_grad_norm,
             seed=train.seed,
-            train_sampling_strategy="group_by_length" if train.group_by_length else "random",
-            length_column_name="length",
             save_steps=train.save_steps,
             save_total_limit=2,
             logging_steps=50,
@@ -106,6 +106,13 @@ class FuserTrainer(Trainer):
         """Train, from the last whole checkpoint if there is one."""
         folder = Path(self.args.output_dir)
         self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+    def _get_train_sampler(self, train_dataset: "Dataset | None" = None) -> Sampler[int] | None:
+        """Trainer's hook."""
+        if not self.train_section.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _ByLength(size, lengths=self.train_dataset["length"][:], seed=self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -140,6 +147,19 @@ def bits_per_response(pair: CacheToCache, examples: Sequence[EncodedExample], fu
         batch = collate(examples[start : start + batch_size])
         nats += float(response_loss(pair, batch, fusers=None if fused else [], num_items=1))
     return nats / math.log(2) / len(examples)
+
+
+class _ByLength(LengthGroupedSampler):
+    """Trainer's own draws from the global random state, of which a resumed run has another at the beginning of its epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loaders."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class _Anneal(TrainerCallback):
