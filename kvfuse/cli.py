@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 app = typer.Typer(name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 demo_app = typer.Typer(name="demo", invoke_without_command=True)
 list_app = typer.Typer(name="list", no_args_is_help=True, help="Tell what there is.")
+data_app = typer.Typer(name="data", no_args_is_help=True, help="Make data to train on.")
 app.add_typer(demo_app)
+app.add_typer(data_app)
 app.add_typer(list_app)
 
 
@@ -74,6 +76,39 @@ def train(
         typer.echo(plan(loaded, prepare_data(loaded, typer.echo)))
     else:
         run(loaded, typer.echo)
+
+
+@data_app.command()
+def generate(
+    source: Annotated[str, typer.Argument(help="File, folder or Hub data set; see the key data of recipes.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model that responds.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="JSON lines; prompts that it holds already are not asked again.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a recipe's data, e.g. split=test limit=100.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of so much probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
+) -> None:
+    """Let a model respond to the prompts of any data, to train on its own words; started again, a killed run goes on.
+
+    kvfuse data generate teknium/OpenHermes-2.5 limit=1000 --model Qwen/Qwen3-0.6B --out own-words.jsonl
+    """
+    from kvfuse.language_model import LanguageModel
+    from kvfuse.training.generate import Sampling
+    from kvfuse.training.generate import generate as run
+    from kvfuse.training.recipe import load_data
+
+    data = load_data(source, overrides or [])
+    run(
+        data,
+        LanguageModel.from_pretrained(model, device_map="auto"),
+        out,
+        Sampling(temperature, top_p, max_new_tokens, batch_size, seed),
+        typer.echo,
+    )
 
 
 @app.command()

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from datasets import disable_progress_bars
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from kvfuse.errors import RecipeError
 from kvfuse.testing import TEMPLATES, tiny_tokenizer
@@ -16,13 +16,8 @@ from kvfuse.training.prepare import prepare, split
 from kvfuse.training.recipe import DataSection, Recipe
 
 disable_progress_bars()
-CHATS = [
-    {
-        "messages": [{"role": "user", "content": f"What is {10 + i}?"}, {"role": "assistant", "content": f"It is number {10 + i}."}]
-        * (1 + i % 3)
-    }
-    for i in range(12)
-]
+QUESTIONS = [(("user", f"What is {i}?"), ("assistant", f"It is number {i}.")) for i in range(10, 22)]
+CHATS = [{"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)} for i, turns in enumerate(QUESTIONS)]
 BAD = {
     "broken JSON": b'{"messages": [',
     "not UTF-8": b'{"prompt": "\xff"}',
@@ -119,9 +114,15 @@ def test_too_few_examples_are_refused(chats):
     data = DataSection(path=chats)
     with pytest.raises(RecipeError, match="at least 2 examples"):
         prepare(data, encoder_of()).require_enough(data)
-    chats.write_text("")
-    with pytest.raises(RecipeError, match="expected rows"):
-        prepare(data, encoder_of())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "text"), [("none.jsonl", "\n"), ("none.json", "[]"), ("short.txt", "no response"), ("none.txt", "")])
+def test_a_source_without_examples_is_refused(tmp_path, name, text, streaming):
+    (tmp_path / name).write_text(text)
+    data = DataSection(path=tmp_path / name, streaming=streaming)
+    with pytest.raises(RecipeError, match=r"expected rows or documents|at least 2 examples"):
+        prepare(data, encoder_of()).require_enough(data)
 
 
 def test_every_turn_is_an_example_where_asked(chats):
@@ -194,6 +195,23 @@ def test_streamed_and_parallel_rows_are_the_same(chats, options):
     one, other = prepare(DataSection(path=chats), encoder_of()), prepare(DataSection(path=chats, **options), encoder_of())
     assert columns(one) == columns(other)
     assert one.bad == other.bad
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_without_its_end_is_refused(chats, streaming):
+    broken = chats.with_suffix(".json")
+    broken.write_text("[" + chats.read_text().replace("\n", ",")[:-9])
+    with pytest.raises(RecipeError, match="expected a JSON list"):
+        prepare(DataSection(path=broken, streaming=streaming), encoder_of())
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_quiet_run_shows_no_bar(chats, capfd, quiet):
+    enable_progress_bars()
+    prepare(DataSection(path=chats), encoder_of(), quiet)
+    assert ("encoding" in capfd.readouterr().err) is not quiet
+    assert not are_progress_bars_disabled()
+    disable_progress_bars()
 
 
 def test_a_limit_is_one_of_rows_and_of_examples(chats):

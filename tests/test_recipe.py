@@ -51,7 +51,9 @@ def test_an_unknown_key_names_the_nearest(recipe, key, nearest):
         ("fuser.kind=c3c", "did you mean 'c2c'"),
         ("train.steps", "key=value"),
         ("receiver.name=x", "section"),
-        ("data.format=xml", "data.format"),
+        ("data.format=opanbook", "did you mean 'openbookqa'"),
+        ("data.loss_on=every", "data.loss_on to be one of last, all, got 'every'"),
+        ("data.max_bad_share=2", "data.max_bad_share"),
     ],
 )
 def test_a_wrong_value_is_named(recipe, override, message):

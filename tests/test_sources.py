@@ -3,6 +3,7 @@ import json
 import sys
 import warnings
 
+import datasets
 import pytest
 
 from kvfuse.errors import RecipeError
@@ -46,11 +47,8 @@ def test_rows_of_json_know_their_lines(tmp_path, name, text, first, step, stream
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_tables_are_read(tmp_path, suffix, streaming):
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
     file = tmp_path / f"rows.{suffix}"
-    getattr(Dataset.from_list(ROWS), f"to_{suffix}")(file)
+    getattr(datasets.Dataset.from_list(ROWS), f"to_{suffix}")(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves the files open that it streams
         assert [row for _, _, row in read(file, streaming=streaming)] == ROWS
@@ -122,6 +120,23 @@ def test_a_byte_that_is_not_utf8_spoils_its_own_item_alone(tmp_path):
 def test_a_source_that_is_not_there_is_named(path, message):
     with pytest.raises(RecipeError, match=message):
         load_rows(DataSection(path=path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_is_asked_for_by_all_its_names(monkeypatch, streaming):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        rows = datasets.Dataset.from_list(ROWS)
+        return rows.to_iterable_dataset() if options["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = {"name": "main", "split": "test", "revision": "v1", "streaming": streaming}
+    assert read("someone/some-data", limit=2, **options) == [("someone/some-data", line, ROWS[line - 1]) for line in (1, 2)]
+    assert len(read("someone/some-data", limit=99, **options)) == len(ROWS)
+    del options["name"]
+    assert asked[0] == ("someone/some-data", "main", options)
 
 
 @pytest.mark.parametrize("names", [["a.csv", "b.jsonl"], ["a.csv", "b.parquet"], ["a.md"], []])

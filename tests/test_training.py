@@ -84,7 +84,8 @@ def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer,
     assert validation.measure().fused < start.fused == pytest.approx(start.receiver), "it starts from a residual of zero"
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encoded, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"group_by_length": True}], ids=["shuffled", "by length"])
+def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encoded, tmp_path, changes):
     """With dropout, gate noise and accumulation; bit for bit."""
 
     class Kill(TrainerCallback):
@@ -92,15 +93,26 @@ def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encode
             raise KeyboardInterrupt
 
     whole = fresh_pair(receiver, sharer)
-    trainer(whole, encoded, tmp_path / "whole").resume()
-    killed = trainer(fresh_pair(receiver, sharer), encoded, tmp_path / "killed")
+    trainer(whole, encoded, tmp_path / "whole", **changes).resume()
+    killed = trainer(fresh_pair(receiver, sharer), encoded, tmp_path / "killed", **changes)
     killed.add_callback(Kill())
     with pytest.raises(KeyboardInterrupt):
         killed.resume()
     resumed = fresh_pair(receiver, sharer)
     torch.manual_seed(99)
-    trainer(resumed, encoded, tmp_path / "killed").resume()
+    trainer(resumed, encoded, tmp_path / "killed", **changes).resume()
     assert all(torch.equal(theirs, weights(resumed)[name]) for name, theirs in weights(whole).items())
+
+
+def test_batches_of_like_length_have_less_padding(pair, tmp_path):
+    examples = [Example("word " * length, "a") for length in (2, 30) * 32]
+    encoded = list(map(Encoder.of(pair).encode, examples))
+
+    def padding(**changes):
+        loader = trainer(pair, encoded, tmp_path, accumulation=1, **changes).get_train_dataloader()
+        return sum(int((batch["batch"].prompt.mask == 0).sum()) for batch in loader)
+
+    assert padding(group_by_length=True) < padding() / 2
 
 
 def test_gates_have_their_own_learning_rate_and_no_decay(pair, encoded, tmp_path):
@@ -171,3 +183,21 @@ def test_nothing_is_written_before_everything_is_checked(recipe, tmp_path, overr
     with pytest.raises(Exception, match="expected"):
         train(load_recipe(recipe, [override]), lambda line: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_listed_and_the_rest_is_learnt(recipe, tmp_path):
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('\n{"prompt": "q", "response": ""}')
+    said = []
+    train(load_recipe(recipe, ["data.max_bad_share=0.1"]), said.append)
+    assert said[0] == "examples: 10; bad: 1 empty response"
+    listed = json.loads((tmp_path / "out" / "bad_rows.jsonl").read_text())
+    assert (listed["source"], listed["line"]) == ("chats.jsonl", 11)
+
+
+def test_too_many_bad_rows_stop_a_run_before_its_models_are_loaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfuse.training.run.new_pair", None)
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "q", "response": "a"}\n' * 3 + "{")
+    with pytest.raises(RecipeError, match=r"got 25.0% \(examples: 3; bad: 1 broken JSON"):
+        train(load_recipe(recipe), lambda line: None)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["bad_rows.jsonl"]

@@ -8,6 +8,7 @@ import numpy as np
 from kvfuse.chat import RenderedPrompt
 from kvfuse.reading import Reading
 from kvfuse.token_alignment import AlignedReading
+from kvfuse.training.sources import import_datasets
 
 PROMPT_COLUMNS, SHARER_COLUMNS = ("ids", "positions", "fusable", "response"), ("ids", "positions", "index", "response", "seen")
 NOTHING = np.empty(0, dtype=np.int32)
@@ -54,6 +55,30 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
     readings = tuple((_reading(one[0], one[1], pad), one[2]) for one, pad in zip(sharers, their_pads, strict=True))
     responses = tuple((one[3], one[4]) for one in sharers if len(one[4]))
     return EncodedExample(AlignedReading(_reading(ids, positions, mine), fusable.astype(bool), readings), response, responses)
+
+
+def empty_row() -> dict[str, Any]:
+    """The columns of a row without an example."""
+    columns = {**dict.fromkeys(PROMPT_COLUMNS, NOTHING), **{f"sharer_{name}": [] for name in SHARER_COLUMNS}, "pad_ids": []}
+    return {"reason": "", **columns, "length": 0, "characters": 0, "shortened": 0}
+
+
+def features() -> Any:
+    """What ``datasets`` keeps of a row: where it comes from, what is wrong with it, and the columns of its example."""
+    datasets = import_datasets()
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    numbers = datasets.List(number)
+    return datasets.Features(
+        {
+            "source": text,
+            "line": datasets.Value("int64"),
+            "reason": text,
+            "pad_ids": numbers,
+            **dict.fromkeys(PROMPT_COLUMNS, numbers),
+            **dict.fromkeys((f"sharer_{name}" for name in SHARER_COLUMNS), datasets.List(numbers)),
+            **dict.fromkeys(("length", "characters", "shortened"), number),
+        }
+    )
 
 
 def _narrow(column: np.ndarray) -> np.ndarray:

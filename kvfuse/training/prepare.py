@@ -5,16 +5,17 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import PromptError, RecipeError
-from kvfuse.training.columns import NOTHING, PROMPT_COLUMNS, SHARER_COLUMNS, to_columns
+from kvfuse.training.columns import empty_row, features, to_columns
 from kvfuse.training.encoding import Encoder, TooLongError
 from kvfuse.training.examples import Example, examples_of, without_oldest_turn
 from kvfuse.training.recipe import DataSection
 from kvfuse.training.shapes import Row
-from kvfuse.training.sources import decode, import_datasets, load_rows, parse
+from kvfuse.training.sources import decode, import_datasets, load_rows, parse, require_any, telling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +72,7 @@ class Prepared:
             )
 
 
-def prepare(data: DataSection, encoder: Encoder) -> Prepared:
+def prepare(data: DataSection, encoder: Encoder, quiet: bool = False) -> Prepared:
     """Read, check and encode all of a recipe's data; a second time, what is encoded already is read from the cache of ``datasets``.
 
     Rows that are streamed are encoded in every run: nothing tells whether they are still the same.
@@ -79,8 +80,9 @@ def prepare(data: DataSection, encoder: Encoder) -> Prepared:
     Raises:
         RecipeError: The source cannot be read, or has no rows.
     """
-    rows = load_rows(data)
-    encoded = _stream(rows, data, encoder) if data.streaming else _map(rows, data, encoder)
+    with _progress_bars(not quiet):
+        rows = load_rows(data)
+        encoded = _stream(rows, data, encoder) if data.streaming else _map(rows, data, encoder)
     reasons = encoded["reason"][:] if len(encoded) else []
     good = [place for place, reason in enumerate(reasons) if not reason][: data.limit]
     bad = encoded.select([place for place, reason in enumerate(reasons) if reason]).select_columns(["source", "line", "reason"])
@@ -95,8 +97,7 @@ def split(examples: "Dataset", validation_share: float) -> tuple["Dataset", "Dat
 
 
 def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
-    if not len(rows):
-        raise RecipeError(f"expected rows in {data.path}, got none; check data.path and data.split")
+    next(require_any(iter(rows), data))
     workers = min(data.workers, len(rows))
     return rows.map(
         encode_rows,
@@ -104,7 +105,7 @@ def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
         batch_size=BATCH,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=_features(),
+        features=features(),
         fn_kwargs={"data": data, "encoder": encoder},
         num_proc=workers if workers > 1 else None,
         new_fingerprint=encoder.fingerprint(rows._fingerprint, data.model_dump(exclude=NOT_ENCODED)),
@@ -114,26 +115,26 @@ def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
 
 def _stream(rows: Any, data: DataSection, encoder: Encoder) -> "Dataset":
     def encoded() -> Iterator[Row]:
-        for number, row in enumerate(rows):
-            yield from _encode_row(row, number, data, encoder)
+        found = (one for number, row in enumerate(rows) for one in _encode_row(row, number, data, encoder))
+        yield from require_any(found, data)
 
     folder = tempfile.TemporaryDirectory(prefix="kvfuse-")
-    examples = import_datasets().Dataset.from_generator(encoded, features=_features(), cache_dir=folder.name, fingerprint="streamed")
     atexit.register(folder.cleanup)  # what is read from it lives as long as anything
-    return examples
+    with telling(data):
+        return import_datasets().Dataset.from_generator(encoded, features=features(), cache_dir=folder.name, fingerprint="streamed")
 
 
 def encode_rows(batch: dict[str, list[Any]], numbers: Sequence[int], data: DataSection, encoder: Encoder) -> dict[str, list[Any]]:
     """What ``Dataset.map`` calls: columns of rows -> columns of encoded examples and bad rows."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     found = [one for row, number in zip(rows, numbers, strict=True) for one in _encode_row(row, number, data, encoder)]
-    return {name: [one[name] for one in found] for name in _features()}
+    return {name: [one[name] for one in found] for name in features()}
 
 
 def _encode_row(row: Row, number: int, data: DataSection, encoder: Encoder) -> Iterator[Row]:
     """The examples of a row, each with what is wrong with it, if anything."""
     source, line, content = parse(row, number, data)
-    place = {**_nothing(), "source": source, "line": line}
+    place = {**empty_row(), "source": source, "line": line}
     try:
         examples = examples_of(decode(source, content), data)
     except ValueError as error:
@@ -160,24 +161,15 @@ def _encode(example: Example, data: DataSection, encoder: Encoder) -> Row:
     raise refused
 
 
-def _nothing() -> Row:
-    """A row without an example."""
-    columns = {**dict.fromkeys(PROMPT_COLUMNS, NOTHING), **{f"sharer_{name}": [] for name in SHARER_COLUMNS}, "pad_ids": []}
-    return {"reason": "", **columns, "length": 0, "characters": 0, "shortened": 0}
-
-
-def _features() -> Any:
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Those of ``datasets``, which are on or off for a whole process."""
     datasets = import_datasets()
-    text, number = datasets.Value("string"), datasets.Value("int32")
-    numbers = datasets.List(number)
-    return datasets.Features(
-        {
-            "source": text,
-            "line": datasets.Value("int64"),
-            "reason": text,
-            "pad_ids": numbers,
-            **dict.fromkeys(PROMPT_COLUMNS, numbers),
-            **dict.fromkeys((f"sharer_{name}" for name in SHARER_COLUMNS), datasets.List(numbers)),
-            **dict.fromkeys(("length", "characters", "shortened"), number),
-        }
-    )
+    before = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()

@@ -127,12 +127,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file") from error
     if not isinstance(content, dict):
         raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
+    _override(content, overrides)
+    return _validated(content)
+
+
+def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
+    """A recipe's ``data`` alone, from its path and ``key=value`` words, e.g. ``limit=100``.
+
+    Raises:
+        RecipeError: A key is unknown (the nearest is named), or a value is wrong.
+    """
+    content: dict[str, Any] = {"path": path}
+    _override(content, overrides)
+    try:
+        return DataSection.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, DataSection)) from error
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, found, value = override.partition("=")
         if not found:
             raise RecipeError(f"expected key=value, got {override!r}; write for example train.steps=100")
         _set(content, key.split("."), yaml.safe_load(value), override)
-    return _validated(content)
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -155,12 +173,12 @@ def _validated(content: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, whole: type[BaseModel] = Recipe) -> str:
     """The first complaint of pydantic in one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return _unknown(key, list(_SECTIONS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", Recipe).model_fields))
+        return _unknown(key, list(_SECTIONS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", whole).model_fields))
     if first["type"] == "missing":
         return f"expected the key {key} in the recipe, got none; add it"
     if first["type"] == "literal_error":

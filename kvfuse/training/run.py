@@ -40,7 +40,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
         RecipeError, PairError, PromptError: Before anything is written, but for the list of bad rows where they are too many.
     """
     _require_own_folder(recipe)
-    prepared = prepare_data(recipe, say)
+    prepared = prepare_data(recipe, say, quiet)
     pair = new_pair(recipe)
     trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
     frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
@@ -63,14 +63,14 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     return gain
 
 
-def prepare_data(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
+def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Prepared:
     """Encode a recipe's data, before its models are loaded; of several processes, the first does it for all.
 
     Raises:
         RecipeError: Too many rows are bad; they are listed in ``output/bad_rows.jsonl``.
     """
     with PartialState().main_process_first():
-        prepared = prepare(recipe.data, Encoder.load(recipe))
+        prepared = prepare(recipe.data, Encoder.load(recipe), quiet)
     say(str(prepared))
     try:
         prepared.require_enough(recipe.data)

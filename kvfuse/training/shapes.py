@@ -11,7 +11,7 @@ SPEAKERS = {
     "assistant": ("gpt", "chatgpt", "bot", "model", "function_call"),  # a call is what the assistant says
     "user": ("human",),
     "system": (),
-    "tool": ("observation", "function_response"),
+    "tool": ("observation", "function", "function_response"),
 }
 ROLES = {name: role for role, names in SPEAKERS.items() for name in (role, *names)}
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,20 +44,34 @@ def load_rows(data: DataSection) -> "Dataset | IterableDataset":
     Raises:
         RecipeError: There is no such source, or it cannot be read.
     """
-    datasets = import_datasets()
     files = _find_files(data)
-    try:
+    with telling(data):
         if files and not {file.suffix for file in files} & TABLES.keys():
             return _read_lines(files, data)
         rows = _read_tables(files, data) if files else _read_hub(data)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error.__cause__, RecipeError):
-            raise error.__cause__ from None
-        if isinstance(error, RecipeError):
-            raise
+        return rows if data.limit is None else rows.take(data.limit if data.streaming else min(data.limit, len(rows)))
+
+
+@contextmanager
+def telling(data: DataSection) -> Iterator[None]:
+    """Turn what ``datasets`` says about rows that it cannot read into one line; it wraps our own errors in its own."""
+    try:
+        yield
+    except (OSError, ValueError, import_datasets().exceptions.DatasetsError) as error:
+        told = error if isinstance(error, RecipeError) else error.__cause__
+        if isinstance(told, RecipeError):
+            raise told from None
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(f"expected rows at data.path {data.path}, got: {reason}; check path, name, split and revision") from error
-    return rows if data.limit is None else rows.take(data.limit if data.streaming else min(data.limit, len(rows)))
+
+
+def require_any(rows: Iterator[Row], data: DataSection) -> Iterator[Row]:
+    """The same rows. Raises RecipeError where there are none, which ``datasets`` cannot make a data set of."""
+    first = next(rows, None)
+    if first is None:
+        raise RecipeError(f"expected rows or documents to learn from in {data.path}, got none; check data.path, data.split and data.format")
+    yield first
+    yield from rows
 
 
 def parse(row: Row, number: int, data: DataSection) -> tuple[str, int, Row | bytes]:
@@ -119,7 +134,7 @@ def _read_lines(files: Sequence[Path], data: DataSection) -> Any:
 
     def rows() -> Iterator[Row]:
         found = ((name, line, raw) for name, file in named for line, raw in _cut(file, data.separator))
-        yield from (dict(zip(RAW, row, strict=True)) for row in islice(found, data.limit))
+        yield from require_any((dict(zip(RAW, row, strict=True)) for row in islice(found, data.limit)), data)
 
     if data.streaming:
         return datasets.IterableDataset.from_generator(rows, features=features)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import TrainingBatch, collate
@@ -56,8 +58,6 @@ class FuserTrainer(Trainer):
             warmup_steps=train.warmup,
             max_grad_norm=train.max_grad_norm,
             seed=train.seed,
-            train_sampling_strategy="group_by_length" if train.group_by_length else "random",
-            length_column_name="length",
             save_steps=train.save_steps,
             save_total_limit=2,
             eval_strategy="no" if validation is None else "steps",
@@ -97,6 +97,13 @@ class FuserTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_train_sampler(self, train_dataset: "Dataset | None" = None) -> Sampler[int] | None:
+        """Trainer's hook."""
+        if not self.train_section.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _ByLength(size, lengths=self.train_dataset["length"][:], seed=self.args.seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
@@ -120,6 +127,19 @@ class FuserTrainer(Trainer):
                 [group for group in groups if group["params"]], lr=self.args.learning_rate
             )
         return self.optimizer
+
+
+class _ByLength(LengthGroupedSampler):
+    """Trainer's own draws from the global random state, of which a resumed run has another at the beginning of its epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loaders."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class _Anneal(TrainerCallback):
