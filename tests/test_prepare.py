@@ -152,14 +152,16 @@ def test_long_chats_are_bad_or_lose_their_oldest_turns(chats):
 def test_a_sharer_without_room_counts_too(chats):
     encoder = encoder_of()
     narrow = Encoder(encoder.receiver, ((Reader("narrow", encoder.sharers[0][0].tokenizer, 10), "span"),))
-    assert all("10 tokens of narrow" in row.reason for row in prepare(DataSection(path=chats), narrow).bad)
+    prepared = prepare(DataSection(path=chats), narrow)
+    assert (len(prepared.examples), len(prepared.bad)) == (0, 12)
+    assert all("10 tokens of narrow" in row.reason for row in prepared.bad)
 
 
-def test_a_second_run_reads_what_the_first_has_encoded(chats, calls):
+def test_a_second_run_reads_what_the_first_has_encoded(chats, calls, monkeypatch):
     first = prepare(DataSection(path=chats), encoder_of())
     assert calls["encoded"] == len(CHATS)
-    again = prepare(DataSection(path=chats, max_bad_share=0.5, workers=2), encoder_of())
-    assert calls["encoded"] == len(CHATS)
+    monkeypatch.setattr(Encoder, "encode", None)  # in worker processes too
+    again = prepare(DataSection(path=chats, max_bad_share=0.5, workers=2, validation_share=0.5), encoder_of())
     assert columns(first) == columns(again)
 
 

@@ -115,6 +115,18 @@ def test_batches_of_like_length_have_less_padding(pair, tmp_path):
     assert padding(group_by_length=True) < padding() / 2
 
 
+def test_every_epoch_is_mixed_anew(pair, encoded, tmp_path):
+    loader = trainer(pair, encoded, tmp_path, group_by_length=True).get_train_dataloader()
+
+    def order(epoch):
+        loader.set_epoch(epoch)
+        return [batch["batch"].tail.ids.tolist() for batch in loader]
+
+    first, second = order(0), order(1)
+    assert first != second
+    assert order(0) == first
+
+
 def test_gates_have_their_own_learning_rate_and_no_decay(pair, encoded, tmp_path):
     groups = trainer(pair, encoded, tmp_path).create_optimizer().param_groups
     gate = next(group for group in groups if any(p is pair.fusers[0].gate.logit for p in group["params"]))
