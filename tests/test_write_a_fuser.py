@@ -38,6 +38,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_its_commands_train_and_use_it(run):
     train, chat = (shlex.split(line)[1:] for line in COMMANDS.splitlines())
     told = run("-m", "kvfuse.cli", *train, "train.steps=2", "data.limit=40", "train.batch_size=4")
