@@ -47,6 +47,8 @@ def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
 def _release_space(offsets: np.ndarray, ids: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep special tokens to their own text, in place. Some (phi-4's) swallow the white space beside them, a message's or not."""
     greedy = [token for token, added in tokenizer.added_tokens_decoder.items() if added.lstrip or added.rstrip]
+    if not greedy:
+        return
     for place in np.flatnonzero(np.isin(ids, greedy)):
         start, end = offsets[place]
         offsets[place] = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
@@ -57,6 +59,8 @@ def _cover_composed(offsets: np.ndarray, text: str) -> np.ndarray:
 
     They are those that no token covers. Spaces are never composed; some tokenizers leave them out of a word's offsets.
     """
+    if text.isascii():
+        return offsets
     starts, ends = offsets[offsets[:, 1] > offsets[:, 0]].T
     reach = np.maximum.accumulate(ends)
     following = np.append(starts[1:], len(text))

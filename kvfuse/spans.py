@@ -158,10 +158,13 @@ def _read_marks(rendering: Rendering, marked: np.ndarray) -> np.ndarray:
     Messages longer than there are marks use them again; then the place nearest to the previous mark's is meant.
     """
     nearest = np.minimum(np.searchsorted(rendering.marks, marked), len(rendering.marks) - 1)
-    is_mark = rendering.marks[nearest] == marked
+    is_mark = (rendering.marks[nearest] == marked) & (nearest < len(rendering.said))
     source = np.full(len(marked), -1)
     if is_mark.any():
-        source[is_mark] = np.clip(np.unwrap(nearest[is_mark], period=len(rendering.marks)), 0, len(rendering.said) - 1)
+        places = nearest[is_mark]
+        if len(rendering.marks) < len(rendering.said):
+            places = np.clip(np.unwrap(places, period=len(rendering.marks)), 0, len(rendering.said) - 1)
+        source[is_mark] = places
     return source
 
 
@@ -227,6 +230,8 @@ def _spans(rendering: Rendering, source: np.ndarray) -> tuple[Span, ...]:
 
 def _marks(used: np.ndarray, count: int) -> np.ndarray:
     """Unused code points, twice as many as asked for where there are so many: a jump then cannot be read as one back."""
+    if used.max(initial=0) < FIRST_MARK:
+        return np.arange(FIRST_MARK, min(FIRST_MARK + 2 * count, LAST_MARK + 1))
     taken = np.unique(used[used >= FIRST_MARK])
     most = np.arange(FIRST_MARK, min(FIRST_MARK + 2 * count + len(taken), LAST_MARK + 1))
     return np.setdiff1d(most, taken, assume_unique=True)

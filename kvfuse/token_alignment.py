@@ -216,8 +216,10 @@ def _common_spans(receiver: Reading, sharer: Reading) -> tuple[np.ndarray, np.nd
 
 def _fusable(reading: Reading, fuse: str) -> np.ndarray:
     """``(n,)`` bool: the positions of a prompt that may be fused."""
-    starts, ends = in_messages(reading, own_spans(reading.prompt))
-    fusable = np.ones(len(reading.ids), dtype=bool) if fuse == "all" else ends > starts
+    fusable = np.ones(len(reading.ids), dtype=bool)
+    if fuse == "messages":
+        starts, ends = in_messages(reading, own_spans(reading.prompt))
+        fusable = ends > starts
     fusable[-1:] = False
     return fusable
 
