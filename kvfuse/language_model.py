@@ -76,7 +76,7 @@ class LanguageModel:
         tokenizer = load_tokenizer(name, revision=model_options.get("revision", "main"))
         return cls(model.eval().requires_grad_(False), tokenizer)
 
-    @property
+    @cached_property
     def context(self) -> int | None:
         """The longest prompt the model was made for, in tokens; None if it does not say."""
         return _context(self.model.config)
