@@ -9,14 +9,17 @@ about three times the receiver's own time is its price; it must not grow with th
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
+from kvfuse.token_alignment import stack
 
 LENGTHS = (64, 256, 1024, 4096)
 NEW, REPEATS = 16, 5
@@ -34,14 +37,16 @@ def pairs(own_tokenizer: bool) -> tuple[CacheToCache, CacheToCache]:
     return prompt_only, followed
 
 
-def milliseconds_per_token(pair: CacheToCache, prompt: str, **options: Any) -> float:
-    """Median over some runs of what all tokens but the first take."""
+@torch.no_grad()
+def milliseconds_per_token(pair: CacheToCache, prompt: str, fusers: Sequence[nn.Module] | None = None) -> float:
+    """Median over some runs of what all tokens but the first take; ``fusers`` as in :meth:`CacheToCache.answer`."""
+    aligned = stack([pair.align(prompt)])
     runs = []
     for _ in range(REPEATS):
         seconds = []
         for new in (1, 1 + NEW):
             start = time.perf_counter()
-            pair.generate([prompt], do_sample=False, min_new_tokens=new, max_new_tokens=new, **options)
+            pair.answer(aligned, fusers, do_sample=False, min_new_tokens=new, max_new_tokens=new)
             seconds.append(time.perf_counter() - start)
         runs.append((seconds[1] - seconds[0]) / NEW * 1000)
     return statistics.median(runs)
@@ -53,9 +58,8 @@ def measure(length: int, own_tokenizer: bool) -> dict[str, Any]:
     words = "the capital of Norway and a language that people speak there " * length
     ids = prompt_only.receiver.tokenizer(words).input_ids[:length]
     prompt = prompt_only.receiver.tokenizer.decode(ids)
-    closed = CacheToCache(prompt_only.receiver, prompt_only.sharers, prompt_only.fusers)
-    closed.prefill = lambda prompt, **options: prompt_only.prefill(prompt, fusers=[])  # type: ignore[method-assign]
-    alone, fused, response = (milliseconds_per_token(pair, prompt) for pair in (closed, prompt_only, followed))
+    alone = milliseconds_per_token(prompt_only, prompt, fusers=[])
+    fused, response = (milliseconds_per_token(pair, prompt) for pair in (prompt_only, followed))
     return {
         "tokenizers": "two" if own_tokenizer else "one",
         "prompt_tokens": length,
