@@ -35,5 +35,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[train,demo-build,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo-build,dev]"
 	touch $@

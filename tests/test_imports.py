@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"kv_cache", "spans", "layer_alignment", "reencode"},
+    {"recipe", "kv_cache", "spans", "layer_alignment", "reencode"},
     {"chat"},
     {"reading"},
     {"message_axis"},

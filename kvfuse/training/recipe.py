@@ -1,20 +1,16 @@
-"""A training run as one YAML file, every key checked before anything is loaded."""
+"""What ``kvfuse train`` reads of a recipe."""
 
-import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
+from kvfuse.recipe import Section, check, override, read_recipe, unknown_key
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+OF_OTHERS = ("evaluation",)
 
 
 class FuserSection(BaseModel):
@@ -29,7 +25,7 @@ class FuserSection(BaseModel):
         return self.model_extra or {}
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """``data``: where the examples come from."""
 
     path: Path
@@ -66,7 +62,7 @@ class DataSection(_Section):
     """The last so much of them is held out."""
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """``train``: how long and how fast; defaults are the paper's (A.3.5)."""
 
     steps: int | None = Field(None, ge=1)
@@ -94,7 +90,7 @@ class TrainSection(_Section):
     """Where Trainer logs to: ``tensorboard``, ``trackio``, ``wandb``, …"""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that makes a fuser."""
 
     receiver: str
@@ -112,23 +108,18 @@ class Recipe(_Section):
     train: TrainSection = TrainSection()
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSection, "train": TrainSection}
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and the ``key=value`` words after it, e.g. ``train.steps=100``; relative paths are those of the shell.
 
     Raises:
         RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
-    _override(content, overrides)
-    return _validated(content)
+    recipe = check(read_recipe(path, overrides), Recipe, OF_OTHERS)
+    known = _fuser_options(recipe.fuser.kind)
+    for option in recipe.fuser.options:
+        if option not in known:
+            raise unknown_key(f"fuser.{option}", known)
+    return recipe
 
 
 def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
@@ -138,59 +129,8 @@ def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
         RecipeError: A key is unknown (the nearest is named), or a value is wrong.
     """
     content: dict[str, Any] = {"path": path}
-    _override(content, overrides)
-    try:
-        return DataSection.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(_explain(error, DataSection)) from error
-
-
-def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key, found, value = override.partition("=")
-        if not found:
-            raise RecipeError(f"expected key=value, got {override!r}; write for example train.steps=100")
-        _set(content, key.split("."), yaml.safe_load(value), override)
-
-
-def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
-        if not isinstance(content, dict):
-            raise RecipeError(f"expected a section before the last dot of {override!r}, got a value; check the key")
-    content[keys[-1]] = value
-
-
-def _validated(content: dict[str, Any]) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
-    known = _fuser_options(recipe.fuser.kind)
-    for option in recipe.fuser.options:
-        if option not in known:
-            raise RecipeError(_unknown(f"fuser.{option}", known))
-    return recipe
-
-
-def _explain(error: ValidationError, whole: type[BaseModel] = Recipe) -> str:
-    """The first complaint of pydantic in one line."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(key, list(_SECTIONS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", whole).model_fields))
-    if first["type"] == "missing":
-        return f"expected the key {key} in the recipe, got none; add it"
-    if first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        nearest = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.0)[0]
-        return f"expected {key} to be one of {', '.join(choices)}, got {first['input']!r}; did you mean {nearest!r}?"
-    return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key.split(".")[-1], known, n=1, cutoff=0.0)
-    return f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest[0]!r}?"
+    override(content, overrides)
+    return check(content, DataSection)
 
 
 def _fuser_options(kind: str) -> list[str]:

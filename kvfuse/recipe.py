@@ -1,0 +1,107 @@
+"""A recipe: one YAML file about a pair, of which every command reads its own sections, each key checked before anything is loaded."""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvfuse.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of a recipe; keys that it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and the ``key=value`` words after it, e.g. ``train.steps=100``, without checking the keys.
+
+    Raises:
+        RecipeError: The file is missing or no YAML of keys and values, or a word is no ``key=value``.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
+    override(content, overrides)
+    return content
+
+
+def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``key=value`` words in a recipe's content. Raises RecipeError where a word is none."""
+    for word in overrides:
+        key, found, value = word.partition("=")
+        if not found:
+            raise RecipeError(f"expected key=value, got {word!r}; write for example train.steps=100")
+        _set(content, key.split("."), yaml.safe_load(value), word)
+
+
+def check(content: dict[str, Any], kind: type[SectionT], of_others: Collection[str] = ()) -> SectionT:
+    """A recipe's content as what it says, every key and value checked.
+
+    Args:
+        content: See :func:`read_recipe`.
+        kind: What to read it as.
+        of_others: Keys that other commands read, which are passed over.
+
+    Raises:
+        RecipeError: A key is unknown (the nearest is named) or missing, or a value is wrong.
+    """
+    try:
+        return kind.model_validate({key: value for key, value in content.items() if key not in of_others})
+    except ValidationError as error:
+        raise RecipeError(_explain(error, kind, of_others)) from error
+
+
+def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
+    """The complaint about an unknown key, naming the nearest."""
+    nearest = difflib.get_close_matches(key.split(".")[-1], known, n=1, cutoff=0.0)
+    return RecipeError(f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest[0]!r}?")
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"expected a section before the last dot of {word!r}, got a value; check the key")
+    content[keys[-1]] = value
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], of_others: Collection[str]) -> str:
+    """The first complaint of pydantic in one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [*_section_at(kind, first["loc"][:-1]).model_fields, *(of_others if len(first["loc"]) == 1 else ())]
+        return str(unknown_key(key, known))
+    if first["type"] == "missing":
+        return f"expected the key {key} in the recipe, got none; add it"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.0)[0]
+        return f"expected {key} to be one of {', '.join(choices)}, got {first['input']!r}; did you mean {nearest!r}?"
+    return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
+
+
+def _section_at(kind: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
+    """The section that a complaint's place is in: the fields on the way, through lists and options of sections."""
+    for key in place:
+        if isinstance(key, str) and key in kind.model_fields:
+            kind = next(iter(_sections_in(kind.model_fields[key].annotation)), kind)
+    return kind
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
