@@ -137,6 +137,38 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
     return cache
 
 
+def read_only_cache(prefilled: Cache, kv: KV) -> Cache:
+    """``kv`` in front of one run, which leaves nothing behind: no copy is made, and the run may be repeated.
+
+    Args:
+        prefilled: The cache that ``kv`` was read from; it is left untouched.
+        kv: ``(L, B, H, T, D)``.
+    """
+    layers = [copy.deepcopy(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else layer for layer in prefilled.layers]
+    for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
+        key, value = key.to(layers[i].keys.device), value.to(layers[i].keys.device)
+        if isinstance(layers[i], LinearAttentionCacheLayerMixin):  # whose run can not be repeated
+            layers[i].keys, layers[i].values = key, value
+        else:
+            layers[i] = _Prefix(key, value)
+    return Cache(layers=layers)
+
+
+class _Prefix(DynamicLayer):
+    """Keys and values that a run attends to before its own, or before what is staged for it; nothing is stored."""
+
+    staged: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = key, value
+        self.dtype, self.device, self.is_initialized = key.dtype, key.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        key, value = self.staged or (key_states, value_states)
+        return torch.cat([self.keys, key.to(key_states)], dim=-2), torch.cat([self.values, value.to(value_states)], dim=-2)
+
+
 def stage(cache: Cache, kv: KV) -> None:
     """Make a model store and attend to ``kv`` for the tokens it reads next, in place of the keys and values it computes.
 
@@ -149,6 +181,9 @@ def stage(cache: Cache, kv: KV) -> None:
 
 
 def _stage_layer(layer: Any, key: Tensor, value: Tensor) -> None:
+    if isinstance(layer, _Prefix):
+        layer.staged = key, value
+        return
     store = layer.update
 
     def update(computed: Tensor, _: Tensor, *args: Any, **kwargs: Any) -> Any:

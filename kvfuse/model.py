@@ -16,7 +16,7 @@ from kvfuse.errors import PairError, PromptError
 from kvfuse.follow import Follower, Streams
 from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import has_state, read_cache, write_cache
+from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prefill import prefill
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
@@ -185,8 +185,12 @@ class CacheToCache:
 
     def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
-        fused = fuse(read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers, prompt, self.fusion, self.rotations)
+        fused = self.fuse_kv(prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
         return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
+
+    def fuse_kv(self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module]) -> KV:
+        """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.fuse.fuse`."""
+        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations)
 
     def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.

@@ -7,13 +7,18 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvfuse.follow import read_along
-from kvfuse.kv_cache import stage
+from kvfuse.kv_cache import read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import TrainingBatch
+from kvfuse.training.recompute import recomputed_layers
 
 
 def response_loss(
-    pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None = None, num_items: Tensor | int | None = None
+    pair: CacheToCache,
+    batch: TrainingBatch,
+    fusers: Sequence[nn.Module] | None = None,
+    num_items: Tensor | int | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Next-token loss of the receiver on the responses, over the fused cache of the prompts (paper, 3.3.4).
 
@@ -22,6 +27,7 @@ def response_loss(
         batch: Prompts, responses, labels.
         fusers: In place of the pair's own, e.g. wrapped; an empty list gives the receiver's own loss.
         num_items: Divide the summed loss by this many tokens; by default by those of the batch.
+        recompute: Keep the input of each receiver layer alone for the backward pass; what is inside is computed again there.
 
     Returns:
         0-d float32 in nats.
@@ -29,14 +35,17 @@ def response_loss(
     receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
     mask = torch.cat([past, batch.tail.mask], dim=1)
     options = {} if num_items is None else {"num_items_in_batch": num_items}
-    output = receiver(
-        input_ids=batch.tail.ids.to(receiver.device),
-        attention_mask=mask.to(receiver.device),
-        position_ids=batch.tail.positions.to(receiver.device),
-        past_key_values=_fused_cache(pair, batch, pair.fusers if fusers is None else fusers),
-        labels=batch.labels.to(receiver.device),
-        **options,
-    )
+    cache = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
+    with recomputed_layers(receiver, recompute):
+        output = receiver(
+            input_ids=batch.tail.ids.to(receiver.device),
+            attention_mask=mask.to(receiver.device),
+            position_ids=batch.tail.positions.to(receiver.device),
+            past_key_values=cache,
+            use_cache=False,  # the one it is given is read, and not filled
+            labels=batch.labels.to(receiver.device),
+            **options,
+        )
     return output.loss
 
 
@@ -45,8 +54,8 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
     if batch.prompt.ids.shape[1] < 2:
         return None
     streams = pair.read(batch.prompt, len(fusers))
-    cache = pair.fuse(batch.prompt, streams, fusers)
+    fused = pair.fuse_kv(batch.prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
+    cache = read_only_cache(streams.receiver, fused)
     if pair.fuse_response and fusers:
-        fused = read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations)
-        stage(cache, fused)
+        stage(cache, read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations))
     return cache
