@@ -120,9 +120,14 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file beside its destination, flush it to disk, and move it there."""
+    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file beside its destination, flush it to disk, and move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
+    write(beside)
     _flush(beside)
     beside.rename(path)
 

@@ -154,6 +154,11 @@ def read_only_cache(prefilled: Cache, kv: KV) -> Cache:
     return Cache(layers=layers)
 
 
+def cache_of(kv: KV) -> Cache:
+    """A read-only cache of ``kv`` ``(L, B, H, T, D)`` for a model whose layers hold keys and values, all of them, and nothing else."""
+    return Cache(layers=[_Prefix(key, value) for key, value in zip(kv.key, kv.value, strict=True)])
+
+
 class _Prefix(DynamicLayer):
     """Keys and values that a run attends to before its own, or before what is staged for it; nothing is stored."""
 

@@ -179,9 +179,16 @@ class CacheToCache:
 
     def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> Streams:
         """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more."""
-        receiver = prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+        return Streams(self.read_receiver(prompt), self.read_sharers(prompt, num_sharers))
+
+    def read_receiver(self, prompt: AlignedPrompt) -> Cache:
+        """The receiver's part of :meth:`read`: a cache of all positions but the last."""
+        return prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+
+    def read_sharers(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> list[Cache]:
+        """The sharers' part of :meth:`read`."""
         read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
-        return Streams(receiver, [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read])
+        return [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
 
     def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""

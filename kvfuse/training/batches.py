@@ -7,10 +7,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfuse.kv_cache import KV
 from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, pad_left, stack
 from kvfuse.training.columns import EncodedExample
 
 IGNORED = -100  # the label that transformers' losses skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of a batch's prompts, padded left, in place of what reading them gives.
+
+    Attributes:
+        receiver: ``(L_r, B, H_r, T - 1, D_r)``, or None where the receiver reads by itself.
+        sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
+    """
+
+    receiver: KV | None
+    sharers: tuple[KV, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +36,16 @@ class TrainingBatch:
         tail: ``(B, 1 + R)``: the last prompt token, then the response. Where the response is fused too, each sharer's last
             prompt token and its reading of the response ``(B, 1 + R_s)``.
         labels: ``(B, 1 + R)`` int64, :data:`IGNORED` on the prompt's token and on padding.
+        kept: What the models have read of the prompts already.
     """
 
     prompt: AlignedPrompt
     tail: AlignedPrompt
     labels: Tensor
+    kept: Kept | None = None
 
 
-def collate(examples: Sequence[EncodedExample]) -> TrainingBatch:
+def collate(examples: Sequence[EncodedExample], kept: Kept | None = None) -> TrainingBatch:
     """Pad encoded examples into a batch."""
     ids, mask = _pad_right([np.concatenate([example.prompt.receiver.ids[-1:], example.response_ids]) for example in examples], 0)
     labels = ids.masked_fill(mask == 0, IGNORED)
@@ -37,7 +53,7 @@ def collate(examples: Sequence[EncodedExample]) -> TrainingBatch:
     prompt = stack([example.prompt for example in examples])
     sharers = tuple(_collate_sharer(examples, place, prompt.sharers[place]) for place in range(len(examples[0].sharers)))
     tail = AlignedPrompt(ids=ids, mask=mask, positions=_go_on(prompt, ids), sharers=sharers, fuse_mask=mask.bool())
-    return TrainingBatch(prompt=prompt, tail=tail, labels=labels)
+    return TrainingBatch(prompt=prompt, tail=tail, labels=labels, kept=kept)
 
 
 def _go_on(prompt: AlignedPrompt | SharerPrompt, ids: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvfuse.follow import read_along
-from kvfuse.kv_cache import read_cache, read_only_cache, stage
+from kvfuse.kv_cache import cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
-from kvfuse.training.batches import TrainingBatch
+from kvfuse.training.batches import Kept, TrainingBatch
 from kvfuse.training.recompute import recomputed_layers
 
 
@@ -53,9 +53,17 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
     """The cache of the prompts, and where the response is fused too, the keys and values that its tokens will have."""
     if batch.prompt.ids.shape[1] < 2:
         return None
+    if batch.kept is not None and fusers:
+        return _fuse_kept(pair, batch, batch.kept, fusers)
     streams = pair.read(batch.prompt, len(fusers))
     fused = pair.fuse_kv(batch.prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
     cache = read_only_cache(streams.receiver, fused)
     if pair.fuse_response and fusers:
         stage(cache, read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations))
     return cache
+
+
+def _fuse_kept(pair: CacheToCache, batch: TrainingBatch, kept: Kept, fusers: Sequence[nn.Module]) -> Cache:
+    """Where the sharers need not read any more, nor perhaps the receiver."""
+    receiver = pair.read_receiver(batch.prompt) if kept.receiver is None else cache_of(kept.receiver)
+    return read_only_cache(receiver, pair.fuse_kv(batch.prompt, kept.receiver or read_cache(receiver), kept.sharers, fusers))

@@ -82,6 +82,12 @@ class TrainSection(Section):
     seed: int = 42
     group_by_length: bool = False
     """Batches of examples of like length: less padding, but less mixed, and so slower to learn from where length tells the kind."""
+    recompute: bool = False
+    """Keep less for the backward pass and compute it again there: half the memory or less, about a quarter more time."""
+    keep_caches: Literal["none", "sharer", "both"] = "none"
+    """Read the prompts once and keep the caches on disk for all epochs: the sharer's, or the receiver's too, which are larger."""
+    keep_caches_as: Literal["bfloat16", "int8"] = "bfloat16"
+    """The sharer's; the receiver's are kept in bfloat16."""
     save_steps: int = Field(200, ge=1)
     """Steps between checkpoints, of which the best on held-out examples is kept; a killed run goes on from the last."""
     patience: int | None = Field(None, ge=1)

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import TrainingBatch, collate
 from kvfuse.training.columns import from_columns
+from kvfuse.training.kept_caches import KeptCaches
 from kvfuse.training.loss import response_loss
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
@@ -31,7 +32,7 @@ class FuserTrainer(Trainer):
         pair: The models; its fuser is trained in place.
         train: The recipe's ``train`` section.
         examples: What to learn, a data set of :func:`kvfuse.training.columns.to_columns`.
-        folder: For checkpoints; a run that finds some there goes on from the last.
+        folder: For checkpoints; a run that finds some there goes on from the last. Kept caches are in a folder beside it.
         validation: Measured with every checkpoint; the fuser ends as it was at the best of them.
         quiet: Show no progress.
     """
@@ -72,9 +73,15 @@ class FuserTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
+        self.kept = None
+        if train.keep_caches != "none":
+            self.kept = KeptCaches(
+                pair, examples, folder.parent / f"caches-{examples._fingerprint}", train.keep_caches == "both", train.keep_caches_as
+            )
+            examples = examples.add_column("row", range(len(examples)))
         callbacks = [_Anneal(), Safeguards(), *([EarlyStoppingCallback(train.patience)] if train.patience and validation else [])]
         options = {"train_dataset": examples, "eval_dataset": None if validation is None else validation.examples}
-        super().__init__(pair.fusers[0], arguments, data_collator=_collate, callbacks=callbacks, **options)
+        super().__init__(pair.fusers[0], arguments, data_collator=self._collate, callbacks=callbacks, **options)
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
@@ -87,7 +94,11 @@ class FuserTrainer(Trainer):
         """
         folder = Path(self.args.output_dir)
         with told_in_one_line(folder):
+            if self.kept is not None:
+                self.kept.fill(self.args.per_device_train_batch_size)
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        if self.kept is not None:
+            self.kept.remove()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's hook: the held-out loss of the receiver alone, fused, and with a mismatched sharer."""
@@ -108,10 +119,15 @@ class FuserTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """Trainer's hook. ``model`` is the fuser, possibly wrapped for several processes."""
-        loss = response_loss(self.pair, inputs["batch"], [model], num_items_in_batch)
+        loss = response_loss(self.pair, inputs["batch"], [model], num_items_in_batch, self.train_section.recompute)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which average the gradients; the tokens are counted over all
         return (loss, None) if return_outputs else loss
+
+    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
+        kept = None if self.kept is None else self.kept.load([row["row"] for row in rows])
+        batch = collate([from_columns(row) for row in rows], kept)
+        return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; the gates have a learning rate of their own and no weight decay."""
@@ -152,8 +168,3 @@ class _Anneal(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
-
-
-def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
-    batch = collate([from_columns(row) for row in rows])
-    return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them

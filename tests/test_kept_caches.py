@@ -1,0 +1,118 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from kvfuse.errors import PairError, RecipeError
+from kvfuse.kv_cache import read_cache
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser, tiny_model
+from kvfuse.training import kept_caches
+from kvfuse.training.batches import collate
+from kvfuse.training.columns import from_columns, to_columns
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
+from kvfuse.training.kept_caches import KeptCaches
+from kvfuse.training.loss import response_loss
+from kvfuse.training.recipe import load_recipe
+from kvfuse.training.run import train
+
+EXAMPLES = [Example([{"role": "user", "content": f"What is {'x' * i}?"}], f"number {i}") for i in range(7)]
+
+
+@pytest.fixture
+def examples(pair):
+    return Dataset.from_list([to_columns(Encoder.of(pair).encode(example)) for example in EXAMPLES])
+
+
+@pytest.fixture
+def keep(pair, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_caches, "SHARD", 3)
+
+    def make(receiver=False, dtype="bfloat16"):
+        kept = KeptCaches(pair, examples, tmp_path / f"{receiver}-{dtype}", receiver, dtype)
+        kept.fill(batch_size=2)
+        return kept
+
+    return make
+
+
+def close(got, expected, mask, tolerance):
+    seen = mask.bool()
+    for part in ("key", "value"):
+        one, other = (getattr(kv, part).permute(1, 3, 0, 2, 4)[seen] for kv in (got, expected))
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_a_batch_gets_what_the_models_would_read(pair, examples, keep, dtype, tolerance):
+    rows = [5, 0, 3]
+    batch = collate([from_columns(examples[row]) for row in rows])
+    kept, streams = keep(True, dtype).load(rows), pair.read(batch.prompt)
+    close(kept.sharers[0], read_cache(streams.sharers[0]), batch.prompt.sharers[0].mask, tolerance)
+    close(kept.receiver, read_cache(streams.receiver), batch.prompt.mask[:, :-1], 2**-8)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@torch.no_grad()
+def test_the_loss_is_that_of_reading(pair, examples, keep, both):
+    rows = [from_columns(row) for row in examples]
+    kept = keep(both).load(range(len(rows)))
+    assert float(response_loss(pair, collate(rows, kept))) == pytest.approx(float(response_loss(pair, collate(rows))), rel=3e-3)
+
+
+def test_no_model_reads_what_is_kept(pair, examples, keep, monkeypatch):
+    kept = keep(True).load([1, 2])
+    monkeypatch.setattr("kvfuse.model.prefill", None)
+    response_loss(pair, collate([from_columns(examples[row]) for row in (1, 2)], kept))
+
+
+def test_files_that_are_there_are_not_read_again(keep, monkeypatch):
+    folder = keep().folder
+    assert sorted(file.name for file in folder.iterdir()) == [f"{shard:06d}.safetensors" for shard in range(3)]
+    (folder / "000001.safetensors").unlink()
+    written = []
+    monkeypatch.setattr(KeptCaches, "_write", lambda self, first, batch_size: written.append(first))
+    keep()
+    assert written == [3]
+
+
+def test_the_size_is_told_before_anything_is_read(keep, monkeypatch):
+    for receiver, dtype in ((False, "bfloat16"), (True, "bfloat16"), (False, "int8")):
+        kept = keep(receiver, dtype)
+        files = sum(file.stat().st_size for file in kept.folder.iterdir())
+        assert kept.bytes == pytest.approx(files, rel=0.35), "but for names and padding of the format"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(RecipeError, match=r"GiB of room .* keep them as int8"):
+        keep(True, "int8")
+
+
+def test_responses_that_are_fused_are_refused(receiver, sharer, examples, tmp_path):
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
+    with pytest.raises(PairError, match="prompts alone"):
+        KeptCaches(pair, examples, tmp_path, False, "int8")
+
+
+def test_a_receiver_with_state_is_refused(sharer, examples, tmp_path):
+    receiver = tiny_model("qwen3_next")
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
+    KeptCaches(pair, examples, tmp_path, False, "int8")
+    with pytest.raises(PairError, match="in every layer"):
+        KeptCaches(pair, examples, tmp_path, True, "int8")
+
+
+def test_a_run_learns_the_same_and_leaves_no_caches(saved_models, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    models = {name: str(saved_models / name) for name in ("receiver", "sharer")}
+    recipe = {**models, "data": {"path": str(tmp_path / "chats.jsonl"), "validation_share": 0.2}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "output": "out", "fuser": {"hidden_dim": 8, "intermediate_dim": 8}}))
+    options = ["train.epochs=2", "train.learning_rate=0.01"]
+    read = train(load_recipe(tmp_path / "recipe.yaml", [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
+    for keep in ("sharer", "both"):
+        extra = [*options, "train.keep_caches_as=int8", f"train.keep_caches={keep}", f"output={tmp_path / keep}"]
+        kept = train(load_recipe(tmp_path / "recipe.yaml", extra), lambda line: None)
+        assert kept.fused == pytest.approx(read.fused, rel=2e-3)
+        assert not list((tmp_path / keep).glob("caches*"))
