@@ -3,6 +3,7 @@
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
 from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates
+from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.low_rank import LowRankConfig, LowRankFuser
 from kvfuse.fusers.registry import FUSERS, fuser_class, make_fuser, register_fuser
 from kvfuse.fusers.ridge import RidgeConfig, RidgeFuser
@@ -15,6 +16,8 @@ __all__ = [
     "C2CFuser",
     "Fuser",
     "FuserConfig",
+    "GatedConfig",
+    "GatedFuser",
     "LowRankConfig",
     "LowRankFuser",
     "RidgeConfig",

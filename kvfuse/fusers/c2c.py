@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices, require_uniform
-from kvfuse.fusers.gate import GATE_NOISES, Gate
+from kvfuse.fusers.contract import require_choices, require_uniform
+from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
@@ -14,7 +14,7 @@ FUSED_PARTS = {"both": PARTS, "keys": ("key",), "values": ("value",)}
 GATES = ("layer", "head", "none")
 
 
-class C2CConfig(FuserConfig):
+class C2CConfig(GatedConfig):
     """Options of :class:`C2CFuser`; defaults are the paper's.
 
     Rows of the paper's ablation (2.8, table 8): ``Project`` is ``replace``, without ``receiver_input``, ``feature_fusion``
@@ -24,18 +24,12 @@ class C2CConfig(FuserConfig):
         hidden_dim: Width of the fuser.
         intermediate_dim: Inner width of its feed-forward blocks.
         num_layers: Depth of the projection, at least 3.
-        dropout: In the feed-forward blocks.
         receiver_input: Whether the projection reads the receiver's cache beside the sharer's.
         feature_fusion: Whether a feed-forward block fuses the two before projection and weighting.
         replace: Whether the projection takes the place of the receiver's cache instead of being added to it.
         weighting: Whether every token weights its heads.
         parts: ``both`` | ``keys`` | ``values``: what is fused; the other part's residual is exactly zero.
         gate: ``layer`` (one for its keys, one for its values) | ``head`` (one per KV head of each) | ``none``.
-        gate_init: Initial gate logit.
-        gate_noise: ``logistic`` | ``gumbel``, the reference's (:class:`kvfuse.fusers.gate.Gate`).
-        initial_temperature: Of the gates, at the start of training.
-        final_temperature: At its end.
-        zero_init: Start from a projection of zero.
     """
 
     model_type = "kvfuse-c2c"
@@ -43,21 +37,15 @@ class C2CConfig(FuserConfig):
     hidden_dim: int = 1024
     intermediate_dim: int = 1024
     num_layers: int = 3
-    dropout: float = 0.1
     receiver_input: bool = True
     feature_fusion: bool = True
     replace: bool = False
     weighting: bool = True
     parts: str = "both"
     gate: str = "layer"
-    gate_init: float = 0.0
-    gate_noise: str = "logistic"
-    initial_temperature: float = 1.0
-    final_temperature: float = 0.001
-    zero_init: bool = False
 
 
-class C2CFuser(Fuser):
+class C2CFuser(GatedFuser):
     """``residual = gate * weight * projection(concat(sharer, receiver))``, for all layers, keys and values, at once.
 
     https://arxiv.org/abs/2510.03215, section 3.3.2. Every layer has weights of its own for keys and for values; they are
@@ -70,7 +58,7 @@ class C2CFuser(Fuser):
     def __init__(self, config: C2CConfig) -> None:
         super().__init__(config)
         require_uniform(config)
-        require_choices(config, parts=tuple(FUSED_PARTS), gate=GATES, gate_noise=GATE_NOISES)
+        require_choices(config, parts=tuple(FUSED_PARTS), gate=GATES)
         receiver, sharer = config.receiver_kv, config.sharer_kv
         self.parts = FUSED_PARTS[config.parts]
         groups, hidden = len(self.parts) * receiver.num_layers, config.hidden_dim
@@ -87,8 +75,7 @@ class C2CFuser(Fuser):
         self.weighting = block(hidden) if config.weighting else None
         self.weighting_out = GroupedLinear(groups, hidden, receiver.num_kv_heads) if config.weighting else None
         heads = receiver.num_kv_heads if config.gate == "head" else 1
-        temperatures = config.initial_temperature, config.final_temperature
-        self.gate = None if config.gate == "none" else Gate(groups, *temperatures, heads, config.gate_noise)
+        self.gate = None if config.gate == "none" else config.new_gate(groups, heads)
         self.post_init()
 
     def reset_parameters(self) -> None:
@@ -110,19 +97,6 @@ class C2CFuser(Fuser):
             hidden = block(hidden)
         projected = self.projection_out(hidden)
         return from_groups(projected - mine if self.config.replace else projected, weight, like=receiver, parts=self.parts)
-
-    def set_progress(self, share: float) -> None:
-        """Anneal the gates."""
-        if self.gate is not None:
-            self.gate.anneal(share)
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The gate logits."""
-        return [] if self.gate is None else [self.gate.logit]
-
-    def open_gates(self) -> dict[str, Tensor]:
-        """Of keys and of values, per layer or per layer and head."""
-        return {} if self.gate is None else self.gate.by_part(self.parts)
 
     def _weigh(self, hidden: Tensor, heads: int) -> Tensor:
         """Gates times weights, ``(G, N, H)`` or what broadcasts to it, from ``(G, N, hidden)``."""

@@ -6,25 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_uniform
+from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
+from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 
-class C2CComplexConfig(FuserConfig):
+class C2CComplexConfig(GatedConfig):
     """Options of :class:`C2CComplexFuser`; defaults are those of the authors' recipe ``all_in_one``.
 
     Attributes:
         hidden_dim: Width of the sharer's network.
         weight_hidden_dim: Width of the weighting.
         num_layers: Depth of the sharer's network, at least 2.
-        dropout: In the sharer's network.
         weight_temperature: Divides the logits of the weights.
-        gate_init: Initial gate logit.
-        initial_temperature: Of the gates, at the start of training.
-        final_temperature: At its end.
-        zero_init: Start from a residual of zero.
     """
 
     model_type = "kvfuse-c2c-complex"
@@ -32,15 +28,10 @@ class C2CComplexConfig(FuserConfig):
     hidden_dim: int = 1024
     weight_hidden_dim: int = 1024
     num_layers: int = 3
-    dropout: float = 0.1
     weight_temperature: float = 1.0
-    gate_init: float = 0.0
-    initial_temperature: float = 1.0
-    final_temperature: float = 0.001
-    zero_init: bool = False
 
 
-class C2CComplexFuser(Fuser):
+class C2CComplexFuser(GatedFuser):
     """``residual = gate * weight * combiner(concat(translation(sharer), receiver))``, for all layers at once.
 
     https://arxiv.org/abs/2510.03215, A.1.3, in the form of the authors' ``AllInOneProjector`` under their recipe
@@ -49,6 +40,8 @@ class C2CComplexFuser(Fuser):
 
     config_class: ClassVar = C2CComplexConfig
     config: C2CComplexConfig
+    gate: Gate
+    parts = ("layer",)  # one gate switches keys and values
 
     def __init__(self, config: C2CComplexConfig) -> None:
         super().__init__(config)
@@ -64,7 +57,7 @@ class C2CComplexFuser(Fuser):
         self.weighting_norm = GroupedLayerNorm(layers, config.weight_hidden_dim)
         self.weighting = GroupedLinear(layers, config.weight_hidden_dim, config.weight_hidden_dim)
         self.weighting_out = GroupedLinear(groups, config.weight_hidden_dim, receiver.num_kv_heads)
-        self.gate = Gate(layers, config.initial_temperature, config.final_temperature)
+        self.gate = config.new_gate(layers)
         self.post_init()
 
     def reset_parameters(self) -> None:
@@ -78,20 +71,9 @@ class C2CComplexFuser(Fuser):
         """See :meth:`Fuser.forward`."""
         mine, theirs = to_groups(receiver), to_groups(sharer, self.sharer_layers)  # (2L, N, C)
         projected = self.combiner(torch.cat([self._translate(theirs), mine], dim=-1))
-        weight = torch.sigmoid(self._weigh(mine, projected, receiver.spec.num_kv_heads) / self.config.weight_temperature)
-        return from_groups(projected, self.gate().repeat(2, 1, 1) * weight, like=receiver)
-
-    def set_progress(self, share: float) -> None:
-        """Anneal the gates."""
-        self.gate.anneal(share)
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The gate logits."""
-        return [self.gate.logit]
-
-    def open_gates(self) -> dict[str, Tensor]:
-        """Of layers; one gate switches keys and values."""
-        return self.gate.by_part(["layer"])
+        heads = receiver.spec.num_kv_heads
+        weight = torch.sigmoid(self._weigh(mine, projected, heads) / self.config.weight_temperature)
+        return from_groups(projected, self.gate(mine.shape[1], heads).repeat(2, 1, 1) * weight, like=receiver)
 
     def _translate(self, theirs: Tensor) -> Tensor:
         """``(2L, N, C_s)`` -> ``(2L, N, C_r)``, with a shortcut where both are equally wide."""

@@ -3,37 +3,27 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_uniform
+from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.gated import GatedConfig, GatedFuser
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 
-class LowRankConfig(FuserConfig):
+class LowRankConfig(GatedConfig):
     """Options of :class:`LowRankFuser`.
 
     Attributes:
         rank: Width of the bottleneck; 40 makes 10 MB in bf16 for Qwen3-0.6B <- Qwen2.5-0.5B, where the paper's makes 956.
-        dropout: In the feed-forward block.
-        gate_init: Initial gate logit.
-        initial_temperature: Of the gates, at the start of training.
-        final_temperature: At its end.
-        zero_init: Start from a residual of zero.
     """
 
     model_type = "kvfuse-low-rank"
 
     rank: int = 40
-    dropout: float = 0.1
-    gate_init: float = 0.0
-    initial_temperature: float = 1.0
-    final_temperature: float = 0.001
-    zero_init: bool = False
 
 
-class LowRankFuser(Fuser):
+class LowRankFuser(GatedFuser):
     """``residual = gate * weight * up(fusion(down(concat(sharer, receiver))))``, for all layers at once.
 
     The parts of https://arxiv.org/abs/2510.03215, section 3.3.2, without the feed-forward blocks that projection and
@@ -42,6 +32,7 @@ class LowRankFuser(Fuser):
 
     config_class: ClassVar = LowRankConfig
     config: LowRankConfig
+    gate: Gate
 
     def __init__(self, config: LowRankConfig) -> None:
         super().__init__(config)
@@ -52,7 +43,7 @@ class LowRankFuser(Fuser):
         self.fusion = GroupedFFN(groups, rank, rank, config.dropout)
         self.weighting = GroupedLinear(groups, rank, receiver.num_kv_heads)
         self.up = GroupedLinear(groups, rank, width)
-        self.gate = Gate(groups, config.initial_temperature, config.final_temperature)
+        self.gate = config.new_gate(groups)
         self.post_init()
 
     def reset_parameters(self) -> None:
@@ -66,16 +57,5 @@ class LowRankFuser(Fuser):
         """See :meth:`Fuser.forward`."""
         x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
         features = self.fusion(self.down(x))  # (G, N, rank)
-        return from_groups(self.up(features), self.gate() * torch.sigmoid(self.weighting(features)), like=receiver)
-
-    def set_progress(self, share: float) -> None:
-        """Anneal the gates."""
-        self.gate.anneal(share)
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The gate logits."""
-        return [self.gate.logit]
-
-    def open_gates(self) -> dict[str, Tensor]:
-        """Of keys and of values, per layer."""
-        return self.gate.by_part(PARTS)
+        weight = torch.sigmoid(self.weighting(features))  # (G, N, H)
+        return from_groups(self.up(features), self.gate(*weight.shape[1:]) * weight, like=receiver)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kvfuse.errors import PairError
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_uniform
+from kvfuse.fusers.contract import FuserConfig, require_uniform
 from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import PARTS, GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.gated import GatedFuser
+from kvfuse.fusers.grouped import GroupedLinear, from_groups, to_groups
 from kvfuse.fusers.moments import Moments
 from kvfuse.kv_cache import KV
 
@@ -36,7 +37,7 @@ class RidgeConfig(FuserConfig):
     zero_init: bool = False
 
 
-class RidgeFuser(Fuser):
+class RidgeFuser(GatedFuser):
     """``residual = gate * weight * (map(sharer) - receiver)``, all three in closed form.
 
     The map is the ridge regression of the receiver's keys, and of its values, on those of the sharer. Taking its place
@@ -49,6 +50,7 @@ class RidgeFuser(Fuser):
 
     config_class: ClassVar = RidgeConfig
     config: RidgeConfig
+    gate: Gate
     solved = True
 
     def __init__(self, config: RidgeConfig) -> None:
@@ -96,14 +98,6 @@ class RidgeFuser(Fuser):
                 "gate.logit": by_layer[:, None, None],
             }
         )
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The gate logits."""
-        return [self.gate.logit]
-
-    def open_gates(self) -> dict[str, Tensor]:
-        """Of keys and of values, per layer."""
-        return self.gate.by_part(PARTS)
 
     def _inputs(self, sharer: KV) -> Tensor:
         """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""

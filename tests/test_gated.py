@@ -1,0 +1,50 @@
+"""What all kinds with a trained gate have in common."""
+
+import pytest
+import torch
+from test_fusers import random_kv
+
+from kvfuse.errors import PairError
+from kvfuse.fusers import FUSERS
+from kvfuse.fusers.gated import GatedConfig
+from kvfuse.kv_cache import KV
+from kvfuse.testing import tiny_fuser
+
+KINDS = [kind for kind, cls in FUSERS.items() if issubclass(cls.config_class, GatedConfig)]
+
+
+def test_the_three_that_learn_by_gradient_are_among_them():
+    assert {"c2c", "c2c-complex", "low-rank"} <= set(KINDS)
+
+
+@pytest.mark.parametrize(("noise", "alike"), [("logistic", True), ("gumbel", False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, noise, alike):
+    """Of tokens that are all the same, only noise of their own can tell one from another."""
+    fuser = tiny_fuser(receiver, sharer, kind, gate_noise=noise, dropout=0.0).train()
+    torch.manual_seed(0)
+    same = [random_kv(spec, 1, 1) for spec in (fuser.config.receiver_kv, fuser.config.sharer_kv)]
+    residual = fuser(*(KV(kv.key.expand(-1, -1, -1, 4, -1), kv.value.expand(-1, -1, -1, 4, -1)) for kv in same))
+    for part in (residual.key, residual.value):
+        assert torch.allclose(part, part[:, :, :, :1].expand_as(part), rtol=1e-4, atol=1e-6) == alike
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_noise_is_gone_at_inference(receiver, sharer, kind):
+    logistic, gumbel = (tiny_fuser(receiver, sharer, kind, gate_noise=noise) for noise in ("logistic", "gumbel"))
+    inputs = random_kv(logistic.config.receiver_kv), random_kv(logistic.config.sharer_kv)
+    assert torch.equal(logistic(*inputs).key, gumbel(*inputs).key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_anneal_and_train_apart(receiver, sharer, kind):
+    fuser = tiny_fuser(receiver, sharer, kind, initial_temperature=2.0, final_temperature=0.02)
+    fuser.set_progress(0.5)
+    assert fuser.gate.temperature == pytest.approx(0.2)
+    assert [parameter is fuser.gate.logit for parameter in fuser.gate_parameters()] == [True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_noise_is_named(receiver, sharer, kind):
+    with pytest.raises(PairError, match=r"expected fuser\.gate_noise to be one of logistic, gumbel"):
+        tiny_fuser(receiver, sharer, kind, gate_noise="nonsense")
