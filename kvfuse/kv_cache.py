@@ -1,6 +1,7 @@
 """KV-caches as tensors: read them from and write them to transformers' caches. The only file that knows their format."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -76,8 +77,17 @@ class KV:
             parts.append(by_token.index_put((rows, positions), added, accumulate=True).permute(2, 0, 3, 1, 4))
         return type(self)(*parts)
 
+    def split(self, tokens: int) -> list[Self]:
+        """In pieces of so many tokens, without a copy."""
+        return [type(self)(*parts) for parts in zip(self.key.split(tokens, 3), self.value.split(tokens, 3), strict=True)]
+
     def zeros_like(self) -> Self:
         return type(self)(torch.zeros_like(self.key), torch.zeros_like(self.value))
+
+
+def concatenate(pieces: Sequence[KV]) -> KV:
+    """:meth:`KV.split` undone."""
+    return KV(torch.cat([piece.key for piece in pieces], 3), torch.cat([piece.value for piece in pieces], 3))
 
 
 def empty_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import has_state
+from kvfuse.fusers import gated
+from kvfuse.kv_cache import KV, has_state
 from kvfuse.model import CacheToCache
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
 from kvfuse.training.batches import collate
@@ -16,6 +17,7 @@ EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is numb
 
 def loss_and_gradients(pair, recompute):
     fuser = pair.fusers[0].train()
+    fuser.recompute = recompute
     fuser.zero_grad()
     torch.manual_seed(0)  # of dropout and gates
     loss = response_loss(pair, collate(list(map(Encoder.of(pair).encode, EXAMPLES))), recompute=recompute)
@@ -59,3 +61,31 @@ def test_every_layer_is_computed_again(pair, recompute, times):
     for hook in hooks:
         hook.remove()
     assert len(seen) - read == (times - 1) * len(hooks)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate_noise": "gumbel"}, {"gate": "head"}, {"parts": "values"}, {"kind": "c2c-complex"}])
+def test_gates_are_drawn_once_for_all_pieces(receiver, sharer, options, monkeypatch):
+    """Token by token, the gates' draw is that of the whole; without dropout, whose draws are of each piece."""
+    monkeypatch.setattr(gated, "RECOMPUTED_TOKENS", 1)
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, dropout=0.0, **options)])
+    (kept, expected), (again, got) = (loss_and_gradients(pair, recompute) for recompute in (False, True))
+    torch.testing.assert_close(again, kept)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_fusers_memory_does_not_grow_with_the_prompt(receiver, sharer, monkeypatch):
+    """But for the caches: what one token more keeps for the backward pass is its keys and values, and what is made of them."""
+    monkeypatch.setattr(gated, "RECOMPUTED_TOKENS", 4)
+    fuser = tiny_fuser(receiver, sharer, hidden_dim=256, intermediate_dim=256).train()
+
+    def kept(tokens, recompute):
+        fuser.recompute, sizes = recompute, []
+        mine, theirs = (KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, tokens, s.key_dim)) for s in (receiver.kv_spec, sharer.kv_spec))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            fuser(mine, theirs)
+        return sum(sizes), mine.key.numel() * 2 // tokens
+
+    (few, per_token), (many, _) = kept(8, True), kept(40, True)
+    assert (many - few) / 32 <= 2 * per_token
+    assert kept(40, False)[0] > 10 * many

@@ -87,20 +87,19 @@ class C2CFuser(GatedFuser):
         if self.gate is not None:
             self.gate.reset_parameters(self.config.gate_init)
 
-    def forward(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`Fuser.forward`."""
+    def ungated(self, receiver: KV, sharer: KV) -> KV:
+        """See :meth:`GatedFuser.ungated`."""
         mine, theirs = to_groups(receiver, parts=self.parts), to_groups(sharer, self.sharer_layers, self.parts)  # (G, N, C)
         hidden = self.fusion_in(torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs)
         hidden = hidden if self.fusion is None else self.fusion(hidden)
-        weight = self._weigh(hidden, receiver.spec.num_kv_heads)
+        weight = self._weigh(hidden)
         for block in self.projection:
             hidden = block(hidden)
         projected = self.projection_out(hidden)
         return from_groups(projected - mine if self.config.replace else projected, weight, like=receiver, parts=self.parts)
 
-    def _weigh(self, hidden: Tensor, heads: int) -> Tensor:
-        """Gates times weights, ``(G, N, H)`` or what broadcasts to it, from ``(G, N, hidden)``."""
-        switch = hidden.new_ones(1, 1, 1) if self.gate is None else self.gate(hidden.shape[1], heads)
+    def _weigh(self, hidden: Tensor) -> Tensor | None:
+        """``(G, N, hidden)`` -> ``(G, N, H)``; None where tokens do not weight their heads."""
         if self.weighting is None or self.weighting_out is None:
-            return switch
-        return switch * torch.sigmoid(self.weighting_out(self.weighting(hidden)))
+            return None
+        return torch.sigmoid(self.weighting_out(self.weighting(hidden)))

@@ -67,13 +67,12 @@ class C2CComplexFuser(GatedFuser):
         self.combiner.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def forward(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`Fuser.forward`."""
+    def ungated(self, receiver: KV, sharer: KV) -> KV:
+        """See :meth:`GatedFuser.ungated`."""
         mine, theirs = to_groups(receiver), to_groups(sharer, self.sharer_layers)  # (2L, N, C)
         projected = self.combiner(torch.cat([self._translate(theirs), mine], dim=-1))
-        heads = receiver.spec.num_kv_heads
-        weight = torch.sigmoid(self._weigh(mine, projected, heads) / self.config.weight_temperature)
-        return from_groups(projected, self.gate(mine.shape[1], heads).repeat(2, 1, 1) * weight, like=receiver)
+        weight = torch.sigmoid(self._weigh(mine, projected, receiver.spec.num_kv_heads) / self.config.weight_temperature)
+        return from_groups(projected, weight, like=receiver)
 
     def _translate(self, theirs: Tensor) -> Tensor:
         """``(2L, N, C_s)`` -> ``(2L, N, C_r)``, with a shortcut where both are equally wide."""

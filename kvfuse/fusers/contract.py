@@ -59,10 +59,12 @@ class Fuser(PreTrainedModel):
     Attributes:
         sharer_layers: The sharer layer that feeds each receiver layer.
         solved: Whether training is one call of :meth:`fit` instead of many steps along a gradient.
+        recompute: Whether to keep less for the backward pass and compute it again there; for kinds that can.
     """
 
     config_class: ClassVar = FuserConfig
     solved: ClassVar[bool] = False
+    recompute: bool = False
     base_model_prefix = "fuser"
     config: FuserConfig
 

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.grouped import PARTS
+from kvfuse.kv_cache import KV, concatenate
+
+RECOMPUTED_TOKENS = 256  # what is kept of so many at a time is small, and the weights' gradients are added up seldom enough
 
 
 class GatedConfig(FuserConfig):
@@ -35,15 +39,35 @@ class GatedConfig(FuserConfig):
 
 
 class GatedFuser(Fuser):
-    """Base of the fusers that switch their residual: set :attr:`gate`, and :attr:`parts` where its groups are not keys, then values.
+    """Base of the fusers that switch their residual: set :attr:`gate` and write :meth:`ungated` in place of :meth:`forward`.
 
     Attributes:
-        gate: One for every group, or None where the residual always counts.
-        parts: What the groups of the gate are: all layers of the first, then of the next.
+        gate: For every layer, or for all layers of the first of :attr:`parts`, then of the next; None: the residual always counts.
+        parts: What the fuser fuses, where that is not keys, then values.
     """
 
     gate: Gate | None
     parts: Sequence[str] = PARTS
+
+    def ungated(self, receiver: KV, sharer: KV) -> KV:
+        """The residual as it is behind an open gate. Arguments and shapes as :meth:`Fuser.forward`."""
+        raise NotImplementedError
+
+    def forward(self, receiver: KV, sharer: KV) -> KV:
+        """See :meth:`Fuser.forward`; one draw of the gates is for all tokens, however they are computed."""
+        residual = self._recomputed(receiver, sharer) if self.recompute and self.training else self.ungated(receiver, sharer)
+        if self.gate is None:
+            return residual
+        layers, batch, heads, tokens, _ = receiver.key.shape
+        switch = self.gate(batch * tokens, heads)  # (G, B * T or 1, H or 1)
+        switch = switch.unflatten(1, (batch, tokens) if switch.shape[1] > 1 else (1, 1)).transpose(2, 3).unsqueeze(-1)
+        key, value = switch.chunk(2) if len(switch) > layers else (switch, switch)  # (L, B, H, T, 1), or what broadcasts to it
+        return KV(residual.key * key, residual.value * value)
+
+    def _recomputed(self, receiver: KV, sharer: KV) -> KV:
+        """A few tokens at a time, of which nothing but the caches is kept for the backward pass."""
+        pieces = zip(receiver.split(RECOMPUTED_TOKENS), sharer.split(RECOMPUTED_TOKENS), strict=True)
+        return concatenate([checkpoint(self.ungated, *both, use_reentrant=False) for both in pieces])
 
     def set_progress(self, share: float) -> None:
         """Anneal the gates."""

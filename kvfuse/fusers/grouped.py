@@ -117,12 +117,12 @@ def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PA
     return torch.cat(stacked).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def from_groups(projected: Tensor, weight: Tensor, like: KV, parts: Sequence[str] = PARTS) -> KV:
+def from_groups(projected: Tensor, weight: Tensor | None, like: KV, parts: Sequence[str] = PARTS) -> KV:
     """Weight every head and undo :func:`to_groups`.
 
     Args:
         projected: ``(G, B * T, H * D)``.
-        weight: ``(G, B * T, H)``, or what broadcasts to it.
+        weight: ``(G, B * T, H)``, or what broadcasts to it; None: one.
         like: Tells ``B``, ``H``, ``T`` and ``D``.
         parts: What the groups are; the other part's residual is exactly zero.
 
@@ -130,6 +130,7 @@ def from_groups(projected: Tensor, weight: Tensor, like: KV, parts: Sequence[str
         ``(L, B, H, T, D)``.
     """
     _, batch, heads, tokens, dim = like.key.shape
-    weighted = projected.unflatten(-1, (heads, dim)) * weight.unsqueeze(-1)  # (G, N, H, D)
+    weighted = projected.unflatten(-1, (heads, dim))  # (G, N, H, D)
+    weighted = weighted if weight is None else weighted * weight.unsqueeze(-1)
     by_part = dict(zip(parts, weighted.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(len(parts)), strict=True))
     return KV(*(by_part[part] if part in by_part else torch.zeros_like(getattr(like, part)) for part in PARTS))

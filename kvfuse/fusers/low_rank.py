@@ -53,9 +53,8 @@ class LowRankFuser(GatedFuser):
         self.up.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def forward(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`Fuser.forward`."""
+    def ungated(self, receiver: KV, sharer: KV) -> KV:
+        """See :meth:`GatedFuser.ungated`."""
         x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
         features = self.fusion(self.down(x))  # (G, N, rank)
-        weight = torch.sigmoid(self.weighting(features))  # (G, N, H)
-        return from_groups(self.up(features), self.gate(*weight.shape[1:]) * weight, like=receiver)
+        return from_groups(self.up(features), torch.sigmoid(self.weighting(features)), like=receiver)

@@ -16,6 +16,7 @@ from kvfuse.training.columns import from_columns
 from kvfuse.training.kept_caches import KeptCaches
 from kvfuse.training.loss import response_loss
 from kvfuse.training.recipe import TrainSection
+from kvfuse.training.recompute import require_recomputable
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
 from kvfuse.training.validation import Validation
 
@@ -73,6 +74,9 @@ class FuserTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
+        pair.fusers[0].recompute = train.recompute
+        if train.recompute:
+            require_recomputable(pair.receiver.model)
         self.kept = None
         if train.keep_caches != "none":
             self.kept = KeptCaches(
