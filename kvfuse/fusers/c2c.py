@@ -89,14 +89,24 @@ class C2CFuser(GatedFuser):
 
     def ungated(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`GatedFuser.ungated`."""
-        mine, theirs = to_groups(receiver, parts=self.parts), to_groups(sharer, self.sharer_layers, self.parts)  # (G, N, C)
-        hidden = self.fusion_in(torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs)
-        hidden = hidden if self.fusion is None else self.fusion(hidden)
-        weight = self._weigh(hidden)
+        hidden = self.stage(self._fuse_features, receiver, sharer)
+        weight, projected = self.stage(self._weigh, hidden), self.stage(self._project, hidden)
+        if self.config.replace:
+            projected = projected - to_groups(receiver, parts=self.parts)
+        return from_groups(projected, weight, like=receiver, parts=self.parts)
+
+    def _fuse_features(self, receiver: KV, sharer: KV) -> Tensor:
+        """``(G, N, hidden)`` of both caches, or of the sharer's alone."""
+        x = to_groups(sharer, self.sharer_layers, self.parts)  # (G, N, C)
+        x = torch.cat([x, to_groups(receiver, parts=self.parts)], dim=-1) if self.config.receiver_input else x
+        hidden = self.fusion_in(x)
+        return hidden if self.fusion is None else self.fusion(hidden)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """``(G, N, hidden)`` -> ``(G, N, H * D)``."""
         for block in self.projection:
             hidden = block(hidden)
-        projected = self.projection_out(hidden)
-        return from_groups(projected - mine if self.config.replace else projected, weight, like=receiver, parts=self.parts)
+        return self.projection_out(hidden)
 
     def _weigh(self, hidden: Tensor) -> Tensor | None:
         """``(G, N, hidden)`` -> ``(G, N, H)``; None where tokens do not weight their heads."""

@@ -1,6 +1,7 @@
 """What the kinds with a gate share: its options, its annealing, its parameters and what it tells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +11,8 @@ from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.grouped import PARTS
 from kvfuse.kv_cache import KV, concatenate
 
-RECOMPUTED_TOKENS = 256  # what is kept of so many at a time is small, and the weights' gradients are added up seldom enough
+RECOMPUTED_TOKENS = 1024
+T = TypeVar("T")
 
 
 class GatedConfig(FuserConfig):
@@ -55,7 +57,7 @@ class GatedFuser(Fuser):
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`; one draw of the gates is for all tokens, however they are computed."""
-        residual = self._recomputed(receiver, sharer) if self.recompute and self.training else self.ungated(receiver, sharer)
+        residual = self._in_pieces(receiver, sharer)
         if self.gate is None:
             return residual
         layers, batch, heads, tokens, _ = receiver.key.shape
@@ -64,10 +66,20 @@ class GatedFuser(Fuser):
         key, value = switch.chunk(2) if len(switch) > layers else (switch, switch)  # (L, B, H, T, 1), or what broadcasts to it
         return KV(residual.key * key, residual.value * value)
 
-    def _recomputed(self, receiver: KV, sharer: KV) -> KV:
-        """A few tokens at a time, of which nothing but the caches is kept for the backward pass."""
-        pieces = zip(receiver.split(RECOMPUTED_TOKENS), sharer.split(RECOMPUTED_TOKENS), strict=True)
-        return concatenate([checkpoint(self.ungated, *both, use_reentrant=False) for both in pieces])
+    def stage(self, function: Callable[..., T], *inputs: Any) -> T:
+        """``function(*inputs)``, of which training keeps the inputs alone where it recomputes; for the parts of :meth:`ungated`."""
+        return checkpoint(function, *inputs, use_reentrant=False) if self.recompute and self.training else function(*inputs)
+
+    def _in_pieces(self, receiver: KV, sharer: KV) -> KV:
+        """Where training recomputes, so many tokens at a time that what is inside of them does not grow with the prompt.
+
+        One piece is better than two: of a weight that is used twice, the whole gradient is kept until the second is there.
+        """
+        pieces = -(-receiver.key.shape[3] // RECOMPUTED_TOKENS)
+        if pieces < 2 or not (self.recompute and self.training):
+            return self.ungated(receiver, sharer)
+        tokens = -(-receiver.key.shape[3] // pieces)
+        return concatenate([self.stage(self.ungated, *both) for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)])
 
     def set_progress(self, share: float) -> None:
         """Anneal the gates."""

@@ -1,0 +1,217 @@
+"""What a training step costs, beside the bare parts that it cannot do without.
+
+python -m benchmarks.training [--shapes mid|true] [--batch 1] [--repeats 5] [--json FILE]
+
+Random models, float32 on the CPU, one thread; 512 tokens an example, 30% of them response. A step and its parts take turns in one
+process; times are medians, memory is what is alive at one time beyond weights, gradients and the optimizer's state.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from datasets import Dataset
+from torch import Tensor
+from transformers import DynamicCache, TrainerCallback
+
+from benchmarks.memory import peak_bytes
+from benchmarks.pairs import random_pair
+from kvfuse.kv_cache import KV, cache_of, read_cache
+from kvfuse.model import CacheToCache
+from kvfuse.reading import Reading, RenderedPrompt
+from kvfuse.token_alignment import AlignedReading
+from kvfuse.training.batches import TrainingBatch, collate
+from kvfuse.training.columns import EncodedExample, to_columns
+from kvfuse.training.loss import response_loss
+from kvfuse.training.recipe import TrainSection
+from kvfuse.training.trainer import FuserTrainer
+
+TOKENS, RESPONSE = 512, 154
+Row = dict[str, Any]
+
+
+def random_example(seed: int = 0, tokens: int = TOKENS, response: int = RESPONSE) -> EncodedExample:
+    """An example of random ids that both models read alike."""
+    ids = np.random.default_rng(seed).integers(5, 300, tokens)
+    length = tokens - response
+    text = RenderedPrompt("", (), (), templated=False)
+    reading = Reading(ids[:length], np.zeros((length, 2), dtype=np.int64), text, 0, np.arange(length))
+    fusable = np.arange(length) < length - 1
+    return EncodedExample(AlignedReading(reading, fusable, ((reading, np.arange(length)),)), ids[length:])
+
+
+class Step:
+    """A training step without Trainer, and its parts one by one.
+
+    Args:
+        pair: The models.
+        batch: What to learn.
+    """
+
+    def __init__(self, pair: CacheToCache, batch: TrainingBatch) -> None:
+        self.pair, self.batch, self.fuser = pair, batch, pair.fusers[0].train()
+        self.optimizer = torch.optim.AdamW(self.fuser.parameters(), lr=1e-6)
+        with torch.no_grad():
+            streams = pair.read(batch.prompt)
+        self.mine, self.theirs = read_cache(streams.receiver), read_cache(streams.sharers[0])
+        self.theirs = KV(*(part[..., : self.mine.key.shape[3], :] for part in (self.theirs.key, self.theirs.value)))
+        self.whole()  # the optimizer has its state from now on
+        self.gradient = [torch.randn_like(part) for part in (self.mine.key, self.mine.value)]
+
+    def whole(self, recompute: bool = False) -> None:
+        """All of it, as Trainer does it."""
+        self.learn(recompute)
+        self.optimize()
+
+    def learn(self, recompute: bool = False) -> Tensor:
+        """Loss and gradients, added to those that are there."""
+        self.fuser.recompute = recompute
+        loss = response_loss(self.pair, self.batch, recompute=recompute)
+        loss.backward()
+        return loss.detach()
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """What no step can do without, by name."""
+        return {
+            "receiver prefill": lambda: self._prefill(self.pair.receiver.model, self.batch.prompt.ids[:, :-1]),
+            "sharer prefill": lambda: self._prefill(self.pair.sharers[0].model, self.batch.prompt.sharers[0].ids),
+            "fuser": self._fuse,
+            "response": self._respond,
+            "optimizer": self.optimize,
+        }
+
+    def optimize(self) -> None:
+        """Clip, step, and gradients back to zero."""
+        torch.nn.utils.clip_grad_norm_(self.fuser.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    @torch.no_grad()
+    def _prefill(self, model: Any, ids: Tensor) -> None:
+        model.base_model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+    def _fuse(self) -> None:
+        batch = self.mine.key.shape[1]
+        residuals = [self.fuser(*(KV(kv.key[:, [i]], kv.value[:, [i]]) for kv in (self.mine, self.theirs))) for i in range(batch)]
+        torch.autograd.backward(
+            [part for one in residuals for part in (one.key, one.value)],
+            [part[:, [i]] for i in range(batch) for part in self.gradient],
+        )
+
+    def _respond(self) -> None:
+        prefix = KV(*(part.detach().requires_grad_() for part in (self.mine.key, self.mine.value)))
+        tail = self.batch.tail
+        self.pair.receiver.model(tail.ids, past_key_values=cache_of(prefix), use_cache=False, labels=self.batch.labels).loss.backward()
+
+
+def seconds_of(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def step_rows(shapes: str, batch: int, repeats: int) -> Iterator[Row]:
+    """A step against its parts, and with recomputation."""
+    pair = random_pair(shapes)
+    step = Step(pair, collate([random_example(seed) for seed in range(batch)]))
+    setting = f"{shapes}, batch {batch}"
+    taken = seconds_of({"step": step.whole, "recomputed": lambda: step.whole(recompute=True), **step.parts()}, repeats)
+    bare = sum(taken[name] for name in step.parts())
+    yield row("step / bare parts", setting, taken["step"] / bare, 1.15, "x")
+    yield row("step with recomputation / bare parts", setting, taken["recomputed"] / bare, None, "x")
+    for name, seconds in taken.items():
+        yield row(name, setting, seconds, None, "s")
+    peaks = [peak_bytes(lambda recompute=recompute: step.learn(recompute)) for recompute in (False, True)]
+    yield row("memory", setting, peaks[0] / 2**20, None, "MiB")
+    yield row("memory with recomputation / without", setting, peaks[1] / peaks[0], 0.45, "x")
+    yield from _equality(step, setting)
+
+
+def _equality(step: Step, setting: str) -> Iterator[Row]:
+    """Whether recomputation changes anything, without dropout, whose masks are drawn piece by piece."""
+    for module in step.fuser.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    gradients, losses = [], []
+    for recompute in (False, True):
+        step.optimizer.zero_grad(set_to_none=False)
+        torch.manual_seed(0)
+        losses.append(float(step.learn(recompute)))
+        gradients.append([parameter.grad.clone() for parameter in step.fuser.parameters() if parameter.grad is not None])
+    largest = max(float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) for one, other in zip(*gradients, strict=True))
+    yield row("loss, recomputed - not", setting, losses[1] - losses[0], None, "nats")
+    yield row("largest difference of a gradient", setting, largest, 1e-3, "x")
+
+
+def epoch_rows(shapes: str, batch: int, kind: str, examples: int = 6) -> Iterator[Row]:
+    """An epoch with caches kept on disk against the first, which reads the prompts and keeps them."""
+    pair = random_pair(shapes, kind)
+    rows = Dataset.from_list([to_columns(random_example(seed)) for seed in range(examples)])
+    for keep in ("sharer", "both"):
+        clock = _EpochClock()
+        with tempfile.TemporaryDirectory() as folder:
+            train = TrainSection(epochs=3, batch_size=batch, learning_rate=1e-6, keep_caches=keep)
+            trainer = FuserTrainer(pair, train, rows, Path(folder, "checkpoints"), quiet=True)
+            trainer.add_callback(clock)
+            start = time.perf_counter()
+            trainer.resume()
+        first, *later = np.diff([start, *clock.ends])
+        setting = f"{shapes}, batch {batch}, {kind}, caches of {keep}"
+        yield row("epoch / first epoch", setting, statistics.median(later) / first, 0.75, "x")
+
+
+class _EpochClock(TrainerCallback):
+    """When each epoch ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def row(figure: str, setting: str, value: float, bar: float | None, unit: str) -> Row:
+    """One line of the table."""
+    return {"figure": figure, "setting": setting, "value": value, "bar": bar, "unit": unit}
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")] = "mid",
+    batch: Annotated[int, typer.Option(help="Examples of a step.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 5,
+    epochs: Annotated[bool, typer.Option(help="Measure epochs with kept caches too.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    rows = []
+    for found in step_rows(shapes, batch, repeats):
+        rows.append(found)
+        print(_line(found), flush=True)
+    for kind in ("c2c", "low-rank") if epochs else ():
+        for found in epoch_rows(shapes, batch, kind):
+            rows.append(found)
+            print(_line(found), flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1))
+
+
+def _line(found: Row) -> str:
+    bar = "" if found["bar"] is None else f"bar {found['bar']}"
+    return f"{found['figure']:40} {found['setting']:44} {found['value']:10.4g} {found['unit']:5} {bar}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
