@@ -1,6 +1,8 @@
 """Train the fuser of a pair with transformers' Trainer: the trained model is the fuser, the two models only read."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.training.batches import TrainingBatch, collate
 from kvfuse.training.columns import from_columns
 from kvfuse.training.loss import response_loss
+from kvfuse.training.processes import on_cpu
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
 from kvfuse.training.validation import Validation
@@ -58,6 +61,10 @@ class FuserTrainer(Trainer):
             warmup_steps=train.warmup,
             max_grad_norm=train.max_grad_norm,
             seed=train.seed,
+            bf16=_bf16(train),
+            use_cpu=on_cpu(),
+            ddp_find_unused_parameters=False,  # there are none, and a response that is fused too calls the fuser twice
+            include_num_input_tokens_seen="non_padding",
             save_steps=train.save_steps,
             save_total_limit=2,
             eval_strategy="no" if validation is None else "steps",
@@ -72,15 +79,25 @@ class FuserTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
-        callbacks = [_Anneal(), Safeguards(), *([EarlyStoppingCallback(train.patience)] if train.patience and validation else [])]
+        arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: Trainer would spread a batch that it cannot cut
+        self.clock = _Clock()
+        callbacks = [
+            _Anneal(),
+            Safeguards(),
+            self.clock,
+            *([EarlyStoppingCallback(train.patience)] if train.patience and validation else []),
+        ]
         options = {"train_dataset": examples, "eval_dataset": None if validation is None else validation.examples}
         super().__init__(pair.fusers[0], arguments, data_collator=_collate, callbacks=callbacks, **options)
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
 
-    def resume(self) -> None:
+    def resume(self) -> "Pace":
         """Train, from the last whole checkpoint if there is one.
+
+        Returns:
+            How fast it went from there.
 
         Raises:
             RecipeError: Memory or disk space runs out, or the weights are no numbers any more.
@@ -88,6 +105,7 @@ class FuserTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with told_in_one_line(folder):
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        return self.clock.pace
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's hook: the held-out loss of the receiver alone, fused, and with a mismatched sharer."""
@@ -154,6 +172,51 @@ class _Anneal(TrainerCallback):
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a session of training went, checkpoints and validation included.
+
+    Attributes:
+        steps: Optimizer steps.
+        seconds: From the first to the end of the last.
+        tokens: Read in all processes: prompts by both models, responses by the receiver and, where they are fused too, the sharer.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps in {self.seconds:,.1f} s, {self.tokens / self.seconds:,.0f} tokens a second"
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds}
+
+
+class _Clock(TrainerCallback):
+    """Measures a session, and gives each process noise of its own for it."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.begin = time.perf_counter(), state.global_step, state.num_input_tokens_seen
+        if args.process_index:  # all have mixed the examples alike by now; a resumed run goes on with the noise it had
+            torch.manual_seed(args.seed + args.process_index)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seconds, steps, tokens = self.begin
+        self.pace = Pace(state.global_step - steps, time.perf_counter() - seconds, state.num_input_tokens_seen - tokens)
+
+
+def _bf16(train: TrainSection) -> bool:
+    return train.bf16 is True or (train.bf16 == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
+    """The batch, and where Trainer looks for them its labels, the positions that are fused and how many tokens are read."""
     batch = collate([from_columns(row) for row in rows])
-    return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them
+    return {"batch": batch, "labels": batch.labels, "input_ids": batch.prompt.ids, "attention_mask": _count_tokens(batch)}
+
+
+def _count_tokens(batch: TrainingBatch) -> Tensor:
+    """How many each example has the models read, ``(B,)`` int64; the tail's first is the prompt's last."""
+    prompts = [one.mask.sum(1) for one in (batch.prompt, *batch.prompt.sharers)]
+    return torch.stack(prompts + [one.mask[:, 1:].sum(1) for one in (batch.tail, *batch.tail.sharers)]).sum(0)
