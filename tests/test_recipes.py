@@ -1,5 +1,6 @@
 """The recipes that are shipped: all can be read, and the published pairs' say what the paper says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kvfuse.published.pairs import PUBLISHED_PAIRS
 from kvfuse.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+COMMANDS = re.findall(r"^.* train (recipes/\S+)(.*)$", (FOLDER.parent / "docs/training.md").read_text(), re.MULTILINE)
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
 GPUS = 8
 KV = {"receiver": KVSpec(28, 8, 128, 128), "sharer": KVSpec(24, 2, 64, 64)}  # of Qwen3-0.6B and Qwen2.5-0.5B-Instruct
@@ -25,6 +27,11 @@ PAPER = {  # section A.3.5: examples a step, steps, the longest example
 def test_a_recipe_is_right_and_opens_with_its_command(path):
     load_recipe(path)
     assert f"kvfuse{'.cli' * ('torchrun' in path.read_text().splitlines()[0])} train {path.relative_to(FOLDER.parent)}" in path.read_text()
+
+
+@pytest.mark.parametrize(("path", "words"), COMMANDS)
+def test_what_the_page_on_training_tells_to_run_is_right(path, words):
+    load_recipe(FOLDER.parent / path, [word for word in words.split() if word != "--dry-run"])
 
 
 @pytest.mark.parametrize("name", PAPER)

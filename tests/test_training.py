@@ -169,8 +169,10 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert isinstance(pair.chat("What is 3?", max_new_tokens=3), str)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fused"] == gain.fused
     assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
-    assert str(gain) in (tmp_path / "out" / "fuser" / "README.md").read_text()
-    assert (said[0], said[1].split(":")[0]) == ("examples: 10", "trainable")
+    card = (tmp_path / "out" / "fuser" / "README.md").read_text()
+    assert str(gain) in card
+    assert gain.table() in card
+    assert (said[0], said[1].split(":")[0], said[-1].split()[-1]) == ("examples: 10", "trainable", "second")
     assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 
