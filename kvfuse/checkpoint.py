@@ -1,6 +1,7 @@
 """A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never half-written; the authors' format is read too."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -155,11 +155,7 @@ print(model.chat("your question", max_new_tokens=64))
 
 def _on_hub(name: str) -> bool:
     """Whether a model's name is ``owner/name`` and no folder."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _local(source: str | Path, subfolder: str, revision: str | None) -> Path:

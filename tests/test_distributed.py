@@ -17,8 +17,17 @@ pytestmark = pytest.mark.slow  # a process takes ten seconds and more to import 
 RUN = """
 import os, signal, sys
 import kvfuse.training.run as run
+from accelerate.state import AcceleratorState, DistributedType
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.safeguards import Safeguards
+
+def take_cpus_for_gpus():  # of CPUs, accelerate silently makes DDP
+    start = AcceleratorState.__init__
+    def init(self, *args, **options):
+        start(self, *args, **options)
+        self.fsdp_plugin = options.get("fsdp_plugin") or self.fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+    AcceleratorState.__init__, run.on_cpu = init, lambda: False
 
 mark, first = Safeguards.on_save, os.environ["RANK"] == "0"
 
@@ -29,8 +38,10 @@ def mark_and_die(self, args, state, control, **kwargs):
 
 if not first:
     run.write_file = run.save_fuser = None  # none but the first writes
-mode, *words = sys.argv[1:]
-if mode == "kill":
+modes, *words = sys.argv[1:]
+if "fsdp" in modes:
+    take_cpus_for_gpus()
+if "kill" in modes:
     Safeguards.on_save = mark_and_die
 run.train(load_recipe("recipe.yaml", words), say=lambda line: print(line, flush=True), quiet=True)
 """
@@ -66,7 +77,7 @@ def weights(folder):
 
 def test_two_processes_train_as_one_does_and_one_of_them_writes(folder):
     """Without dropout and gates, whose noise each process draws for itself."""
-    ran = two_processes("go on", "output=two", *PLAIN)
+    ran = two_processes("", "output=two", *PLAIN)
     assert ran.returncode == 0, ran.stderr
     train(load_recipe("recipe.yaml", ["output=one", "train.batch_size=4", *PLAIN]), say=lambda line: None, quiet=True)
     one, two = weights(folder / "one"), weights(folder / "two")
@@ -86,7 +97,19 @@ def test_two_killed_processes_end_with_the_same_weights(folder):
     assert two_processes("kill", "output=killed", *words).returncode != 0
     assert [path.name for path in (folder / "killed/checkpoints").iterdir()] == ["checkpoint-2"]
     for output in ("killed", "whole"):
-        ran = two_processes("go on", f"output={output}", *words)
+        ran = two_processes("", f"output={output}", *words)
         assert ran.returncode == 0, ran.stderr
     killed, whole = weights(folder / "killed"), weights(folder / "whole")
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+def test_a_fuser_spread_over_two_processes_trains_and_goes_on_as_copies_do(folder):
+    """With dropout, gates, accumulation, a fused response, and so few held-out examples that one process has none."""
+    words = ("fuser.fuse_response=true", "train.accumulation=2", "data.validation_share=0.01")
+    assert two_processes("fsdp kill", "output=spread", "train.fsdp=true", *words).returncode != 0
+    assert (folder / "spread/checkpoints/checkpoint-2/pytorch_model_fsdp.bin").exists(), "Trainer has spread it"
+    for modes, output in (("fsdp", "spread"), ("", "copies")):
+        ran = two_processes(modes, f"output={output}", f"train.fsdp={modes == 'fsdp'}", *words)
+        assert ran.returncode == 0, ran.stderr
+    copies, spread = weights(folder / "copies"), weights(folder / "spread")
+    assert all(torch.allclose(spread[name], copies[name], rtol=1e-4, atol=1e-5) for name in copies)

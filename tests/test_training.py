@@ -193,7 +193,7 @@ def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
         train(load_recipe(recipe, ["train.steps=3"]), lambda line: None)
 
 
-@pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]"])
+@pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]", "train.fsdp=true"])
 def test_nothing_is_written_before_everything_is_checked(recipe, tmp_path, override):
     with pytest.raises(Exception, match="expected"):
         train(load_recipe(recipe, [override]), lambda line: None)

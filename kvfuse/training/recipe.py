@@ -81,6 +81,8 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     bf16: Literal["auto"] | bool = "auto"
     """Compute the fuser in bfloat16, its weights in float32 all the same; ``auto``: on a GPU that can."""
+    fsdp: bool = False
+    """Spread the fuser, its gradients and its optimizer over the GPUs of several processes, in place of a copy in each."""
     seed: int = 42
     """Of the fuser's first weights, the order of the examples, dropout and gates."""
     group_by_length: bool = False

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.training.pace import Pace
 from kvfuse.training.prepare import Prepared
-from kvfuse.training.trainer import Pace
 from kvfuse.training.validation import Gain
 
 VERSIONS_OF = ("kvfuse", "torch", "transformers", "accelerate")

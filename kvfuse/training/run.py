@@ -14,7 +14,7 @@ from kvfuse.training.closed_form import fit
 from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
-from kvfuse.training.processes import processes
+from kvfuse.training.processes import on_cpu, processes
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.record import record
 from kvfuse.training.trainer import FuserTrainer
@@ -38,6 +38,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     group = processes()
     say = group.on_main_process(say)
     _require_own_folder(recipe)
+    _require_gpus(recipe)
     prepared = prepare_data(recipe, say, quiet)
     pair = new_pair(recipe)
     trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
@@ -115,6 +116,14 @@ def _require_own_folder(recipe: Recipe) -> None:
     if saved.exists() and saved.read_text() != _as_yaml(recipe):
         raise RecipeError(
             f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; choose another output"
+        )
+
+
+def _require_gpus(recipe: Recipe) -> None:
+    """Refuse to spread a fuser over what Trainer would silently give a copy each."""
+    if recipe.train.fsdp and (on_cpu() or processes().num_processes == 1):
+        raise RecipeError(
+            "expected several processes with a GPU each for train.fsdp, got none such; start them with torchrun, or turn it off"
         )
 
 

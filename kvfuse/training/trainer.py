@@ -1,21 +1,32 @@
 """Train the fuser of a pair with transformers' Trainer: the trained model is the fuser, the two models only read."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModel,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
+from kvfuse.token_alignment import AlignedPrompt, SharerPrompt
 from kvfuse.training.batches import TrainingBatch, collate
 from kvfuse.training.columns import from_columns
 from kvfuse.training.loss import response_loss
+from kvfuse.training.pace import Clock, Pace
 from kvfuse.training.processes import on_cpu
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
@@ -63,6 +74,7 @@ class FuserTrainer(Trainer):
             seed=train.seed,
             bf16=_bf16(train),
             use_cpu=on_cpu(),
+            fsdp=train.fsdp or None,
             ddp_find_unused_parameters=False,  # there are none, and a response that is fused too calls the fuser twice
             include_num_input_tokens_seen="non_padding",
             save_steps=train.save_steps,
@@ -80,7 +92,7 @@ class FuserTrainer(Trainer):
             disable_tqdm=quiet,
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: Trainer would spread a batch that it cannot cut
-        self.clock = _Clock()
+        self.clock = Clock()
         callbacks = [
             _Anneal(),
             Safeguards(),
@@ -93,7 +105,7 @@ class FuserTrainer(Trainer):
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
 
-    def resume(self) -> "Pace":
+    def resume(self) -> Pace:
         """Train, from the last whole checkpoint if there is one.
 
         Returns:
@@ -105,6 +117,8 @@ class FuserTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with told_in_one_line(folder):
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        if self.train_section.fsdp:
+            self.pair.fusers[0] = _gather(self.pair.fusers[0])
         return self.clock.pace
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -172,42 +186,24 @@ class _Anneal(TrainerCallback):
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast a session of training went, checkpoints and validation included.
-
-    Attributes:
-        steps: Optimizer steps.
-        seconds: From the first to the end of the last.
-        tokens: Read in all processes: prompts by both models, responses by the receiver and, where they are fused too, the sharer.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.steps:,} steps in {self.seconds:,.1f} s, {self.tokens / self.seconds:,.0f} tokens a second"
-
-    def to_dict(self) -> dict[str, float]:
-        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds}
-
-
-class _Clock(TrainerCallback):
-    """Measures a session, and gives each process noise of its own for it."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.begin = time.perf_counter(), state.global_step, state.num_input_tokens_seen
-        if args.process_index:  # all have mixed the examples alike by now; a resumed run goes on with the noise it had
-            torch.manual_seed(args.seed + args.process_index)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seconds, steps, tokens = self.begin
-        self.pace = Pace(state.global_step - steps, time.perf_counter() - seconds, state.num_input_tokens_seen - tokens)
+def _gather(fuser: Fuser) -> Fuser:
+    """A whole fuser, in each process, from one that is spread over all of them."""
+    weights = get_model_state_dict(fuser, options=StateDictOptions(full_state_dict=True))
+    whole = AutoModel.from_config(fuser.config)  # FSDP has changed the class of the other
+    whole.load_state_dict(weights)
+    return whole.to(next(fuser.parameters()).device)
 
 
 def _bf16(train: TrainSection) -> bool:
     return train.bf16 is True or (train.bf16 == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+class _OwnNoise(TrainerCallback):
+    """Gives each process dropout and gate noise of its own."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.process_index:  # all have seeded the order of the examples alike by now; a resumed run goes on with the noise it had
+            torch.manual_seed(args.seed + args.process_index)
 
 
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
@@ -218,5 +214,6 @@ def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor
 
 def _count_tokens(batch: TrainingBatch) -> Tensor:
     """How many each example has the models read, ``(B,)`` int64; the tail's first is the prompt's last."""
-    prompts = [one.mask.sum(1) for one in (batch.prompt, *batch.prompt.sharers)]
-    return torch.stack(prompts + [one.mask[:, 1:].sum(1) for one in (batch.tail, *batch.tail.sharers)]).sum(0)
+    prompts: list[AlignedPrompt | SharerPrompt] = [batch.prompt, *batch.prompt.sharers]
+    tails: list[AlignedPrompt | SharerPrompt] = [batch.tail, *batch.tail.sharers]
+    return torch.stack([one.mask.sum(1) for one in prompts] + [one.mask[:, 1:].sum(1) for one in tails]).sum(0)

@@ -91,9 +91,11 @@ class Validation:
     def _bits(self, examples: Sequence[EncodedExample], fusers: Sequence[nn.Module] | None) -> float:
         """Per character, over all responses; ``fusers`` as in :func:`kvfuse.training.loss.response_loss`."""
         group = processes()
-        mine = examples[group.process_index :: group.num_processes]
-        batches = (collate(mine[start : start + BATCH]) for start in range(0, len(mine), BATCH))
-        nats = sum(float(response_loss(self.pair, batch, fusers, num_items=1)) for batch in batches)
+        mine, nats = examples[group.process_index :: group.num_processes], 0.0
+        for start in range(0, math.ceil(len(examples) / group.num_processes), BATCH):
+            batch = mine[start : start + BATCH]  # none left: one is read along, for all gather a fuser that is spread over them
+            loss = response_loss(self.pair, collate(batch or examples[:1]), fusers, num_items=1)
+            nats += float(loss) if batch else 0.0
         return sum(gather_object([nats])) / math.log(2) / self.characters
 
 
