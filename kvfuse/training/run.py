@@ -59,7 +59,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     if group.is_main_process:
         save_fuser(pair.fusers[0], recipe.output / "fuser", _notes(gain, recipe))
         write_file(recipe.output / "result.json", record(gain, pace, pair, prepared, group.num_processes))
-    group.wait_for_everyone()  # who leaves first would end the others
+    group.wait_for_everyone()  # what it leaves is whole when any of them returns
     say(str(gain))
     say(describe_gates(pair.fusers[0]))
     say(f"saved to {recipe.output / 'fuser'}{'' if pace is None else f'; {pace}'}")
