@@ -1,6 +1,7 @@
 """A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never half-written; the authors' format is read too."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
@@ -133,11 +134,12 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def model_card(fuser: Fuser, notes: str = "") -> str:
-    """The README of a fuser: which pair it serves, how to use it, what was measured."""
+    """The README of a fuser, as the Hub shows it: which pair it serves, how to use it, what was measured."""
     receiver, sharer = fuser.config.receiver, fuser.config.sharer
+    models = [name for name in (receiver["name"], sharer["name"]) if _on_hub(name)]
+    data = ModelCardData(base_model=models or None, library_name="kvfuse", tags=["cache-to-cache"])
     return f"""---
-library_name: kvfuse
-tags: [cache-to-cache]
+{data.to_yaml()}
 ---
 
 # {fuser.config.model_type}: {sharer["name"]} -> {receiver["name"]}
@@ -148,12 +150,17 @@ A fuser for Cache-to-Cache (https://arxiv.org/abs/2510.03215): it writes the KV-
 ```python
 from kvfuse import CacheToCache
 
-model = CacheToCache.from_pretrained(receiver="{receiver["name"]}", sharer="{sharer["name"]}", fuser="this folder")
+model = CacheToCache.from_pretrained(receiver="{receiver["name"]}", sharer="{sharer["name"]}", fuser="this folder, or its name on the Hub")
 print(model.chat("your question", max_new_tokens=64))
 ```
 
 {notes}
 """
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` and no folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _local(source: str | Path, subfolder: str, revision: str | None) -> Path:

@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from kvfuse.checkpoint import load_fuser, save_fuser, write_folder
+from kvfuse.checkpoint import load_fuser, model_card, save_fuser, write_folder
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS
 from kvfuse.model import CacheToCache
@@ -38,6 +39,22 @@ def test_the_folder_holds_the_fusers_own_weights_a_config_and_a_card(fuser, fold
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert load_file(folder / "model.safetensors").keys() == fuser.state_dict().keys()
     assert fuser.config.sharer["name"] in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        ("Qwen/Qwen3-0.6B", "org/other", ["Qwen/Qwen3-0.6B", "org/other"]),
+        ("models/mine", "org/other", ["org/other"]),
+        ("mine", "/a/b", None),
+    ],
+)
+def test_the_card_names_to_the_hub_those_models_that_are_there(fuser, tmp_path, monkeypatch, mine, theirs, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    fuser.config.receiver, fuser.config.sharer = {**fuser.config.receiver, "name": mine}, {**fuser.config.sharer, "name": theirs}
+    data = ModelCard(model_card(fuser)).data
+    assert (data.base_model, data.library_name, data.tags) == (told, "kvfuse", ["cache-to-cache"])
 
 
 def test_saving_again_replaces_the_fuser(fuser, folder):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from kvfuse.errors import PromptError, RecipeError
@@ -15,7 +16,7 @@ from kvfuse.training.encoding import Encoder
 from kvfuse.training.examples import Example
 from kvfuse.training.loss import response_loss
 from kvfuse.training.recipe import TrainSection, load_recipe
-from kvfuse.training.run import train
+from kvfuse.training.run import prepare_data, train
 from kvfuse.training.trainer import FuserTrainer
 from kvfuse.training.validation import Validation
 
@@ -168,8 +169,10 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert isinstance(pair.chat("What is 3?", max_new_tokens=3), str)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fused"] == gain.fused
     assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
-    assert str(gain) in (tmp_path / "out" / "fuser" / "README.md").read_text()
-    assert (said[0], said[1].split(":")[0]) == ("examples: 10", "trainable")
+    card = (tmp_path / "out" / "fuser" / "README.md").read_text()
+    assert str(gain) in card
+    assert gain.table() in card
+    assert (said[0], said[1].split(":")[0], said[-1].split()[-1]) == ("examples: 10", "trainable", "second")
     assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 
@@ -190,7 +193,7 @@ def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
         train(load_recipe(recipe, ["train.steps=3"]), lambda line: None)
 
 
-@pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]"])
+@pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]", "train.fsdp=true"])
 def test_nothing_is_written_before_everything_is_checked(recipe, tmp_path, override):
     with pytest.raises(Exception, match="expected"):
         train(load_recipe(recipe, [override]), lambda line: None)
@@ -213,3 +216,72 @@ def test_too_many_bad_rows_stop_a_run_before_its_models_are_loaded(recipe, tmp_p
     with pytest.raises(RecipeError, match=r"got 25.0% \(examples: 3; bad: 1 broken JSON"):
         train(load_recipe(recipe), lambda line: None)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["bad_rows.jsonl"]
+
+
+def test_the_same_recipe_twice_gives_the_same_weights(recipe, tmp_path):
+    """With dropout and gate noise; bit for bit."""
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + ord(name[0]))  # what a program has drawn before changes nothing
+        train(load_recipe(recipe, [f"output={tmp_path / name}"]), lambda line: None, quiet=True)
+    one, two = (load_file(tmp_path / name / "fuser/model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_bfloat16_computes_alike_and_leaves_float32_weights(receiver, sharer, encoded, tmp_path):
+    def losses(bf16):
+        pair = fresh_pair(receiver, sharer)
+        running = trainer(pair, encoded, tmp_path / str(bf16), bf16=bf16)
+        seen = []
+        pair.fusers[0].projection_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        running.args.logging_strategy, running.args.logging_steps = "steps", 1
+        running.resume()
+        assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+        assert {parameter.dtype for parameter in pair.fusers[0].parameters()} == {torch.float32}
+        saved = load_file(tmp_path / str(bf16) / "checkpoint-6/model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        return [entry["loss"] for entry in running.state.log_history if "loss" in entry]
+
+    exact, rounded = losses(False), losses(True)
+    assert len(exact) == 6
+    assert rounded == pytest.approx(exact, abs=0.02)
+    assert rounded != exact
+
+
+def test_the_log_tells_how_many_tokens_a_second(receiver, sharer, encoded, tmp_path):
+    running = trainer(fresh_pair(receiver, sharer), encoded, tmp_path, accumulation=1, batch_size=8, steps=2)
+    running.args.logging_strategy, running.args.logging_steps = "steps", 1
+    pace = running.resume()
+    tokens = sum(len(one.prompt.receiver.ids) + len(one.response_ids) + len(one.prompt.sharers[0][0].ids) for one in encoded)
+    assert (pace.steps, pace.tokens) == (2, 2 * tokens)
+    logged = [entry for entry in running.state.log_history if "train_tokens_per_second" in entry]
+    assert [entry["num_input_tokens_seen"] for entry in logged] == [tokens, 2 * tokens]
+
+
+@pytest.mark.slow
+def test_events_are_written_for_tensorboard(recipe, tmp_path):
+    train(load_recipe(recipe, ["train.report_to=tensorboard"]), lambda line: None)
+    assert list((tmp_path / "out/checkpoints").rglob("events.out.tfevents.*"))
+
+
+def test_the_result_tells_what_its_figures_hang_on(recipe, tmp_path, saved_models, receiver):
+    train(load_recipe(recipe), lambda line: None, quiet=True)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["training"]["steps"] == 2
+    assert result["training"]["tokens_per_second"] == pytest.approx(result["training"]["tokens"] / result["training"]["seconds"])
+    assert (result["processes"], result["data"]["examples"], result["data"]["bad"]) == (1, 10, 0)
+    mine = result["models"]["receiver"]
+    assert (mine["name"], mine["revision"]) == (str(saved_models / "receiver"), None)
+    assert (mine["tokenizer"], mine["dtype"]) == (receiver.identity.tokenizer, "float32")
+    assert set(result["versions"]) == {"kvfuse", "torch", "transformers", "accelerate"}
+
+
+def test_the_fingerprint_is_the_datas(recipe, tmp_path):
+    def fingerprint(*words):
+        return prepare_data(load_recipe(recipe, words), lambda line: None, quiet=True).fingerprint
+
+    first = fingerprint()
+    assert fingerprint("train.steps=9") == first != None  # noqa: E711
+    assert fingerprint("data.limit=9") != first
+    assert fingerprint("data.streaming=true") is None
+    (tmp_path / "chats.jsonl").write_text((tmp_path / "chats.jsonl").read_text().replace("number 3", "number 4"))
+    assert fingerprint() != first

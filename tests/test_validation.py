@@ -78,6 +78,11 @@ def test_the_verdict_is_in_words(fused, told):
     assert f"The fused receiver {told} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
 
 
+def test_the_table_has_all_three_against_the_receiver():
+    rows = Gain(2.0, 1.0, 1.9, 3).table().splitlines()
+    assert [row.split("|")[2:4] for row in rows[2:]] == [[" 2.000 ", " +0.0% "], [" 1.000 ", " -50.0% "], [" 1.900 ", " -5.0% "]]
+
+
 class Scripted(Validation):
     """Says at each checkpoint what it is told to."""
 

@@ -110,6 +110,9 @@ class Fuser(PreTrainedModel):
         """What is switched on at inference: bool, ``(L,)`` or ``(L, H)``, by the name of what is gated; empty without gates."""
         return {}
 
+    def get_input_embeddings(self) -> None:
+        """transformers' hook, which FSDP asks: there are none."""
+
     def _init_weights(self, module: Any) -> None:
         """transformers' hook; :meth:`reset_parameters` does the work, once for the whole fuser."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.token_alignment import stack
 from kvfuse.training.batches import Kept
 from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.training.processes import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,12 +56,12 @@ class KeptCaches:
 
     def fill(self, batch_size: int) -> None:
         """Read the prompts of all files that are not there yet, the work shared by all processes."""
-        state, shards = PartialState(), range(0, len(self.examples), SHARD)
+        group, shards = processes(), range(0, len(self.examples), SHARD)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for first in shards[state.process_index :: state.num_processes]:
+        for first in shards[group.process_index :: group.num_processes]:
             if not self._path(first).exists():
                 self._write(first, batch_size)
-        state.wait_for_everyone()
+        group.wait_for_everyone()
 
     def load(self, rows: Sequence[int]) -> Kept:
         """The caches of some of the examples, as a batch, in the models' own dtypes."""
@@ -70,9 +70,10 @@ class KeptCaches:
 
     def remove(self) -> None:
         """Delete all files, once every process has done with them."""
-        PartialState().wait_for_everyone()
+        group = processes()
+        group.wait_for_everyone()
         self._open.cache_clear()
-        if PartialState().is_main_process:
+        if group.is_main_process:
             shutil.rmtree(self.folder)
 
     @property

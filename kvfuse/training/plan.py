@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvfuse.errors import PairError
@@ -13,6 +12,7 @@ from kvfuse.fusers import fuser_class
 from kvfuse.kv_cache import KVSpec
 from kvfuse.prefill import probe
 from kvfuse.training.prepare import Prepared, split
+from kvfuse.training.processes import processes
 from kvfuse.training.recipe import Recipe
 
 ADAM_BYTES = 16  # per parameter of the fuser: weight, gradient and two moments in float32
@@ -117,7 +117,7 @@ def shape_of(name: str, dtype: str) -> Shape:
 
 
 def _steps(recipe: Recipe, examples: int) -> int:
-    per_step = recipe.train.batch_size * PartialState().num_processes
+    per_step = recipe.train.batch_size * processes().num_processes
     updates = max(1, math.ceil(math.ceil(examples / per_step) / recipe.train.accumulation))
     return recipe.train.steps or math.ceil(recipe.train.epochs * updates)
 
@@ -137,7 +137,7 @@ def _products(receiver: Shape, sharer: Shape, fuser: int, prompt: float, respons
 
 
 def _products_per_second() -> float:
-    matrix = torch.rand(SPEED_SIZE, SPEED_SIZE, device=PartialState().device)
+    matrix = torch.rand(SPEED_SIZE, SPEED_SIZE, device=processes().device)
     float((matrix @ matrix).sum())  # the first is slow
     start = time.perf_counter()
     float(sum((matrix @ matrix).sum() for _ in range(3)))

@@ -42,11 +42,14 @@ class Prepared:
         examples: A data set of :func:`kvfuse.training.columns.to_columns`, and with ``characters`` of the response.
         bad: What was not learnt.
         shortened: How many examples lost their oldest turns.
+        fingerprint: Of the examples, by which ``datasets`` knows them: rows, tokenizers, templates, options and this code; None
+            for rows that are streamed.
     """
 
     examples: "Dataset"
     bad: tuple[BadRow, ...]
     shortened: int
+    fingerprint: str | None = None
 
     def __str__(self) -> str:
         kinds = Counter(row.reason.partition(":")[0] for row in self.bad)
@@ -87,7 +90,8 @@ def prepare(data: DataSection, encoder: Encoder, quiet: bool = False) -> Prepare
     good = [place for place, reason in enumerate(reasons) if not reason][: data.limit]
     bad = encoded.select([place for place, reason in enumerate(reasons) if reason]).select_columns(["source", "line", "reason"])
     examples = encoded.select(good)
-    return Prepared(examples, tuple(BadRow(**row) for row in bad), sum(examples["shortened"][:]) if good else 0)
+    fingerprint = None if data.streaming else examples._fingerprint
+    return Prepared(examples, tuple(BadRow(**row) for row in bad), sum(examples["shortened"][:]) if good else 0, fingerprint)
 
 
 def split(examples: "Dataset", validation_share: float) -> tuple["Dataset", "Dataset"]:

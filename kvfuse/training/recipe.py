@@ -79,7 +79,12 @@ class TrainSection(Section):
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; it falls linearly after."""
     max_grad_norm: float = Field(1.0, gt=0)
+    bf16: Literal["auto"] | bool = "auto"
+    """Compute the fuser in bfloat16, its weights in float32 all the same; ``auto``: on a GPU that can."""
+    fsdp: bool = False
+    """Spread the fuser, its gradients and its optimizer over the GPUs of several processes, in place of a copy in each."""
     seed: int = 42
+    """Of the fuser's first weights, the order of the examples, dropout and gates."""
     group_by_length: bool = False
     """Batches of examples of like length: less padding, but less mixed, and so slower to learn from where length tells the kind."""
     recompute: bool = False
@@ -93,7 +98,7 @@ class TrainSection(Section):
     patience: int | None = Field(None, ge=1)
     """End the run after so many checkpoints that are no better than the best; by default it goes on."""
     report_to: str = "none"
-    """Where Trainer logs to: ``tensorboard``, ``trackio``, ``wandb``, …"""
+    """Where Trainer logs to, every 50 steps: ``tensorboard``, ``trackio``, ``wandb``, …"""
 
 
 class Recipe(Section):

@@ -1,13 +1,9 @@
 """``kvfuse train``: from a recipe to a fuser on disk, with what it gained over the receiver alone."""
 
-import importlib.metadata
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 import yaml
-from accelerate import PartialState
 
 from kvfuse.checkpoint import save_fuser, write_file
 from kvfuse.errors import RecipeError
@@ -18,11 +14,11 @@ from kvfuse.training.closed_form import fit
 from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
+from kvfuse.training.processes import on_cpu, processes
 from kvfuse.training.recipe import Recipe
+from kvfuse.training.record import record
 from kvfuse.training.trainer import FuserTrainer
 from kvfuse.training.validation import Gain, Validation
-
-VERSIONS_OF = ("kvfuse", "torch", "transformers", "accelerate")
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
@@ -39,43 +35,56 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     Raises:
         RecipeError, PairError, PromptError: Before anything is written, but for the list of bad rows where they are too many.
     """
+    group = processes()
+    say = group.on_main_process(say)
     _require_own_folder(recipe)
+    _require_gpus(recipe)
     prepared = prepare_data(recipe, say, quiet)
     pair = new_pair(recipe)
     trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
     frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
     training, held_out = split(prepared.examples, recipe.data.validation_share)
-    write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
-    _list_bad_rows(recipe, prepared)
+    if group.is_main_process:
+        write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
+        _list_bad_rows(recipe, prepared)
     validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
+    pace = None
     if pair.fusers[0].solved:
         fit(pair, recipe.train, training)
     else:
-        FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
+        pace = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
     pair.fusers[0].eval()
     gain = validation.measure()
-    save_fuser(pair.fusers[0], recipe.output / "fuser", f"## Measured\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n")
-    write_file(recipe.output / "result.json", json.dumps({**asdict(gain), "versions": versions()}, indent=2) + "\n")
+    if group.is_main_process:
+        save_fuser(pair.fusers[0], recipe.output / "fuser", _notes(gain, recipe))
+        write_file(recipe.output / "result.json", record(gain, pace, pair, prepared, group.num_processes))
+    group.wait_for_everyone()  # what it leaves is whole when any of them returns
     say(str(gain))
     say(describe_gates(pair.fusers[0]))
-    say(f"saved to {recipe.output / 'fuser'}")
+    say(f"saved to {recipe.output / 'fuser'}{'' if pace is None else f'; {pace}'}")
     return gain
 
 
 def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Prepared:
-    """Encode a recipe's data, before its models are loaded; of several processes, the first does it for all.
+    """Encode a recipe's data, before its models are loaded; of several processes on a machine, the first does it for all.
 
     Raises:
-        RecipeError: Too many rows are bad; they are listed in ``output/bad_rows.jsonl``.
+        RecipeError: Too many rows are bad; they are listed in ``output/bad_rows.jsonl``. Or several processes want a stream.
     """
-    with PartialState().main_process_first():
-        prepared = prepare(recipe.data, Encoder.load(recipe), quiet)
-    say(str(prepared))
+    group = processes()
+    if recipe.data.streaming and group.num_processes > 1:
+        raise RecipeError(
+            f"expected data that is kept on disk for {group.num_processes} processes, got data.streaming=true, "
+            "which each would read for itself; turn it off"
+        )
+    with group.local_main_process_first():
+        prepared = prepare(recipe.data, Encoder.load(recipe), quiet or not group.is_local_main_process)
+    group.on_main_process(say)(str(prepared))
     try:
         prepared.require_enough(recipe.data)
     except RecipeError:
-        if prepared.bad:
+        if group.is_main_process:
             _list_bad_rows(recipe, prepared)
         raise
     return prepared
@@ -83,7 +92,7 @@ def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool
 
 def new_pair(recipe: Recipe) -> CacheToCache:
     """Load both models and put a new fuser between them."""
-    options = {"dtype": recipe.dtype, "device_map": PartialState().device}
+    options = {"dtype": recipe.dtype, "device_map": processes().device}
     receiver, sharer = (LanguageModel.from_pretrained(name, **options) for name in (recipe.receiver, recipe.sharer))
     torch.manual_seed(recipe.train.seed)
     return CacheToCache(receiver, [sharer], [fuser_for(receiver, sharer, recipe)])
@@ -101,11 +110,6 @@ def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) ->
     ).to(receiver.model.device)
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that decide a run's figures."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-
-
 def _require_own_folder(recipe: Recipe) -> None:
     """Refuse a folder that another recipe has started."""
     saved = recipe.output / "recipe.yaml"
@@ -115,9 +119,21 @@ def _require_own_folder(recipe: Recipe) -> None:
         )
 
 
+def _require_gpus(recipe: Recipe) -> None:
+    """Refuse to spread a fuser over what Trainer would silently give a copy each."""
+    if recipe.train.fsdp and (on_cpu() or processes().num_processes == 1):
+        raise RecipeError(
+            "expected several processes with a GPU each for train.fsdp, got none such; start them with torchrun, or turn it off"
+        )
+
+
 def _list_bad_rows(recipe: Recipe, prepared: Prepared) -> None:
     if prepared.bad:
         write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
+
+
+def _notes(gain: Gain, recipe: Recipe) -> str:
+    return f"## Measured\n\n{gain.table()}\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n"
 
 
 def _as_yaml(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kvfuse.checkpoint import write_file
 from kvfuse.errors import RecipeError
+from kvfuse.training.processes import processes
 
 WHOLE = "whole"  # written into a checkpoint after everything else in it
 
@@ -29,18 +30,20 @@ class Safeguards(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Trainer's hook, after a checkpoint is written."""
+        """Trainer's hook, after a checkpoint is written; each process has written a part of it."""
+        processes().wait_for_everyone()
         if state.is_world_process_zero:
             write_file(Path(args.output_dir, f"checkpoint-{state.global_step}", WHOLE), "")
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; those that a killed run left half-written are removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in checkpoints:
-        if not (path / WHOLE).exists():
-            shutil.rmtree(path)
-    return next((str(path) for path in reversed(checkpoints) if path.exists()), None)
+    """The newest complete checkpoint; those that a killed run left half-written are removed, by the first process."""
+    with processes().main_process_first():
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for path in checkpoints:
+            if not (path / WHOLE).exists():
+                shutil.rmtree(path)
+        return next((str(path) for path in reversed(checkpoints) if path.exists()), None)
 
 
 @contextmanager

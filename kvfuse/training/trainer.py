@@ -6,15 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
+from kvfuse.token_alignment import AlignedPrompt, SharerPrompt
+from kvfuse.training.arguments import trainer_arguments
 from kvfuse.training.batches import TrainingBatch, collate
+from kvfuse.training.callbacks import Anneal, OwnNoise
 from kvfuse.training.columns import from_columns
 from kvfuse.training.kept_caches import KeptCaches
 from kvfuse.training.loss import response_loss
+from kvfuse.training.pace import Clock, Pace
 from kvfuse.training.recipe import TrainSection
 from kvfuse.training.recompute import require_recomputable
 from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
@@ -48,50 +54,27 @@ class FuserTrainer(Trainer):
         quiet: bool = False,
     ) -> None:
         self.pair, self.train_section, self.validation = pair, train, validation
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=train.steps or -1,
-            num_train_epochs=train.epochs,
-            per_device_train_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.accumulation,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            lr_scheduler_type="linear",
-            warmup_steps=train.warmup,
-            max_grad_norm=train.max_grad_norm,
-            seed=train.seed,
-            save_steps=train.save_steps,
-            save_total_limit=2,
-            eval_strategy="no" if validation is None else "steps",
-            eval_steps=train.save_steps,
-            load_best_model_at_end=validation is not None,
-            metric_for_best_model="eval_fused",
-            greater_is_better=False,
-            logging_steps=50,
-            logging_strategy="no" if quiet else "steps",
-            report_to=train.report_to,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=quiet,
-        )
+        arguments = trainer_arguments(train, folder, validated=validation is not None, quiet=quiet)
         pair.fusers[0].recompute = train.recompute
         if train.recompute:
             require_recomputable(pair.receiver.model)
-        self.kept = None
-        if train.keep_caches != "none":
-            self.kept = KeptCaches(
-                pair, examples, folder.parent / f"caches-{examples._fingerprint}", train.keep_caches == "both", train.keep_caches_as
-            )
+        self.kept = _kept(pair, train, examples, folder)
+        if self.kept is not None:
             examples = examples.add_column("row", range(len(examples)))
-        callbacks = [_Anneal(), Safeguards(), *([EarlyStoppingCallback(train.patience)] if train.patience and validation else [])]
+        self.clock = Clock()
+        patience = [EarlyStoppingCallback(train.patience)] if train.patience and validation else []
+        callbacks = [Anneal(), OwnNoise(), Safeguards(), self.clock, *patience]
         options = {"train_dataset": examples, "eval_dataset": None if validation is None else validation.examples}
         super().__init__(pair.fusers[0], arguments, data_collator=self._collate, callbacks=callbacks, **options)
         if quiet:
             self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all micro-batches that Trainer counts
 
-    def resume(self) -> None:
+    def resume(self) -> Pace:
         """Train, from the last whole checkpoint if there is one.
+
+        Returns:
+            How fast it went from there.
 
         Raises:
             RecipeError: Memory or disk space runs out, or the weights are no numbers any more.
@@ -103,6 +86,9 @@ class FuserTrainer(Trainer):
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
         if self.kept is not None:
             self.kept.remove()
+        if self.train_section.fsdp:
+            self.pair.fusers[0] = _gather(self.pair.fusers[0])
+        return self.clock.pace
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's hook: the held-out loss of the receiver alone, fused, and with a mismatched sharer."""
@@ -129,9 +115,10 @@ class FuserTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, TrainingBatch | Tensor]:
+        """The batch, and where Trainer looks for them its labels, the positions that are fused and how many tokens are read."""
         kept = None if self.kept is None else self.kept.load([row["row"] for row in rows])
         batch = collate([from_columns(row) for row in rows], kept)
-        return {"batch": batch, "labels": batch.labels}  # the labels once more where Trainer looks for them
+        return {"batch": batch, "labels": batch.labels, "input_ids": batch.prompt.ids, "attention_mask": _count_tokens(batch)}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; the gates have a learning rate of their own and no weight decay."""
@@ -162,13 +149,23 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class _Anneal(TrainerCallback):
-    """Tells the fuser how far the run is, from the step count alone, so that a resumed run anneals alike."""
+def _kept(pair: CacheToCache, train: TrainSection, examples: "Dataset", folder: Path) -> KeptCaches | None:
+    if train.keep_caches == "none":
+        return None
+    beside = folder.parent / f"caches-{examples._fingerprint}"
+    return KeptCaches(pair, examples, beside, train.keep_caches == "both", train.keep_caches_as)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
-            control.should_evaluate = True  # the last checkpoint, too, may be the best
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = kwargs["model"]
-        getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
+def _gather(fuser: Fuser) -> Fuser:
+    """A whole fuser, in each process, from one that is spread over all of them."""
+    weights = get_model_state_dict(fuser, options=StateDictOptions(full_state_dict=True))
+    whole = AutoModel.from_config(fuser.config)  # FSDP has changed the class of the other
+    whole.load_state_dict(weights)
+    return whole.to(next(fuser.parameters()).device)
+
+
+def _count_tokens(batch: TrainingBatch) -> Tensor:
+    """How many each example has the models read, ``(B,)`` int64; the tail's first is the prompt's last."""
+    prompts: list[AlignedPrompt | SharerPrompt] = [batch.prompt, *batch.prompt.sharers]
+    tails: list[AlignedPrompt | SharerPrompt] = [batch.tail, *batch.tail.sharers]
+    return torch.stack([one.mask.sum(1) for one in prompts] + [one.mask[:, 1:].sum(1) for one in tails]).sum(0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from kvfuse.errors import RecipeError
@@ -14,6 +15,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.training.batches import collate
 from kvfuse.training.columns import EncodedExample
 from kvfuse.training.loss import response_loss
+from kvfuse.training.processes import processes
 
 BATCH = 16
 
@@ -42,9 +44,22 @@ class Gain:
             f"({self.mismatched / self.receiver - 1:+.1%}). The fused receiver {verdict}."
         )
 
+    def table(self) -> str:
+        """The figures as a Markdown table."""
+        rows = [
+            ("receiver alone", self.receiver),
+            ("fused", self.fused),
+            ("fused, the sharer having read another example", self.mismatched),
+        ]
+        head = [f"| {self.examples} held-out responses | bits per character | against the receiver |", "| --- | ---: | ---: |"]
+        return "\n".join([*head, *(f"| {name} | {bits:.3f} | {bits / self.receiver - 1:+.1%} |" for name, bits in rows)])
+
 
 class Validation:
     """Held-out examples, and the receiver's own loss on them, which no training changes.
+
+    Several processes share the examples and add up what they measured, so that all of them get the same figures, to the bit, and
+    agree on which checkpoint is the best and when to end.
 
     Args:
         pair: The models and the fuser.
@@ -75,9 +90,13 @@ class Validation:
     @torch.no_grad()
     def _bits(self, examples: Sequence[EncodedExample], fusers: Sequence[nn.Module] | None) -> float:
         """Per character, over all responses; ``fusers`` as in :func:`kvfuse.training.loss.response_loss`."""
-        batches = (collate(examples[start : start + BATCH]) for start in range(0, len(examples), BATCH))
-        nats = sum(float(response_loss(self.pair, batch, fusers, num_items=1)) for batch in batches)
-        return nats / math.log(2) / self.characters
+        group = processes()
+        mine, nats = examples[group.process_index :: group.num_processes], 0.0
+        for start in range(0, math.ceil(len(examples) / group.num_processes), BATCH):
+            batch = mine[start : start + BATCH]  # none left: one is read along, for all gather a fuser that is spread over them
+            loss = response_loss(self.pair, collate(batch or examples[:1]), fusers, num_items=1)
+            nats += float(loss) if batch else 0.0
+        return sum(gather_object([nats])) / math.log(2) / self.characters
 
 
 def mismatch(example: EncodedExample, other: EncodedExample) -> EncodedExample:

@@ -1,0 +1,18 @@
+"""One run in several processes, as ``torchrun`` and ``accelerate launch`` start them; alone, the only one is the first."""
+
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+PATIENCE = timedelta(hours=12)  # the others wait while the first encodes, which takes longer than the half hour of torch
+
+
+def processes() -> PartialState:
+    """Which of how many this one is, and what to wait for the others with; who asks first joins them."""
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator; unless told, accelerate takes each of several processes without one to be alone."""
+    return not torch.accelerator.is_available()
