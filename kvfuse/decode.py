@@ -1,20 +1,31 @@
-"""The receiver goes on from a fused cache with transformers' own ``generate``."""
+"""The receiver goes on from a fused cache: with transformers' own ``generate``, or along given responses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from kvfuse.errors import PromptError
 from kvfuse.follow import Follower
+from kvfuse.phases import generation
+from kvfuse.token_alignment import AlignedPrompt
 
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 
 
-def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None, follower: Follower | None = None, **options: Any) -> Any:
+def decode(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: Cache | None,
+    follower: Follower | None = None,
+    phase: str = "first_token",
+    **options: Any,
+) -> Any:
     """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last is the first query.
 
     Args:
@@ -23,6 +34,7 @@ def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | Non
         mask: ``(B, T)``.
         cache: Exactly ``T - 1`` positions; None for a prompt of one token, where there is nothing to fuse. It is used up.
         follower: Fuses the last prompt token and what is generated, too.
+        phase: What the time to the first token is counted to (:mod:`kvfuse.phases`).
         options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
 
     Returns:
@@ -32,7 +44,8 @@ def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | Non
     if follower is not None and any(_option(model, options, name) for name in DRAFTING):
         raise PromptError(f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out")
     if cache is None:
-        return model.generate(ids, attention_mask=mask, **options)
+        with generation(phase, options) as options:
+            return model.generate(ids, attention_mask=mask, **options)
     wanted = {name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")}
     copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
     if follower is not None:
@@ -40,8 +53,58 @@ def decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | Non
     if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
         cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
     options["cache_implementation"] = None
-    with _only_new_tokens(model, follower):
+    with _only_new_tokens(model, follower), generation(phase, options) as options:
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+
+
+def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStreamer], Any]) -> Iterator[str]:
+    """What a run generates, as text, piece by piece while it goes on in a thread of its own.
+
+    Args:
+        tokenizer: The generating model's.
+        run: Calls ``generate`` with the streamer that it is given. What it raises is raised here.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():  # which each thread switches for itself
+                run(streamer)
+        except BaseException as error:  # carried over to the caller's thread
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    """How likely given responses are after their prompts, in one run over the responses alone.
+
+    Args:
+        model: The receiver.
+        prompt: A batch, padded left.
+        tail: The last prompt token and the response of each row (:func:`kvfuse.response.stack_responses`).
+        cache: All prompt positions but the last; None for prompts of one token. It is used up.
+
+    Returns:
+        Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of them is
+        the likeliest at its place.
+    """
+    mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
+    ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, :-1]
+    said = tail.mask[:, 1:].bool().to(logits.device)
+    chosen, logits = ids[:, 1:][said], logits[said].float()  # (n,), (n, vocabulary)
+    likely = torch.zeros(said.shape, device=said.device).masked_scatter(said, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+    greedy = torch.ones_like(said).masked_scatter(said, logits.argmax(-1) == chosen)
+    return likely.sum(1), greedy.all(1)
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:

@@ -17,5 +17,9 @@ class CheckpointError(KVFuseError, OSError):
     """A fuser folder that is missing, incomplete, damaged or of another format."""
 
 
+class MethodError(KVFuseError, ValueError):
+    """A way to answer that is unknown, or lacks something it needs."""
+
+
 class RecipeError(KVFuseError, ValueError):
     """A training recipe or its data that cannot be used."""

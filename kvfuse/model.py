@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import Cache, TextIteratorStreamer
+from transformers import Cache
 
 from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
-from kvfuse.decode import decode, static_length
+from kvfuse.decode import decode, static_length, stream
 from kvfuse.errors import PairError, PromptError
 from kvfuse.follow import Follower, Streams
 from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
+from kvfuse.phases import phase
 from kvfuse.prefill import prefill
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
 
@@ -134,23 +134,7 @@ class CacheToCache:
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
-        streamer = TextIteratorStreamer(self.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                with torch.no_grad():  # which each thread switches for itself
-                    self.answer(prompt, streamer=streamer, **options)
-            except BaseException as error:  # carried over to the caller's thread
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-        if failure:
-            raise failure[0]
+        yield from stream(self.receiver.tokenizer, lambda streamer: self.answer(prompt, streamer=streamer, **options))
 
     def answer(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
         """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`prefill`, the rest as in :meth:`generate`."""
@@ -183,17 +167,20 @@ class CacheToCache:
 
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:
         """The receiver's part of :meth:`read`: a cache of all positions but the last."""
-        return prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+        with phase("receiver_prefill"):
+            return prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
 
     def read_sharers(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> list[Cache]:
         """The sharers' part of :meth:`read`."""
         read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
-        return [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
+        with phase("sharer_prefill"):
+            return [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
 
     def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
-        fused = self.fuse_kv(prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
-        return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
+        with phase("fuse"):
+            fused = self.fuse_kv(prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
+            return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
 
     def fuse_kv(self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module]) -> KV:
         """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.fuse.fuse`."""

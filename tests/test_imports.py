@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"recipe", "kv_cache", "spans", "layer_alignment", "reencode"},
+    {"plugins", "phases", "recipe", "kv_cache", "spans", "layer_alignment", "reencode"},
     {"chat"},
     {"reading"},
     {"message_axis"},
     {"prefill", "token_alignment", "fusers"},
-    {"rotation"},
+    {"rotation", "response"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint"},
     {"decode"},

@@ -11,8 +11,9 @@ from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question, all_questions
 from kvfuse.evaluation.statistics import Interval, bootstrap_mean
-from kvfuse.methods import Answer, Cascade, Fused, Method, Mismatched, Routed, Single, TextToText, Zeroed
+from kvfuse.methods import Answer, Fused, Method, make_method
 
+METHODS = ("receiver", "sharer", "text-to-text", "routing", "cascade", "cache-to-cache", "zeroed", "mismatched")
 BATCH = 64
 TIMED_QUESTIONS = 60
 OPTIONS = {"max_new_tokens": 24, "do_sample": False}
@@ -40,19 +41,16 @@ class Scores:
 
 def make_methods(folder: PairFolder, seed: int, questions: Sequence[Question]) -> dict[str, Method]:
     """Every method by name, those with a fuser for one training seed."""
-    receiver, sharer = folder.receiver, folder.sharer
+    options = {
+        "hint_request": HINT_REQUEST,
+        "hint_reading": HINT_READING,
+        "hint_tokens": OPTIONS["max_new_tokens"],
+        "router": folder.router,
+        "confidence": folder.provenance["cascade_threshold"],
+        "donor": donors(questions),
+    }
     pair = folder.fused(seed)
-    methods = [
-        Single("receiver", receiver),
-        Single("sharer", sharer),
-        TextToText(receiver, sharer, HINT_REQUEST, HINT_READING, hint_tokens=OPTIONS["max_new_tokens"]),
-        Routed(receiver, sharer, folder.router),
-        Cascade(receiver, sharer, folder.provenance["cascade_threshold"]),
-        Fused(pair),
-        Zeroed(pair),
-        Mismatched(pair, donors(questions)),
-    ]
-    return {method.name: method for method in methods}
+    return {name: make_method(name, pair, **options) for name in METHODS}
 
 
 def donors(questions: Sequence[Question]) -> Callable[[Any], Any]:

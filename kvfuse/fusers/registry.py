@@ -4,8 +4,6 @@ A package offers a fuser by an entry point of the group ``kvfuse.fusers``, its k
 imported when its kind is first asked for, by :func:`make_fuser`, a recipe or a fuser's folder.
 """
 
-import difflib
-from importlib.metadata import entry_points
 from typing import Any
 
 from transformers import AutoConfig, AutoModel
@@ -16,6 +14,7 @@ from kvfuse.fusers.c2c_complex import C2CComplexFuser
 from kvfuse.fusers.contract import Fuser, FuserConfig
 from kvfuse.fusers.low_rank import LowRankFuser
 from kvfuse.fusers.ridge import RidgeFuser
+from kvfuse.plugins import find_plugin
 
 GROUP, PREFIX = "kvfuse.fusers", "kvfuse-"
 FUSERS: dict[str, type[Fuser]] = {}
@@ -49,14 +48,7 @@ def fuser_class(kind: str) -> type[Fuser]:
     Raises:
         PairError: There is no such kind (the nearest is named), or its package does not offer a fuser.
     """
-    offered = {point.name: point for point in entry_points(group=GROUP)}
-    if kind not in FUSERS and kind in offered:
-        register_fuser(kind, offered[kind].load())
-    if kind not in FUSERS:
-        known = sorted({*FUSERS, *offered})
-        nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)[0]
-        raise PairError(f"expected fuser.kind to be one of {', '.join(known)}, got {kind!r}; did you mean {nearest!r}?")
-    return FUSERS[kind]
+    return find_plugin(kind, "fuser.kind", GROUP, FUSERS, register_fuser, PairError)
 
 
 def make_fuser(kind: str, **options: Any) -> Fuser:

@@ -1,9 +1,36 @@
 """Ways to answer a question, under one contract: baselines, Cache-to-Cache and its controls."""
 
-from kvfuse.methods.cache_to_cache import Fused, Mismatched, Zeroed
-from kvfuse.methods.contract import Answer, Method
+from kvfuse.methods.cache_to_cache import Fused
+from kvfuse.methods.calibrated import Calibrated
+from kvfuse.methods.contract import Answer, Method, OptionScore, Reply
+from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
+from kvfuse.methods.registry import METHODS, Setting, make_method, register_method
+from kvfuse.methods.retold import FewShot
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
-from kvfuse.methods.text_to_text import TextToText
+from kvfuse.methods.text_to_text import Hybrid, TextToText
 
-__all__ = ["Answer", "Cascade", "Fused", "Method", "Mismatched", "Routed", "Router", "Single", "TextToText", "Zeroed"]
+__all__ = [
+    "METHODS",
+    "Answer",
+    "Calibrated",
+    "Cascade",
+    "FewShot",
+    "Fused",
+    "Hybrid",
+    "Method",
+    "Mismatched",
+    "OptionScore",
+    "ProjectedOnly",
+    "RandomFuser",
+    "Reply",
+    "Routed",
+    "Router",
+    "Setting",
+    "Shuffled",
+    "Single",
+    "TextToText",
+    "Zeroed",
+    "make_method",
+    "register_method",
+]

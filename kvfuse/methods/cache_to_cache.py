@@ -1,23 +1,25 @@
-"""The receiver answers from a fused cache; and the controls that tell what the sharer's cache contributes."""
+"""The receiver answers from a fused cache."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from transformers import Cache
 
 from kvfuse.chat import Prompt
-from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import KV
-from kvfuse.methods.contract import Method, Reply, to_replies
+from kvfuse.decode import stream
+from kvfuse.follow import read_along
+from kvfuse.kv_cache import stage
+from kvfuse.methods.contract import Method, OptionScore, Reply, to_replies
+from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedReading, stack
+from kvfuse.response import read_response
+from kvfuse.token_alignment import AlignedPrompt, AlignedReading, stack
 
 
 class Fused(Method):
-    """Cache-to-Cache."""
+    """Cache-to-Cache. A control changes what the models read, :meth:`align`, or what fuses, :attr:`fusers`."""
 
     name = "cache-to-cache"
 
@@ -27,9 +29,25 @@ class Fused(Method):
     @torch.no_grad()
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        prompt = stack([self.align(prompt) for prompt in prompts])
+        readings = [self.align(prompt) for prompt in prompts]
+        prompt = stack(readings)
         ids = self.pair.answer(prompt, self.fusers, **options)
-        return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver)
+        return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver, list(map(_tokens_in, readings)))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """See :class:`Method`."""
+        batch = stack([self.align(prompt)])
+        return stream(self.pair.receiver.tokenizer, lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options))
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """See :class:`Method`."""
+        readings = [self.align(prompt) for prompt in prompts]
+        receiver, sharers = self.pair.receiver.tokenizer, self._followed_by()
+        follow = [[read_response(one, text, receiver, sharers) for text in some] for one, some in zip(readings, options, strict=True)]
+        prompt = stack(readings)
+        batch = OptionBatch.of(prompt, follow)
+        return batch.score(self.pair.receiver.model, self._cache(prompt, batch))
 
     def align(self, prompt: Prompt) -> AlignedReading:
         """What every model reads."""
@@ -40,48 +58,26 @@ class Fused(Method):
         """What fuses."""
         return self.pair.fusers
 
+    def _followed_by(self) -> list[tuple[Any, str]]:
+        """The tokenizers of the sharers that read responses, and how they are aligned."""
+        sharers = zip(self.pair.sharers, self.pair.fusers, strict=True)
+        return [(sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response]
 
-class Zeroed(Fused):
-    """Control: the fusers see zeros in place of every sharer's cache."""
-
-    name = "zeroed"
-
-    @property
-    def fusers(self) -> Sequence[nn.Module]:
-        """The pair's own, blindfolded."""
-        return [_ZeroedSharer(fuser) for fuser in self.pair.fusers]
-
-
-class Mismatched(Fused):
-    """Control: the sharers read another question than the receiver.
-
-    Args:
-        pair: The models.
-        donor: Gives for each prompt the one that the sharers read instead.
-    """
-
-    name = "mismatched"
-
-    def __init__(self, pair: CacheToCache, donor: Callable[[Prompt], Prompt]) -> None:
-        super().__init__(pair)
-        self.donor = donor
-
-    def align(self, prompt: Prompt) -> AlignedReading:
-        """The prompt for the receiver, its donor for the sharers, aligned from the end, where the answer begins."""
-        return swap_sharers(self.pair.align(prompt), self.pair.align(self.donor(prompt)))
+    def _cache(self, prompt: AlignedPrompt, batch: OptionBatch) -> Cache | None:
+        """The fused cache of a prompt, once for each response; where these are fused too, with what their tokens will have."""
+        if prompt.ids.shape[1] < 2:
+            return None
+        pair, fusers = self.pair, self.fusers
+        streams = pair.read(prompt)
+        cache = pair.fuse(prompt, streams, fusers)
+        cache.reorder_cache(batch.rows.to(pair.receiver.model.device))
+        if pair.fuse_response:
+            for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
+                own.reorder_cache(batch.rows.to(model.model.device))
+            receiver, sharers = pair.receiver, pair.sharers
+            stage(cache, read_along(receiver, sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations))
+        return cache
 
 
-def swap_sharers(mine: AlignedReading, theirs: AlignedReading) -> AlignedReading:
-    """One prompt as the receiver reads it, with what the sharers read of another, aligned from the end."""
-    shift = len(theirs.receiver.ids) - len(mine.receiver.ids)
-    places = np.maximum(np.arange(len(mine.receiver.ids)) + shift, 0)
-    return replace(mine, sharers=tuple((reading, index[places]) for reading, index in theirs.sharers))
-
-
-class _ZeroedSharer(nn.Module):
-    def __init__(self, fuser: Fuser) -> None:
-        super().__init__()
-        self.fuser = fuser
-
-    def forward(self, receiver: KV, sharer: KV) -> KV:
-        return self.fuser(receiver, sharer.zeros_like())
+def _tokens_in(reading: AlignedReading) -> int:
+    return len(reading.receiver.ids) + sum(len(theirs.ids) for theirs, _ in reading.sharers)

@@ -1,18 +1,26 @@
-"""One of the two models answers: chosen by the question alone, or by how sure the receiver is."""
+"""One of the two models answers: chosen by the question alone, or by how sure the receiver is.
 
-from collections.abc import Callable, Sequence
+Where the line is drawn is a figure, or follows from the share of a run's questions that the sharer is to answer.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kvfuse.chat import Prompt
 from kvfuse.decode import decode
+from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.contract import Method, Reply, to_replies
+from kvfuse.methods.contract import Method, OptionScore, Reply, by_choice, to_replies
 from kvfuse.methods.single import Single
 from kvfuse.reading import read
 from kvfuse.token_alignment import pad_left
+
+BATCH = 32  # prompts at once, when all of a run are looked at before it
 
 
 class Router(nn.Module):
@@ -59,48 +67,120 @@ def bag_of_tokens(prompts: Sequence[Prompt], model: LanguageModel) -> Tensor:
     return bags
 
 
-class Routed(Method):
-    """A router reads the question and names the model that answers."""
+class _OneOfTwo(Method):
+    """The sharer answers where a figure of the prompt lies above a threshold, the receiver elsewhere.
+
+    Args:
+        receiver: Answers below.
+        sharer: Answers above.
+        threshold: None: found by :meth:`prepare`, so that ``share`` of its prompts lie above.
+        share: 0 to 1.
+    """
+
+    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, threshold: float | None, share: float | None) -> None:
+        self.receiver, self.sharer = Single("receiver", receiver), Single("sharer", sharer)
+        self.threshold, self.share = threshold, share
+
+    @abstractmethod
+    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
+        """One for each prompt."""
+
+    def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
+        """Find the threshold, where a share is wanted."""
+        if self.share is not None:
+            batches = (prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH))
+            self.threshold = line_above(self.share, [figure for batch in batches for figure in self.figures(batch)])
+
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """See :class:`Method`."""
+
+        def by(model: Single) -> Callable[[list[int]], list[list[OptionScore]]]:
+            return lambda rows: model.score([prompts[row] for row in rows], [options[row] for row in rows])
+
+        return by_choice(self.choose(self.figures(prompts)), by(self.receiver), by(self.sharer))
+
+    def choose(self, figures: Sequence[float]) -> list[bool]:
+        """Which of them lie above the threshold."""
+        if self.threshold is None:
+            raise MethodError(
+                f"expected all prompts of a run, of which the sharer gets a share, got none; call prepare of {self.name} first"
+            )
+        return [figure > self.threshold for figure in figures]
+
+
+class Routed(_OneOfTwo):
+    """A router reads the question and names the model that answers.
+
+    Args:
+        receiver: One of the two.
+        sharer: The other.
+        router: Trained for the receiver's tokens.
+        share: Of a run's questions, those that the sharer answers; by default as many as the router finds it better for.
+    """
 
     name = "routing"
 
-    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, router: Router) -> None:
-        self.receiver, self.sharer, self.router = Single("receiver", receiver), Single("sharer", sharer), router
+    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, router: Router, share: float | None = None) -> None:
+        super().__init__(receiver, sharer, 0.0 if share is None else None, share)
+        self.router = router
 
     @torch.no_grad()
+    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The router's logits, above zero for the sharer."""
+        return self.router(bag_of_tokens(prompts, self.receiver.model)).tolist()
+
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        to_sharer = (self.router(bag_of_tokens(prompts, self.receiver.model)) > 0).tolist()
-        return _by_choice(
-            prompts, to_sharer, lambda some: self.receiver.reply(some, **options), lambda some: self.sharer.reply(some, **options)
-        )
+
+        def by(model: Single) -> Callable[[list[int]], list[Reply]]:
+            return lambda rows: model.reply([prompts[row] for row in rows], **options)
+
+        return by_choice(self.choose(self.figures(prompts)), by(self.receiver), by(self.sharer))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """See :class:`Method`."""
+        (to_sharer,) = self.choose(self.figures([prompt]))
+        return (self.sharer if to_sharer else self.receiver).stream(prompt, **options)
 
 
-class Cascade(Method):
+class Cascade(_OneOfTwo):
     """The receiver answers first; where it is less sure than a threshold, the sharer answers instead.
+
+    How sure it is, is the probability of the least likely token of its answer. Options are scored by the model that would
+    answer: for them the receiver answers too, with the options that the run was prepared with.
 
     Args:
         receiver: The first.
         sharer: The second.
-        threshold: Least probability of the receiver's least likely token.
+        confidence: Least probability; by default what ``share`` makes it.
+        share: Of a run's questions, those that the sharer answers.
     """
 
     name = "cascade"
 
-    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, threshold: float) -> None:
-        self.receiver, self.sharer, self.threshold = receiver, Single("sharer", sharer), threshold
+    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, confidence: float | None = None, share: float | None = None) -> None:
+        super().__init__(receiver, sharer, None if confidence is None else -confidence, share)
+        self.options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False}
+
+    def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
+        """See :class:`Method`."""
+        self.options.update(options)
+        super().prepare(prompts)
+
+    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
+        """How unsure the receiver is."""
+        return [-sure for sure in confident_replies(prompts, self.receiver.model, **self.options)[1]]
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        first, sure = confident_replies(prompts, self.receiver, **options)
-        unsure = [confidence < self.threshold for confidence in sure]
-        known = dict(zip(map(id, prompts), first, strict=True))
+        first, sure = confident_replies(prompts, self.receiver.model, **options)
 
-        def second(some: Sequence[Prompt]) -> list[Reply]:
-            again = self.sharer.reply(some, **options)
-            return [Reply(reply.text, reply.tokens + known[id(prompt)].tokens) for prompt, reply in zip(some, again, strict=True)]
+        def second(rows: list[int]) -> list[Reply]:
+            again = self.sharer.reply([prompts[row] for row in rows], **options)
+            spent = [(first[row].tokens, first[row].tokens_in) for row in rows]
+            return [Reply(one.text, one.tokens + new, one.tokens_in + read) for one, (new, read) in zip(again, spent, strict=True)]
 
-        return _by_choice(prompts, unsure, lambda some: [known[id(prompt)] for prompt in some], second)
+        return by_choice(self.choose([-one for one in sure]), lambda rows: [first[row] for row in rows], second)
 
 
 def confident_replies(prompts: Sequence[Prompt], model: LanguageModel, **options: Any) -> tuple[list[Reply], list[float]]:
@@ -108,23 +188,16 @@ def confident_replies(prompts: Sequence[Prompt], model: LanguageModel, **options
     readings = [read(prompt, model.tokenizer) for prompt in prompts]
     ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
     options = {**options, "pad_token_id": readings[0].pad_id, "return_dict_in_generate": True, "output_logits": True}
-    output = decode(model.model, ids, mask, None, **options)
-    replies = to_replies(output.sequences[:, ids.shape[1] :], model)
+    output = decode(model.model, ids, mask, None, phase="receiver_prefill", **options)
+    replies = to_replies(output.sequences[:, ids.shape[1] :], model, [len(reading.ids) for reading in readings])
     chosen = output.sequences[:, ids.shape[1] :, None]
     likely = torch.stack(output.logits, 1).float().softmax(-1).gather(2, chosen)[..., 0]  # (B, new)
     return replies, [float(row[: reply.tokens].min()) for row, reply in zip(likely, replies, strict=True)]
 
 
-def _by_choice(
-    prompts: Sequence[Prompt],
-    second: Sequence[bool],
-    answer_first: Callable[[Sequence[Prompt]], list[Reply]],
-    answer_second: Callable[[Sequence[Prompt]], list[Reply]],
-) -> list[Reply]:
-    """Answer each prompt by the first or the second, in the order of the prompts."""
-    replies: dict[int, Reply] = {}
-    for wanted, answer in ((False, answer_first), (True, answer_second)):
-        rows = [row for row, chosen in enumerate(second) if chosen == wanted]
-        if rows:
-            replies.update(zip(rows, answer([prompts[row] for row in rows]), strict=True))
-    return [replies[row] for row in range(len(prompts))]
+def line_above(share: float, figures: Sequence[float]) -> float:
+    """A threshold that the given share of the figures lies above, halfway between two of them, so that rounding moves none across."""
+    ordered = np.sort(figures)[::-1]
+    above = round(share * len(ordered))
+    bounds = np.concatenate([[np.inf], ordered, [-np.inf]])
+    return float(bounds[above : above + 2].mean())

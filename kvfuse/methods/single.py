@@ -1,14 +1,19 @@
 """One model answers alone: the receiver, or the sharer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from kvfuse.chat import Prompt
-from kvfuse.decode import decode
+from kvfuse.decode import decode, stream
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.contract import Method, Reply, to_replies
-from kvfuse.reading import read
-from kvfuse.token_alignment import pad_left
+from kvfuse.methods.contract import Method, OptionScore, Reply, to_replies
+from kvfuse.methods.scoring import OptionBatch
+from kvfuse.prefill import prefill
+from kvfuse.reading import Reading, read
+from kvfuse.response import Response, follow_on
+from kvfuse.token_alignment import AlignedPrompt, from_ids, pad_left
 
 
 class Single(Method):
@@ -24,7 +29,34 @@ class Single(Method):
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
+        prompt, readings = self._read(prompts)
+        ids = self._answer(prompt, readings[0].pad_id, **options)
+        return to_replies(ids[:, prompt.ids.shape[1] :], self.model, [len(reading.ids) for reading in readings])
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """See :class:`Method`."""
+        batch, readings = self._read([prompt])
+        pad_id = readings[0].pad_id
+        return stream(self.model.tokenizer, lambda streamer: self._answer(batch, pad_id, streamer=streamer, **options))
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """See :class:`Method`."""
+        prompt, readings = self._read(prompts)
+        tokenizer = self.model.tokenizer
+        follow = [
+            [Response(follow_on(reading, text, tokenizer)[0]) for text in some] for reading, some in zip(readings, options, strict=True)
+        ]
+        batch, cache = OptionBatch.of(prompt, follow), None
+        if prompt.ids.shape[1] > 1:
+            cache = prefill(self.model.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+            cache.reorder_cache(batch.rows.to(self.model.model.device))
+        return batch.score(self.model.model, cache)
+
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[AlignedPrompt, list[Reading]]:
         readings = [read(prompt, self.model.tokenizer) for prompt in prompts]
         ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
-        generated = decode(self.model.model, ids, mask, None, pad_token_id=readings[0].pad_id, **options)
-        return to_replies(generated[:, ids.shape[1] :], self.model)
+        return from_ids(ids, num_sharers=0, mask=mask), readings
+
+    def _answer(self, prompt: AlignedPrompt, pad_id: int, **options: Any) -> Any:
+        return decode(self.model.model, prompt.ids, prompt.mask, None, phase=f"{self.name}_prefill", pad_token_id=pad_id, **options)

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from kvfuse.kv_cache import KV
-from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, pad_left, stack
+from kvfuse.response import stack_responses
+from kvfuse.token_alignment import AlignedPrompt, stack
 from kvfuse.training.columns import EncodedExample
 
 IGNORED = -100  # the label that transformers' losses skip
@@ -33,8 +32,7 @@ class TrainingBatch:
 
     Attributes:
         prompt: The prompts, their last token included.
-        tail: ``(B, 1 + R)``: the last prompt token, then the response. Where the response is fused too, each sharer's last
-            prompt token and its reading of the response ``(B, 1 + R_s)``.
+        tail: ``(B, 1 + R)``: the last prompt token, then the response (:func:`kvfuse.response.stack_responses`).
         labels: ``(B, 1 + R)`` int64, :data:`IGNORED` on the prompt's token and on padding.
         kept: What the models have read of the prompts already.
     """
@@ -47,27 +45,8 @@ class TrainingBatch:
 
 def collate(examples: Sequence[EncodedExample], kept: Kept | None = None) -> TrainingBatch:
     """Pad encoded examples into a batch."""
-    ids, mask = _pad_right([np.concatenate([example.prompt.receiver.ids[-1:], example.response_ids]) for example in examples], 0)
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, 0] = IGNORED
     prompt = stack([example.prompt for example in examples])
-    sharers = tuple(_collate_sharer(examples, place, prompt.sharers[place]) for place in range(len(examples[0].sharers)))
-    tail = AlignedPrompt(ids=ids, mask=mask, positions=_go_on(prompt, ids), sharers=sharers, fuse_mask=mask.bool())
+    tail = stack_responses(prompt, [example.response for example in examples])
+    labels = tail.ids.masked_fill(tail.mask == 0, IGNORED)
+    labels[:, 0] = IGNORED
     return TrainingBatch(prompt=prompt, tail=tail, labels=labels, kept=kept)
-
-
-def _go_on(prompt: AlignedPrompt | SharerPrompt, ids: Tensor) -> Tensor:
-    """Positions ``(B, k)`` from the last prompt token on."""
-    return prompt.positions[:, -1:] + torch.arange(ids.shape[1])
-
-
-def _collate_sharer(examples: Sequence[EncodedExample], place: int, prompt: SharerPrompt) -> SharerPrompt:
-    readings = [example.prompt.sharers[place][0] for example in examples]
-    responses, indices = zip(*(example.sharers[place] for example in examples), strict=True)
-    ids, mask = _pad_right([np.append(reading.ids[-1:], response) for reading, response in zip(readings, responses, strict=True)], 0)
-    return SharerPrompt(ids=ids, mask=mask, positions=_go_on(prompt, ids), index=_pad_right(indices, -1)[0])
-
-
-def _pad_right(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
-    ids, mask = pad_left([row[::-1] for row in rows], fill)
-    return ids.flip(1), mask.flip(1)

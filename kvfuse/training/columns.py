@@ -7,6 +7,7 @@ import numpy as np
 
 from kvfuse.chat import RenderedPrompt
 from kvfuse.reading import Reading
+from kvfuse.response import Response
 from kvfuse.token_alignment import AlignedReading
 from kvfuse.training.sources import import_datasets
 
@@ -21,13 +22,17 @@ class EncodedExample:
     Attributes:
         prompt: The aligned prompt.
         response_ids: ``(R,)`` int64, the receiver's.
-        sharers: Where the response is fused too, per sharer: what it reads of it ``(R_s,)``, and for the last prompt token
-            and each response token how many of these it may see ``(1 + R,)``: those that say no more than has been said.
+        sharers: What the sharers read of it (:class:`kvfuse.response.Response`).
     """
 
     prompt: AlignedReading
     response_ids: np.ndarray
     sharers: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
+    @property
+    def response(self) -> Response:
+        """The response alone."""
+        return Response(self.response_ids, self.sharers)
 
 
 def to_columns(example: EncodedExample) -> dict[str, Any]:

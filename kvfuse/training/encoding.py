@@ -16,8 +16,7 @@ from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
-from kvfuse.reading import Reading
-from kvfuse.reencode import reencoding
+from kvfuse.response import read_response
 from kvfuse.token_alignment import AlignedReading, align
 from kvfuse.training.columns import EncodedExample
 from kvfuse.training.examples import Example
@@ -99,25 +98,11 @@ class Encoder:
         """
         sharers = [(sharer.tokenizer, how) for sharer, how in self.sharers]
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
-        tokenizer = self.receiver.tokenizer
-        ids, ends = _read_response(prompt.receiver, example.response, tokenizer)
-        if example.ends:
-            ids, ends = np.append(ids, tokenizer.eos_token_id), np.append(ends, len(example.response))
-        self.receiver.require_room(len(prompt.receiver.ids) + len(ids), "prompt and response", self.max_tokens)
-        responses = tuple(self._follow(place, prompt, example, ids, ends) for place in range(len(sharers) if self.fuse_response else 0))
-        self._require_room(prompt, responses)
-        return EncodedExample(prompt, ids, responses)
-
-    def _follow(
-        self, place: int, prompt: AlignedReading, example: Example, ids: np.ndarray, ends: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What one sharer reads of a response, and how much of it each of the receiver's tokens may see."""
-        sharer, how = self.sharers[place]
-        if how == "span":
-            their_ids, their_ends = _read_response(prompt.sharers[place][0], example.response, sharer.tokenizer)
-            return their_ids, np.searchsorted(their_ends, np.append(0, ends), side="right")
-        their_ids = ids if how == "identity" else reencoding(self.receiver.tokenizer, sharer.tokenizer, how)[ids]
-        return their_ids, np.arange(1 + len(ids))  # token by token
+        followed = sharers if self.fuse_response else []
+        response = read_response(prompt, example.response, self.receiver.tokenizer, followed, example.ends)
+        self.receiver.require_room(len(prompt.receiver.ids) + len(response.ids), "prompt and response", self.max_tokens)
+        self._require_room(prompt, response.sharers)
+        return EncodedExample(prompt, response.ids, response.sharers)
 
     def _require_room(self, prompt: AlignedReading, responses: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
         for place, ((sharer, _), (reading, _)) in enumerate(zip(self.sharers, prompt.sharers, strict=True)):
@@ -138,19 +123,3 @@ class Encoder:
 def token_alignment(recipe: Recipe, identical: bool) -> str:
     """How a recipe's pair is aligned, by whether its tokenizers are identical."""
     return recipe.token_alignment if recipe.token_alignment != "auto" else ("identity" if identical else "span")
-
-
-def _read_response(prompt: Reading, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize a response as it follows its prompt; alone, where the two would grow together.
-
-    Returns:
-        Ids ``(n,)`` int64, and how many characters of the response have been said after each ``(n,)`` int64.
-    """
-    text, length, origin = prompt.prompt.text, len(prompt.ids), len(prompt.prompt.text)
-    encoded = tokenizer(text + response, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True)
-    if encoded.input_ids[:length] != prompt.ids.tolist():
-        encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-        length, origin = 0, 0
-    starts, ends = np.array(encoded.offset_mapping[length:], dtype=np.int64).reshape(-1, 2).T - origin
-    ends[:-1] = np.minimum(ends[:-1], starts[1:])  # all pieces of a character but its last have not said it yet
-    return np.array(encoded.input_ids[length:], dtype=np.int64), ends

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from kvfuse.errors import RecipeError
-from kvfuse.methods.cache_to_cache import swap_sharers
+from kvfuse.methods.controls import swap_sharers
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import collate
 from kvfuse.training.columns import EncodedExample

@@ -1,0 +1,73 @@
+"""Methods that answer another prompt than they are asked: the same question with something more to read."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvfuse.chat import Message, Prompt, as_chat
+from kvfuse.methods.contract import Method, OptionScore, Reply
+
+
+@dataclass(frozen=True)
+class Retelling:
+    """What is answered in place of a prompt, and how many tokens were generated and read to come by it."""
+
+    prompt: Prompt
+    tokens: int = 0
+    tokens_in: int = 0
+
+
+class Retold(Method):
+    """Another method answers what :meth:`retell` makes of the prompts.
+
+    Args:
+        reader: The method that answers.
+    """
+
+    def __init__(self, reader: Method) -> None:
+        self.reader = reader
+
+    @abstractmethod
+    def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:
+        """What is answered in place of the prompts; ``options`` as in :meth:`Method.reply`."""
+
+    def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
+        """See :class:`Method`."""
+        retold = self.retell(prompts, **options)
+        replies = self.reader.reply([one.prompt for one in retold], **options)
+        return [
+            Reply(reply.text, reply.tokens + one.tokens, reply.tokens_in + one.tokens_in)
+            for reply, one in zip(replies, retold, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """See :class:`Method`."""
+        return self.reader.stream(self.retell([prompt], **options)[0].prompt, **options)
+
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """See :class:`Method`."""
+        return self.reader.score([one.prompt for one in self.retell(prompts)], options)
+
+
+class FewShot(Retold):
+    """The same examples, questions and answers, stand before every question.
+
+    Args:
+        reader: The method that answers.
+        examples: Messages of user and assistant by turns.
+    """
+
+    name = "few-shot"
+
+    def __init__(self, reader: Method, examples: Sequence[Message]) -> None:
+        super().__init__(reader)
+        self.examples = list(examples)
+
+    def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:
+        """The examples go behind what the system says."""
+        return [Retelling(self._with_examples(as_chat(prompt))) for prompt in prompts]
+
+    def _with_examples(self, chat: Sequence[Message]) -> list[Message]:
+        start = next((place for place, message in enumerate(chat) if message["role"] != "system"), len(chat))
+        return [*chat[:start], *self.examples, *chat[start:]]

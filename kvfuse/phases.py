@@ -1,0 +1,95 @@
+"""Where the time of one answer goes, measured only while somebody asks: else a phase costs a microsecond and no device waits."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+PHASES = ("hint", "receiver_prefill", "sharer_prefill", "fuse", "first_token", "decode")
+"""In their order. A model that reads a prompt and gives its first token in one step does both in its prefill."""
+
+
+class Stopwatch:
+    """Seconds by phase.
+
+    Attributes:
+        seconds: What was measured so far, keys of :data:`PHASES`.
+        phase: The one that runs, or None.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.phase: str | None = None
+        self._since = 0.0
+
+    def switch(self, phase: str | None) -> None:
+        """End the phase that runs, once every device is done with it, and begin another one, or none."""
+        synchronize()
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
+
+
+_RUNNING: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
+
+
+@contextmanager
+def measured() -> Iterator[Stopwatch]:
+    """A stopwatch that runs for all phases within, in this thread."""
+    stopwatch = Stopwatch()
+    token = _RUNNING.set(stopwatch)
+    try:
+        yield stopwatch
+    finally:
+        _RUNNING.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[Stopwatch | None]:
+    """Count what happens within to a phase, and yield the stopwatch that does; None: nobody asks, or it is part of a longer phase."""
+    stopwatch = _RUNNING.get()
+    if stopwatch is None or stopwatch.phase is not None:
+        yield None
+        return
+    stopwatch.switch(name)
+    try:
+        yield stopwatch
+    finally:
+        stopwatch.switch(None)
+
+
+@contextmanager
+def generation(first: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A phase that becomes ``decode`` at the first token; yields the options to call ``generate`` with."""
+    with phase(first) as stopwatch:
+        if stopwatch is not None:
+            given = options.get("stopping_criteria") or ()
+            options = {**options, "stopping_criteria": StoppingCriteriaList([*given, _FirstToken(stopwatch)])}
+        yield options
+
+
+def synchronize() -> None:
+    """Wait for every CUDA device that is in use."""
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(device):
+                torch.cuda.synchronize(device)
+
+
+class _FirstToken(StoppingCriteria):
+    """Asked whether to stop after each new token, it never says so."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.stopwatch.phase != "decode":
+            self.stopwatch.switch("decode")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
