@@ -23,3 +23,7 @@ class MethodError(KVFuseError, ValueError):
 
 class RecipeError(KVFuseError, ValueError):
     """A training recipe or its data that cannot be used."""
+
+
+class EvaluationError(KVFuseError, ValueError):
+    """An evaluation, or the folder of one, that cannot be used."""
