@@ -19,3 +19,7 @@ class CheckpointError(KVFuseError, OSError):
 
 class RecipeError(KVFuseError, ValueError):
     """A training recipe or its data that cannot be used."""
+
+
+class EvaluationError(KVFuseError, ValueError):
+    """An evaluation's tasks or data that cannot be used, or a run in which nothing was answered."""

@@ -35,10 +35,32 @@ class Answer:
     seconds: float
 
 
+@dataclass(frozen=True)
+class OptionScore:
+    """How likely a method finds one given answer.
+
+    Attributes:
+        log_likelihood: Summed log-probability of its tokens after the prompt, in nats.
+        greedy: Whether each of them is the likeliest at its place.
+        tokens: How many there are.
+    """
+
+    log_likelihood: float
+    greedy: bool
+    tokens: int
+
+
 class Method(ABC):
     """A way to answer. A subclass has a ``name`` and writes :meth:`reply`."""
 
     name: str
+
+    def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:  # noqa: B027  optional
+        """Told once, before a run, all its prompts and the options that they will be answered with; most have no use for them."""
+
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """Score given answers: for each prompt the texts that may follow it, as they would be written right behind it."""
+        raise NotImplementedError
 
     @abstractmethod
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
