@@ -26,4 +26,4 @@ class RecipeError(KVFuseError, ValueError):
 
 
 class EvaluationError(KVFuseError, ValueError):
-    """An evaluation, or the folder of one, that cannot be used."""
+    """An evaluation's tasks, data or folder that cannot be used, or a run in which nothing was answered."""

@@ -4,7 +4,7 @@ from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.calibrated import Calibrated
 from kvfuse.methods.contract import Answer, Method, OptionScore, Reply
 from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
-from kvfuse.methods.registry import METHODS, Setting, make_method, register_method
+from kvfuse.methods.registry import METHODS, Setting, find_method, make_method, register_method
 from kvfuse.methods.retold import FewShot
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
@@ -31,6 +31,7 @@ __all__ = [
     "Single",
     "TextToText",
     "Zeroed",
+    "find_method",
     "make_method",
     "register_method",
 ]

@@ -123,6 +123,11 @@ def register_method(name: str, maker: MethodMaker) -> None:
         raise MethodError(f"expected a new method, got {name!r}, which is taken; choose another name")
 
 
+def find_method(name: str) -> MethodMaker:
+    """What makes a method, by its name, loading the package that offers it if need be. Raises MethodError: the name is unknown."""
+    return find_plugin(name, "method", GROUP, METHODS, register_method, MethodError)
+
+
 def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:
     """A method by its name.
 
@@ -134,7 +139,7 @@ def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:
     Raises:
         MethodError: The name or an option is unknown (the nearest is told), or the method lacks an option.
     """
-    maker = find_plugin(name, "method", GROUP, METHODS, register_method, MethodError)
+    maker = find_method(name)
     known = [field.name for field in fields(Setting) if field.name != "pair"]
     for option in options:
         if option not in known:

@@ -1,0 +1,17 @@
+"""``python -m kvfuse.evaluation …``: the command line of lm-evaluation-harness, which finds models only where they are imported.
+
+For example ``--model kvfuse --model_args method=receiver,receiver=Qwen/Qwen3-0.6B --tasks openbookqa_generate
+--apply_chat_template --metadata data_dir=DIR``.
+"""
+
+import sys
+
+from lm_eval.__main__ import cli_evaluate
+
+import kvfuse.evaluation.harness  # noqa: F401  registers the model
+from kvfuse.evaluation.tasks.load import FOLDER
+
+if __name__ == "__main__":
+    if not any(word.startswith("--include_path") for word in sys.argv):
+        sys.argv += ["--include_path", str(FOLDER)]
+    cli_evaluate()

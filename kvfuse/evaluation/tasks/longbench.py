@@ -1,0 +1,92 @@
+"""How LongBench scores its data sets (Bai et al., arXiv 2308.14508): overlap of words, ROUGE-L, classes, paragraphs, counts, code."""
+
+import difflib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvfuse.evaluation.extraction import strip_thoughts
+
+FAMILIES = {
+    "question": "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader",
+    "examples": "trec lsht triviaqa samsum",
+    "summary": "gov_report qmsum multi_news vcsum",
+    "retrieval": "passage_retrieval_en passage_retrieval_zh",
+    "count": "passage_count",
+    "code": "lcc repobench-p",
+}
+"""How the data sets ask, after which their prompts differ; ``examples`` have worked ones in their text."""
+
+
+def family_of(data_set: str) -> str:
+    """The key of :data:`FAMILIES` that a data set belongs to. Raises ValueError for one that is not of LongBench."""
+    name = data_set.removesuffix("_e")
+    found = [family for family, names in FAMILIES.items() if name in names.split()]
+    if not found:
+        raise ValueError(f"data set {data_set!r}, none of LongBench")
+    return found[0]
+
+
+def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The best score over the right answers, 0 to 1. After worked examples the reply's first line counts: the rest is more of them."""
+    reply = strip_thoughts(results[0]).lstrip("\n")
+    if doc["family"] == "examples":
+        reply = reply.split("\n")[0]
+    scorer = next(scorer for scorer, names in SCORERS.items() if doc["data_set"] in names.split())
+    return {"score": max(scorer(reply, answer, doc["classes"]) for answer in doc["answers"])}
+
+
+def word_f1(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """Harmonic mean of the shares of words in common; of Chinese each character is a word."""
+    mine, theirs = _words(reply), _words(answer)
+    common = sum((Counter(mine) & Counter(theirs)).values())
+    return 2 * common / (len(mine) + len(theirs)) if common else 0.0
+
+
+def rouge_l(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """F-measure of the longest common subsequence of words."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Tokenizer()).score(answer, reply)["rougeL"].fmeasure
+
+
+def class_share(reply: str, answer: str, classes: Sequence[str]) -> float:
+    """One over the number of classes named, if the right one is among them; a name within the right one's is no other class."""
+    named = [name for name in classes if name in reply and (name == answer or name not in answer)]
+    return 1 / len(named) if answer in named else 0.0
+
+
+def number_share(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """The share of the numbers in a reply that are the answer's: of a paragraph, or of paragraphs."""
+    wanted, named = re.findall(r"\d+", answer), re.findall(r"\d+", reply)
+    return named.count(wanted[0]) / len(named) if named and wanted else 0.0
+
+
+def code_similarity(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """Likeness of the first line of code, 0 to 1; lines of Markdown or comment are passed over."""
+    lines = [line for line in reply.split("\n") if line.strip() and not any(mark in line for mark in ("`", "#", "//"))]
+    return round(difflib.SequenceMatcher(None, lines[0] if lines else "", answer).ratio(), 2)
+
+
+SCORERS: dict[Callable[[str, str, Sequence[str]], float], str] = {
+    word_f1: "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique triviaqa",
+    rouge_l: "dureader gov_report qmsum multi_news vcsum samsum",
+    class_share: "trec lsht",
+    number_share: "passage_count passage_retrieval_en passage_retrieval_zh",
+    code_similarity: "lcc repobench-p",
+}
+
+
+class _Tokenizer:
+    """rouge_score's own drops what is not ASCII."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[一-鿿]|[^\W一-鿿]+", text.lower())
+
+
+def _words(text: str) -> list[str]:
+    """Words in lower case without articles and punctuation."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation + "。，、；：？！“”‘’（）《》")
+    return [word for word in _Tokenizer().tokenize(kept) if word not in ("a", "an", "the")]

@@ -1,0 +1,172 @@
+"""Where each task's questions come from: a data set on the Hub, or its files as they are found in a folder."""
+
+import csv
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfuse.errors import EvaluationError
+from kvfuse.evaluation.tasks import items
+from kvfuse.evaluation.tasks.items import Item, Row
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+READABLE = (".json", ".jsonl", ".csv", ".parquet")
+SPLITS = ("train", "dev", "validation", "val", "test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    Attributes:
+        hub: Its name on the Hub.
+        read: A row and the subject that its file or configuration is named after -> a question, or None for one that does not count.
+        split: The one that is asked.
+        config: Its configuration on the Hub; None where every subject is one, and all of them are read.
+    """
+
+    hub: str
+    read: Callable[[Row, str], Item | None]
+    split: str = "test"
+    config: str | None = "default"
+
+
+SOURCES = {
+    "mmlu-redux": Source("edinburgh-dawg/mmlu-redux-2.0", items.mmlu_redux, config=None),
+    "openbookqa": Source("allenai/openbookqa", items.openbookqa, config="main"),
+    "arc-challenge": Source("allenai/ai2_arc", items.arc_challenge, config="ARC-Challenge"),
+    "ceval": Source("ceval/ceval-exam", items.ceval, split="val", config=None),
+    "mmmlu": Source("openai/MMMLU", items.mmmlu, config=None),
+    "mmlu-pro": Source("TIGER-Lab/MMLU-Pro", items.mmlu_pro),
+    "gpqa-diamond": Source("Idavidrein/gpqa", items.gpqa, split="train", config="gpqa_diamond"),
+    "gsm8k": Source("openai/gsm8k", items.gsm8k, config="main"),
+    "math-500": Source("HuggingFaceH4/MATH-500", items.math500),
+    "longbench": Source("Xnhyacinth/LongBench", items.longbench, config=None),
+}
+
+
+def load(
+    source: str,
+    data_dir: str | None = None,
+    only: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    subjects: Sequence[str] | None = None,
+    **_: Any,
+) -> "DatasetDict":
+    """The questions of a task, as the harness asks a ``custom_dataset`` for them.
+
+    Args:
+        source: A key of :data:`SOURCES`.
+        data_dir: See :func:`kvfuse.evaluation.tasks.load_task`.
+        only: Kinds of question to keep, as the reader tells them: subjects, locales, lengths.
+        limit: At most so many.
+        subjects: Files or configurations to read; by default all.
+
+    Raises:
+        EvaluationError: No files are there, a row lacks a field, or nothing is left to ask.
+    """
+    where = SOURCES[source]
+    rows = _hub_rows(where, subjects) if data_dir is None else _file_rows(_find_files(Path(data_dir), source, where.split, subjects))
+    kinds = {only} if isinstance(only, str) else set(only or ())
+    return as_dataset(islice(_kept(_items(rows, where), kinds), limit), source)
+
+
+def as_dataset(questions: Iterable[Item], name: str) -> "DatasetDict":
+    """Questions as the harness takes them. Raises EvaluationError where there are none."""
+    from datasets import Dataset, DatasetDict
+
+    rows = list(questions)
+    if not rows:
+        raise EvaluationError(f"expected questions of {name}, got none; check the data, and 'only' if it is given")
+    return DatasetDict(test=Dataset.from_list(rows))
+
+
+def _items(rows: Iterator[tuple[str, int, str, Row]], source: Source) -> Iterator[Item]:
+    for file, line, subject, row in rows:
+        try:
+            item = source.read(row, subject)
+        except KeyError as error:
+            found = ", ".join(map(str, row))
+            raise EvaluationError(f"expected the field {error.args[0]!r} in {file}, line {line}, got {found}; correct the file") from error
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise EvaluationError(f"expected a question in {file}, line {line}, got: {error}; correct the file") from error
+        if item is not None:
+            yield item
+
+
+def _kept(questions: Iterator[Item], kinds: set[str]) -> Iterator[Item]:
+    """The questions of some kinds, or of all. Raises EvaluationError, after the last, for a kind that did not occur."""
+    seen: set[str] = set()
+    for item in questions:
+        seen.add(item["kind"])
+        if not kinds or item["kind"] in kinds:
+            yield item
+    for kind in kinds - seen:
+        nearest = difflib.get_close_matches(kind, sorted(seen), n=1, cutoff=0.0)
+        raise EvaluationError(f"expected a kind of question that the data have, got {kind!r}; did you mean {''.join(nearest)!r}?")
+
+
+def _hub_rows(source: Source, subjects: Sequence[str] | None) -> Iterator[tuple[str, int, str, Row]]:
+    import datasets
+
+    configs = [source.config] if source.config else subjects or set(datasets.get_dataset_config_names(source.hub)) - {"default"}
+    for config in sorted(configs):
+        rows = datasets.load_dataset(source.hub, config, split=source.split)
+        yield from ((f"{source.hub}/{config}", number, config, row) for number, row in enumerate(rows, start=1))
+
+
+def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | None) -> list[Path]:
+    """The files of a split: those named after it or in a folder that is, else all that are not named after another."""
+    folder = folder / name if (folder / name).is_dir() else folder
+    files = sorted(file for file in folder.rglob("*") if file.suffix in READABLE)
+    if subjects is not None:
+        files = [file for file in files if _subject(file) in subjects]
+    of_split = [file for file in files if split in _split_words(file, folder)]
+    chosen = of_split or [file for file in files if not _split_words(file, folder)]
+    if not chosen:
+        raise EvaluationError(f"expected files of {name}, split {split}, in {folder}, got none of {', '.join(READABLE)}; check the folder")
+    return chosen
+
+
+def _split_words(file: Path, folder: Path) -> set[str]:
+    words = "_".join(file.relative_to(folder).with_suffix("").parts).replace("-", "_").split("_")
+    return set(SPLITS) & {word.lower() for word in words}
+
+
+def _subject(file: Path) -> str:
+    """``law`` of ``law_val.csv``."""
+    name, _, last = file.stem.rpartition("_")
+    return name if last in SPLITS else file.stem
+
+
+def _file_rows(files: Sequence[Path]) -> Iterator[tuple[str, int, str, Row]]:
+    for file in files:
+        try:
+            yield from ((str(file), line, _subject(file), row) for line, row in _read(file))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+            raise EvaluationError(f"expected rows in {file}, got: {str(error).splitlines()[0]}; correct the file") from error
+
+
+def _read(file: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a file with their lines, or their numbers where it has no lines."""
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
+        return
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        if file.suffix == ".csv":
+            table = csv.DictReader(opened)
+            yield from ((table.line_num, dict(row)) for row in table)
+        elif file.suffix == ".json" and opened.read(1) == "[":
+            opened.seek(0)
+            yield from enumerate(json.load(opened), start=1)
+        else:
+            opened.seek(0)
+            yield from ((number, json.loads(line)) for number, line in enumerate(opened, start=1) if line.strip())
