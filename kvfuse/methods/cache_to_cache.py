@@ -22,6 +22,7 @@ class Fused(Method):
     """Cache-to-Cache. A control changes what the models read, :meth:`align`, or what fuses, :attr:`fusers`."""
 
     name = "cache-to-cache"
+    fuses = True
 
     def __init__(self, pair: CacheToCache) -> None:
         self.pair = pair
