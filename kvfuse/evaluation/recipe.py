@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
@@ -78,13 +78,6 @@ class EvaluationSection(Section):
     published: list[Published] = Field(default_factory=list)
     """Figures of a paper to stand beside the measured ones."""
 
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, methods: list[str]) -> list[str]:
-        for name in methods:
-            find_method(name)
-        return methods
-
 
 class EvaluationRecipe(Section):
     """A pair and how it is evaluated."""
@@ -130,4 +123,8 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluati
         RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
         MethodError: A method is unknown.
     """
-    return check(read_recipe(path, overrides), EvaluationRecipe, OF_OTHERS)
+    recipe = check(read_recipe(path, overrides), EvaluationRecipe, OF_OTHERS)
+    for run in recipe.runs():
+        for name in run.evaluation.methods:
+            find_method(name)
+    return recipe

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,7 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
                         append(folder / PREDICTIONS, rows)
     if processes().is_main_process:
         _time(recipe, models.pair(0), tasks, folder, done, say)
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
         record = write_report(folder)
         say("\n".join(f"{name}: {task['verdict']}" for name, task in record["tasks"].items()))
         say(f"written to {folder / 'report.html'}")

@@ -50,9 +50,13 @@ class Mismatched(Fused):
         self._donors: dict[str, Prompt] = {}
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
-        """Let each prompt's donor be the one after it in a random order; its neighbours in the run are often about the same."""
+        """Let each prompt's donor be another of like length: the next by length, in a random order where lengths are the same.
+
+        So the two are mostly of one kind, and what a sharer of another kind of question would spoil does not count as content.
+        Neighbours in the run would often be about the same thing.
+        """
         unlike = {_key(prompt): prompt for prompt in prompts}
-        order = random.Random(0).sample(sorted(unlike), len(unlike))
+        order = sorted(random.Random(0).sample(sorted(unlike), len(unlike)), key=len)
         self._donors = {one: unlike[other] for one, other in zip(order, [*order[1:], *order[:1]], strict=True)} if len(order) > 1 else {}
 
     def align(self, prompt: Prompt) -> AlignedReading:
