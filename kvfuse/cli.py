@@ -187,13 +187,14 @@ def align(
     from kvfuse.checkpoint import write_file
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
+    from kvfuse.token_alignment import natural_alignment
 
     if (text is None) == (chat is None):
         raise PromptError(f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two")
     prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
     identical = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
-    seen = view(prompt, *tokenizers, how=("identity" if identical else "span") if how is None else how, fuse=fuse)
+    seen = view(prompt, *tokenizers, how=natural_alignment(identical) if how is None else how, fuse=fuse)
     if html:
         write_file(html, page(seen))
     typer.echo(summary(seen) if html else "\n".join(lines(seen)))
