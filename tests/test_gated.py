@@ -17,7 +17,7 @@ def test_the_three_that_learn_by_gradient_are_among_them():
     assert {"c2c", "c2c-complex", "low-rank"} <= set(KINDS)
 
 
-@pytest.mark.parametrize(("noise", "alike"), [("logistic", True), ("gumbel", False)])
+@pytest.mark.parametrize(("noise", "alike"), [("logistic", True), ("logistic-per-token", False), ("gumbel", False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, noise, alike):
     """Of tokens that are all the same, only noise of their own can tell one from another."""
@@ -46,5 +46,5 @@ def test_gates_anneal_and_train_apart(receiver, sharer, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_noise_is_named(receiver, sharer, kind):
-    with pytest.raises(PairError, match=r"expected fuser\.gate_noise to be one of logistic, gumbel"):
+    with pytest.raises(PairError, match=r"expected fuser\.gate_noise to be one of logistic, logistic-per-token, gumbel"):
         tiny_fuser(receiver, sharer, kind, gate_noise="nonsense")

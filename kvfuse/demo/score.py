@@ -80,10 +80,26 @@ def score(
     for methods in by_seed:
         for name, method in methods.items():
             if name not in answers or isinstance(method, Fused):
-                answers.setdefault(name, []).append(_ask(method, questions, progress))
+                answers.setdefault(name, []).append(ask_all(method, questions, progress))
     progress("timing", 0)
     seconds = time_methods(by_seed[0], questions)
-    return {name: Scores(_right(runs, questions), runs[0], seconds[name]) for name, runs in answers.items()}
+    return {name: Scores(np.array([is_right(run, questions) for run in runs]), runs[0], seconds[name]) for name, runs in answers.items()}
+
+
+def ask_all(method: Method, questions: Sequence[Question], progress: Callable[[str, int], None] = lambda name, done: None) -> list[Answer]:
+    """Answer in batches of like length, so that little is padding; ``progress`` as in :func:`score`."""
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].text))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        answers.update(zip(rows, method.generate([as_prompt(questions[i].text) for i in rows], **OPTIONS), strict=True))
+        progress(method.name, len(rows))
+    return [answers[i] for i in range(len(questions))]
+
+
+def is_right(answers: Sequence[Answer], questions: Sequence[Question]) -> np.ndarray:
+    """``(questions,)`` bool."""
+    return np.array([answer.text == question.answer for answer, question in zip(answers, questions, strict=True)])
 
 
 def time_methods(methods: dict[str, Method], questions: Sequence[Question]) -> dict[str, list[float]]:
@@ -130,21 +146,6 @@ def held_out(folder: PairFolder, limit: int | None = None) -> list[Question]:
 def as_prompt(text: str) -> list[dict[str, str]]:
     """The chat that asks it."""
     return [{"role": "user", "content": text}]
-
-
-def _ask(method: Method, questions: Sequence[Question], progress: Callable[[str, int], None]) -> list[Answer]:
-    """Answer in batches of like length, so that little is padding."""
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].text))
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        answers.update(zip(rows, method.generate([as_prompt(questions[i].text) for i in rows], **OPTIONS), strict=True))
-        progress(method.name, len(rows))
-    return [answers[i] for i in range(len(questions))]
-
-
-def _right(runs: Sequence[Sequence[Answer]], questions: Sequence[Question]) -> np.ndarray:
-    return np.array([[answer.text == question.answer for answer, question in zip(run, questions, strict=True)] for run in runs])
 
 
 def _method_figures(one: Scores, places: Sequence[str]) -> dict[str, Any]:

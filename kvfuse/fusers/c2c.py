@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kvfuse.errors import PairError
 from kvfuse.fusers.contract import require_choices, require_uniform
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, from_groups, to_groups
@@ -94,6 +95,26 @@ class C2CFuser(GatedFuser):
         if self.config.replace:
             projected = projected - to_groups(receiver, parts=self.parts)
         return from_groups(projected, weight, like=receiver, parts=self.parts)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """See :meth:`GatedFuser.start_from`: the map is the first layer's, all blocks begin as the identity."""
+        _, inputs, width = weight.shape
+        if self.fusion_in.weight.shape[1] != inputs or len(self.parts) < 2 or self.config.hidden_dim < width or self.config.replace:
+            raise PairError(
+                f"expected a fuser of both caches, keys and values, at least {width} wide, to start from a linear map, got other options; "
+                "start at random"
+            )
+        for block in (self.fusion, *self.projection):
+            if block is not None:
+                block.silence()
+        self.fusion_in.weight[..., :width], self.fusion_in.bias[..., :width] = weight, bias
+        self.projection_out.reset_parameters(zero=True)
+        half = 1.0
+        if self.weighting_out is not None:
+            self.weighting_out.reset_parameters(zero=True)  # every weight is sigmoid(0)
+            half = 0.5
+        self.projection_out.weight[:, :width] = torch.eye(width) / half
 
     def _fuse_features(self, receiver: KV, sharer: KV) -> Tensor:
         """``(G, N, hidden)`` of both caches, or of the sharer's alone."""

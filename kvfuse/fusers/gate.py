@@ -5,15 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-GATE_NOISES = ("logistic", "gumbel")
+GATE_NOISES = ("logistic", "logistic-per-token", "gumbel")
 
 
 class Gate(nn.Module):
     """One gate per group (paper, 3.3.2): binary at inference, Gumbel-sigmoid with falling temperature while training.
 
     ``logistic`` noise is the difference of two Gumbel draws, so that a logit of zero is open half of the time, and one draw
-    switches all that the gate switches at inference. ``gumbel`` is the reference's: one Gumbel draw per head and token,
-    which opens 63% at a logit of zero.
+    switches all that the gate switches at inference; ``logistic-per-token`` draws for every head and token, which learns
+    faster (``docs/gates.md``). ``gumbel`` is the reference's: one Gumbel draw per head and token, which opens 63% at a logit
+    of zero, where a gate is closed at inference.
 
     Attributes:
         logit: ``(G, 1, 1)``, or ``(G, 1, H)`` with a gate per head; open where it is above zero. (Never 0-d: FSDP cannot
@@ -44,12 +45,12 @@ class Gate(nn.Module):
         """The switch, for so many tokens and heads.
 
         Returns:
-            As :attr:`logit`, exactly 0 or 1 at inference, in (0, 1) while training; there ``(G, tokens, heads)`` under
-            ``gumbel`` noise.
+            As :attr:`logit`, exactly 0 or 1 at inference; in (0, 1) while training, there ``(G, tokens, heads)`` where the
+            noise is drawn for every token.
         """
         if not self.training:
             return (self.logit > 0).to(self.logit.dtype)
-        shape = (len(self.logit), tokens, heads) if self.noise == "gumbel" else self.logit.shape
+        shape = self.logit.shape if self.noise == "logistic" else (len(self.logit), tokens, heads)
         uniform = torch.rand(shape, device=self.logit.device).clamp(1e-6, 1 - 1e-6)
         noise = -torch.log(-torch.log(uniform)) if self.noise == "gumbel" else torch.logit(uniform)
         return torch.sigmoid((self.logit + noise) / self.temperature).to(self.logit.dtype)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kvfuse.errors import PairError
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.grouped import PARTS
@@ -21,7 +22,7 @@ class GatedConfig(FuserConfig):
     Attributes:
         dropout: Within the fuser's networks.
         gate_init: Initial gate logit.
-        gate_noise: ``logistic`` | ``gumbel``, the reference's (:class:`kvfuse.fusers.gate.Gate`).
+        gate_noise: ``logistic`` | ``logistic-per-token`` | ``gumbel``, the reference's (:class:`kvfuse.fusers.gate.Gate`).
         initial_temperature: Of the gates, at the start of training.
         final_temperature: At its end.
         zero_init: Start from a projection of zero: from a residual of zero, where nothing is replaced.
@@ -80,6 +81,21 @@ class GatedFuser(Fuser):
             return self.ungated(receiver, sharer)
         tokens = -(-receiver.key.shape[3] // pieces)
         return concatenate([self.stage(self.ungated, *both) for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)])
+
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as a linear map of both caches in place of a random network, behind the gates as they are.
+
+        Args:
+            weight: ``(G, C_s + C_r, C_r)``, from the sharer's keys, or values, and the receiver's, side by side; for all layers'
+                keys, then values.
+            bias: ``(G, 1, C_r)``.
+
+        Raises:
+            PairError: This kind, or this one's options, cannot hold such a map.
+        """
+        raise PairError(
+            f"expected a fuser of kind c2c or low-rank to start from a linear map, got {self.config.model_type}; start at random"
+        )
 
     def set_progress(self, share: float) -> None:
         """Anneal the gates."""

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
@@ -52,6 +53,20 @@ class LowRankFuser(GatedFuser):
             part.reset_parameters()
         self.up.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """See :meth:`GatedFuser.start_from`: as much of the map as the bottleneck lets through, by singular values."""
+        left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)  # (G, C, K), (G, K), (G, K, C_r)
+        rank = min(self.config.rank, strength.shape[1])
+        root = strength[:, :rank].sqrt()
+        self.fusion.silence()
+        self.weighting.reset_parameters(zero=True)  # every weight is sigmoid(0), a half
+        for part in (self.down, self.up):
+            part.reset_parameters(zero=True)
+        self.down.weight[..., :rank] = left[..., :rank] * root[:, None]
+        self.up.weight[:, :rank] = 2 * root[..., None] * right[:, :rank]
+        self.up.bias.copy_(2 * bias)
 
     def ungated(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`GatedFuser.ungated`."""

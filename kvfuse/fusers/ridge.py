@@ -99,6 +99,17 @@ class RidgeFuser(GatedFuser):
             }
         )
 
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """The residual behind open gates, as one map of the sharer's and the receiver's caches, side by side.
+
+        Returns:
+            Weight ``(G, C_s + C_r, C_r)`` and bias ``(G, 1, C_r)``; with several sources, ``C_s`` is theirs together.
+        """
+        groups, _, width = self.projection.weight.shape
+        share = self.weight.repeat_interleave(width // self.weight.shape[2], dim=2)  # (G, 1, C_r)
+        mine = -torch.eye(width).to(share).expand(groups, -1, -1)
+        return share * torch.cat([self.projection.weight, mine], dim=1), share * self.projection.bias
+
     def _inputs(self, sharer: KV) -> Tensor:
         """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""
         return torch.cat([to_groups(sharer, layers) for layers in self.sources], dim=-1)

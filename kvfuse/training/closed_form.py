@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from kvfuse.fuse import pick
+from kvfuse.fusers import GatedFuser, make_fuser
 from kvfuse.kv_cache import KV, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.token_alignment import stack
@@ -28,6 +29,19 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
     """
     read = islice(examples, train.steps and train.steps * train.batch_size)
     pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
+
+
+def start_from_ridge(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
+    """Let the one fuser of a pair begin as a ridge regression fitted to the same layers and tokens. Arguments as :func:`fit`.
+
+    Raises:
+        PairError: See :meth:`kvfuse.fusers.GatedFuser.start_from`.
+    """
+    fuser = pair.fusers[0]
+    shared = ("receiver", "sharer", "token_alignment", "layer_alignment", "fuse", "rope")
+    ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(fuser.device)
+    fit(CacheToCache(pair.receiver, pair.sharers, [ridge]), train, examples)
+    cast("GatedFuser", fuser).start_from(*(part.detach() for part in ridge.linear()))
 
 
 @torch.no_grad()

@@ -65,6 +65,8 @@ class DataSection(Section):
 class TrainSection(Section):
     """``train``: how long and how fast; defaults are the paper's (A.3.5)."""
 
+    start: Literal["random", "ridge"] = "random"
+    """The fuser's first weights: drawn, or of kinds that can, a ridge regression of the receiver's caches on the sharer's."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; by default ``epochs`` over the data."""
     epochs: float = Field(1.0, gt=0)

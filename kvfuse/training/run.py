@@ -11,7 +11,7 @@ from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.processes import on_cpu, processes
-from kvfuse.training.closed_form import fit
+from kvfuse.training.closed_form import fit, start_from_ridge
 from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
@@ -53,6 +53,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     if pair.fusers[0].solved:
         fit(pair, recipe.train, training)
     else:
+        if recipe.train.start == "ridge":
+            start_from_ridge(pair, recipe.train, training)
         pace = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
     pair.fusers[0].eval()
     gain = validation.measure()

@@ -1,0 +1,148 @@
+"""Which gate trains faster and forgets less of what the receiver knew: on the embedded pair.
+
+python -m benchmarks.gates [--steps N] [--seeds 0 --seeds 1 …] [--variants NAME …] [--json FILE]
+
+A minute or two a run on one core; docs/gates.md has what came of it.
+
+Every variant is the recipe of the embedded pair but for the words beside its name, and is trained with each seed on the training
+places. What is measured is measured on the validation places: no fuser has seen them, and no accuracy in the README is about them.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kvfuse.demo.build import SEEDS
+from kvfuse.demo.pair_folder import PairFolder
+from kvfuse.demo.questions import Question, all_questions
+from kvfuse.demo.score import as_prompt, ask_all, is_right, sample
+from kvfuse.methods import Fused, Single
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
+from kvfuse.training.prepare import split
+from kvfuse.training.recipe import Recipe, load_recipe
+from kvfuse.training.record import versions
+from kvfuse.training.run import new_pair, prepare_data
+from kvfuse.training.trainer import FuserTrainer
+from kvfuse.training.validation import Validation
+
+RECIPE = "recipes/embedded.yaml"
+PER_TOKEN, PER_GATE, GUMBEL = (f"fuser.gate_noise={noise}" for noise in ("logistic-per-token", "logistic", "gumbel"))
+ZERO, SLOW = "fuser.gate_init=0", "train.gate_learning_rate=4.0e-3"  # as the rest of the fuser learns
+VARIANTS = {  # the recipe's gates start at 1
+    "per token": [PER_TOKEN],
+    "per gate": [PER_GATE],
+    "gumbel": [GUMBEL],
+    "per token, init 0": [PER_TOKEN, ZERO],
+    "per gate, init 0": [PER_GATE, ZERO],
+    "gumbel, init 0": [GUMBEL, ZERO],
+    "per gate, init 0, slow": [PER_GATE, ZERO, SLOW],
+    "gumbel, init 0, slow": [GUMBEL, ZERO, SLOW],  # the paper's
+    "per gate, init 3": [PER_GATE, "fuser.gate_init=3"],
+    "no gate": ["fuser.gate=none"],
+}
+POINTS = 6  # of a run, at which the held-out loss is measured
+HELD_OUT = 200  # questions for that
+
+
+class Curve(TrainerCallback):
+    """The held-out loss along a run, with gates open or closed as at inference."""
+
+    def __init__(self, validation: Validation, steps: int) -> None:
+        self.validation, self.points = validation, {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
+        self.bits: dict[int, float] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer's hook."""
+        if state.global_step in self.points:
+            self.bits[state.global_step] = self.validation.measure().fused
+
+
+def run(recipe: Recipe, questions: list[Question], knew: Any) -> dict[str, Any]:
+    """Train one fuser and ask it everything.
+
+    Args:
+        recipe: Of the variant, with its seed.
+        questions: What to ask; some of them tell the held-out loss.
+        knew: ``(questions,)`` bool: what the receiver alone has right.
+    """
+    training, _ = split(prepare_data(recipe, lambda line: None, quiet=True).examples, recipe.data.validation_share)
+    pair = new_pair(recipe)
+    asked = sample(questions, HELD_OUT)
+    examples = [Encoder.of(pair).encode(Example(as_prompt(question.text), question.answer)) for question in asked]
+    curve = Curve(Validation(pair, examples, [len(question.answer) for question in asked]), recipe.train.steps or 0)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = FuserTrainer(pair, recipe.train, training, Path(folder), quiet=True)
+        trainer.add_callback(curve)
+        trainer.resume()
+    seconds = time.perf_counter() - start
+    pair.fusers[0].eval()
+    right = is_right(ask_all(Fused(pair), questions), questions)
+    kinds = {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in {q.kind for q in questions}}
+    gates = pair.fusers[0].open_gates()
+    return {
+        "seed": recipe.train.seed,
+        "bits": curve.bits,
+        "accuracy": float(right.mean()),
+        "kinds": {kind: float(right[rows].mean()) for kind, rows in sorted(kinds.items())},
+        "kept": float(right[knew].mean()),
+        "open": {name: opened.int().tolist() for name, opened in gates.items()},
+        "seconds": seconds,
+    }
+
+
+def summary(name: str, runs: list[dict[str, Any]]) -> str:
+    """A row of the table: mean and range over seeds."""
+    points = list(runs[0]["bits"])
+    half, end = points[len(points) // 2 - 1], points[-1]
+    gates = [sum(sum(opened) for opened in one["open"].values()) for one in runs]
+    columns = [
+        *(_spread([one["bits"][point] for one in runs], "{:.3f}") for point in (points[0], half, end)),
+        *(_spread([100 * one[figure] for one in runs], "{:.1f}") for figure in ("accuracy", "kept")),
+        ", ".join(map(str, gates)) if runs[0]["open"] else "",
+    ]
+    return f"| {name} | {' | '.join(columns)} |"
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean, low, high = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} [{low}, {high}]"
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Of each run.")] = 300,
+    seeds: Annotated[list[int] | None, typer.Option(help="Of each variant; by default 0, 1 and 2.")] = None,
+    variants: Annotated[list[str] | None, typer.Option(help="By default all.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all runs to this file, after each.")] = None,
+) -> None:
+    """Train and ask every variant, then print the table."""
+    torch.set_num_threads(1)
+    folder = PairFolder()
+    questions = all_questions(folder.places, "validation")
+    knew = is_right(ask_all(Single("receiver", folder.receiver), questions), questions)
+    typer.echo(
+        f"{len(questions)} questions about validation places, of which the receiver alone has {int(knew.sum())} right; {steps} steps"
+    )
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants or VARIANTS}
+    for seed in seeds or SEEDS:
+        for name in runs:
+            words = [f"train.steps={steps}", f"train.save_steps={steps}", f"train.seed={seed}", *VARIANTS[name]]
+            runs[name].append(run(load_recipe(RECIPE, words), questions, knew))
+            typer.echo(f"{name}: {json.dumps(runs[name][-1])}", err=True)
+            if json_file:
+                content = {"steps": steps, "questions": len(questions), "versions": versions(), "variants": runs}
+                json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    typer.echo("| variant | bits at the first point | at half | at the end | right, % | kept, % | open gates |")
+    for name, of_it in runs.items():
+        typer.echo(summary(name, of_it))
+
+
+if __name__ == "__main__":
+    typer.run(main)
