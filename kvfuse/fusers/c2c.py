@@ -108,13 +108,13 @@ class C2CFuser(GatedFuser):
         for block in (self.fusion, *self.projection):
             if block is not None:
                 block.silence()
-        self.fusion_in.weight[..., :width], self.fusion_in.bias[..., :width] = weight, bias
+        self.fusion_in.place(weight, bias)
         self.projection_out.reset_parameters(zero=True)
         half = 1.0
         if self.weighting_out is not None:
             self.weighting_out.reset_parameters(zero=True)  # every weight is sigmoid(0)
             half = 0.5
-        self.projection_out.weight[:, :width] = torch.eye(width) / half
+        self.projection_out.place(torch.eye(width).to(weight).expand(len(weight), -1, -1) / half)
 
     def _fuse_features(self, receiver: KV, sharer: KV) -> Tensor:
         """``(G, N, hidden)`` of both caches, or of the sharer's alone."""

@@ -35,6 +35,12 @@ class GroupedLinear(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def place(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Write ``(G, i, o)`` and ``(G, 1, o)`` over what maps the first inputs to the first outputs."""
+        self.weight[:, : weight.shape[1], : weight.shape[2]] = weight
+        if bias is not None and self.bias is not None:
+            self.bias[..., : bias.shape[2]] = bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(G, N, in)`` to ``(G, N, out)``."""
         return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)

@@ -64,9 +64,8 @@ class LowRankFuser(GatedFuser):
         self.weighting.reset_parameters(zero=True)  # every weight is sigmoid(0), a half
         for part in (self.down, self.up):
             part.reset_parameters(zero=True)
-        self.down.weight[..., :rank] = left[..., :rank] * root[:, None]
-        self.up.weight[:, :rank] = 2 * root[..., None] * right[:, :rank]
-        self.up.bias.copy_(2 * bias)
+        self.down.place(left[..., :rank] * root[:, None])
+        self.up.place(2 * root[..., None] * right[:, :rank], 2 * bias)
 
     def ungated(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`GatedFuser.ungated`."""
