@@ -109,12 +109,12 @@ def draw(figures: dict[str, Any]) -> "Figure":
         (one, kind) for one in figures["sharers"] for kind in ("weight", "relative_size") if any(one[name][kind] for name in NAMES.values())
     ]
     heads = len(figures["sharers"][0]["keys"]["relative_size"][0])
-    figure, panels = new_panels(len(shown) * (1.5 + 0.17 * heads), 2, len(shown))
+    figure, panels = new_panels(len(shown) * (1.75 + 0.17 * heads), 2, len(shown))
     for row, (one, kind) in enumerate(shown):
         top = 1.0 if kind == "weight" else max(max(map(max, one[name][kind])) for name in NAMES.values())
         pair = panels[2 * row : 2 * row + 2]
         images = [_map(axes, one[name][kind], one[name]["open"], top) for axes, name in zip(pair, NAMES.values(), strict=True)]
-        label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ size of the receiver's"
+        label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ of the receiver's own"
         figure.colorbar(next(image for image in images if image), ax=pair, label=label, pad=0.02)
         for axes, name in zip(pair, NAMES.values(), strict=True):
             axes.set_title(name, loc="left", fontsize=10, weight="bold")

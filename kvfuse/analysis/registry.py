@@ -15,6 +15,11 @@ from kvfuse.recipe import override
 
 ANALYSES = {
     "gates": "kvfuse.analysis.gates",
+    "effective-rank": "kvfuse.analysis.effective_rank",
+    "proportion": "kvfuse.analysis.proportion",
+    "layers": "kvfuse.analysis.layers",
+    "overlap": "kvfuse.analysis.overlap",
+    "scaling": "kvfuse.analysis.scaling",
 }
 """Name -> module, which has the function ``run`` and opens with the question that it answers."""
 
