@@ -201,6 +201,39 @@ def align(
 
 
 @app.command()
+def analyze(
+    name: Annotated[str, typer.Argument(help="What to ask; 'kvfuse list analyses' tells what there is.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the analysis, e.g. share=0.25.")] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the figures (JSON) and the picture (PNG and SVG).")] = Path(
+        "analysis"
+    ),
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs: tiny random models, fewer of everything.")] = False,
+    fuser: Annotated[
+        list[str] | None, typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="With a fuser: questions and answers, as training reads them.")] = None,
+    receiver: Annotated[str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")] = None,
+    sharer: Annotated[list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask so many of the questions.")] = None,
+) -> None:
+    """Answer one of the paper's questions about a pair, by default about the embedded one, with figures and a picture.
+
+    kvfuse analyze gates --out analysis
+    """
+    if not fuser:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
+    from kvfuse.analysis.registry import analyze as run
+    from kvfuse.analysis.registry import module_of, parse_options
+    from kvfuse.analysis.study import choose
+
+    module_of(name)  # an unknown one is refused before anything is loaded
+    study = choose(fuser or (), data, receiver, sharer or (), limit, smoke)
+    finding = run(name, study, **parse_options(options or []))
+    typer.echo(finding.reading)
+    typer.echo(f"wrote {', '.join(map(str, finding.save(out, name)))}")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a fuser.")],
     folder: Annotated[Path, typer.Argument(help="New folder.")],
@@ -239,6 +272,15 @@ def tasks() -> None:
     from kvfuse.evaluation.tasks import task_names
 
     typer.echo("\n".join(task_names()))
+
+
+@list_app.command()
+def analyses() -> None:
+    """Tell which analyses there are, and the question that each answers."""
+    from kvfuse.analysis.registry import ANALYSES, question
+
+    for name in ANALYSES:
+        typer.echo(f"{name:<16}{question(name)}")
 
 
 @demo_app.callback()

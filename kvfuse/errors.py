@@ -27,3 +27,7 @@ class RecipeError(KVFuseError, ValueError):
 
 class EvaluationError(KVFuseError, ValueError):
     """An evaluation's tasks, data or folder that cannot be used, or a run in which nothing was answered."""
+
+
+class AnalysisError(KVFuseError, ValueError):
+    """An analysis that is unknown, or asked about something that it cannot answer."""

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from kvfuse import plots
 from kvfuse.evaluation import figures
 from kvfuse.evaluation.circles import THREE, lens, middle, two_circles
 
@@ -55,7 +56,7 @@ def test_what_is_drawn_is_what_was_given(drawn):
 
 def test_what_is_not_told_from_zero_is_hollow(drawn):
     _, one, _, other, _ = drawn["differences"].axes[0].lines
-    assert (one.get_markerfacecolor(), other.get_markerfacecolor()) == (figures.PAPER, figures.COLOURS[0])
+    assert (one.get_markerfacecolor(), other.get_markerfacecolor()) == (plots.PAPER, plots.COLOURS[0])
 
 
 def test_phases_stack_to_the_mean(drawn):
@@ -98,9 +99,9 @@ def test_counts_stand_in_their_regions(inside):
 
 
 def test_svg_takes_the_pages_colours_and_links_nowhere():
-    text = figures.svg(figures.forest([("a <b> $x$", 0.1, (-0.1, 0.2))], "difference (points)", zero=True), "one")
+    text = plots.svg(figures.forest([("a <b> $x$", 0.1, (-0.1, 0.2))], "difference (points)", zero=True), "one")
     assert "http" not in text
-    assert figures.INK not in text
+    assert plots.INK not in text
     assert "currentColor" in text
     assert "var(--paper)" in text
     assert "a &lt;b&gt; $x$" in text
@@ -121,13 +122,13 @@ def test_figures_of_one_page_share_no_ids():
 
     reader = Ids()
     for name in ("first", "second"):
-        reader.feed(figures.svg(figures.forest(ESTIMATES, "accuracy (%)"), name))
+        reader.feed(plots.svg(figures.forest(ESTIMATES, "accuracy (%)"), name))
     assert len(reader.ids) == len(set(reader.ids))
     assert reader.used <= set(reader.ids)
 
 
 def test_a_figure_is_the_same_each_time():
-    one, other = (figures.svg(figures.venn(["a", "b"], {"": 1, "a": 2, "b": 3, "a+b": 4}), "v") for _ in range(2))
+    one, other = (plots.svg(figures.venn(["a", "b"], {"": 1, "a": 2, "b": 3, "a+b": 4}), "v") for _ in range(2))
     assert one == other
 
 

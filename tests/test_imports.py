@@ -19,10 +19,11 @@ LAYERS = [
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint"},
     {"decode"},
-    {"model", "alignment_view"},
+    {"model", "alignment_view", "plots"},
     {"testing", "methods"},
     {"training", "evaluation"},
     {"demo"},
+    {"analysis"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -77,7 +77,7 @@ def folder(path, answer="A", config=None, **fields):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Where figures are not looked at: drawing them is what takes time."""
-    monkeypatch.setattr("kvfuse.evaluation.figures.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("kvfuse.evaluation.report.svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
-"""Figures of a report: matplotlib, no window, drawn for 800 pixels; embedded as SVG whose text takes the colour of the page."""
+"""Figures of a report: intervals, circles, categories, time by phase."""
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.evaluation.circles import THREE, middle, two_circles
+from kvfuse.evaluation.circles import THREE, Circle, middle, two_circles
+from kvfuse.plots import COLOURS, INK, MARKERS, PAPER, WIDTH, legend_above, name_lines, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,69 +13,14 @@ if TYPE_CHECKING:
 
     from kvfuse.evaluation.statistics import Interval
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#888888")
-"""Okabe and Ito's scheme, distinct to colour-blind eyes; their yellow darkened and their black a grey, to show on light and dark pages."""
-MARKERS = "osD^vPX*"
-INK = "#010203"
-"""Drawn in this colour, shown in that of the page's text."""
-PAPER = "#fdfefd"
-"""Likewise shown in the colour of the page."""
-STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 NAME_PLACES = (-1, 0.0), (1, 0.0), (1, 0.5)
 """Of a circle's name: its side, and how far below the middle."""
-WIDTH = 8.0  # inches of 72 SVG units: text is 14 pixels high where a figure is shown 800 wide
 
 Estimate = tuple[str, float, "Interval"]
 """A label, a share and its interval."""
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Draw or save with :data:`STYLE`, whatever the user's own settings are."""
-
-    @wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Any:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-@_styled
-def svg(figure: "Figure", name: str) -> str:
-    """A figure as an element for an HTML page, without links.
-
-    Args:
-        figure: What to embed.
-        name: One that no other figure of the page has: what is drawn twice has ids made from it.
-    """
-    import matplotlib
-
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"| width="[\d.]+pt"| height="[\d.]+pt"', "", text)
-    return text.replace("xlink:href", "href").replace(INK, "currentColor").replace(PAPER, "var(--paper)").strip()
-
-
-@_styled
+@styled
 def forest(estimates: Sequence[Estimate], axis: str, zero: bool = False) -> "Figure":
     """Points with their intervals, one a line, from above.
 
@@ -86,19 +29,19 @@ def forest(estimates: Sequence[Estimate], axis: str, zero: bool = False) -> "Fig
         axis: What the horizontal axis is, with its unit.
         zero: Draw a line at zero, and what is on neither side of it hollow.
     """
-    figure, axes = _axes(0.9 + 0.3 * len(estimates))
+    figure, axes = new_axes(0.9 + 0.3 * len(estimates))
     for i, (_, share, (low, high)) in enumerate(estimates):
         told = not zero or low > 0 or high < 0
         axes.plot([100 * low, 100 * high], [i, i], color=COLOURS[0], linewidth=2, solid_capstyle="butt")
         axes.plot(100 * share, i, "o", color=COLOURS[0], markersize=7, markerfacecolor=COLOURS[0] if told else PAPER)
     if zero:
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    _name_lines(axes, [label for label, _, _ in estimates])
+    name_lines(axes, [label for label, _, _ in estimates])
     axes.set_xlabel(axis)
     return figure
 
 
-@_styled
+@styled
 def by_category(categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]], axis: str) -> "Figure":
     """One block of lines a category, in it one point with its interval a method.
 
@@ -106,8 +49,19 @@ def by_category(categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]]
         categories: By category and method, a share and its interval.
         axis: What the horizontal axis is, with its unit.
     """
+    figure, axes = new_axes(1.4 + categories_height(categories))
+    legend_above(figure, draw_categories(axes, categories, axis))
+    return figure
+
+
+def categories_height(categories: Mapping[str, Mapping[str, Any]]) -> float:
+    """The inches that the lines of :func:`by_category` take."""
+    return len(categories) * max(0.34, 0.11 * max(map(len, categories.values())))
+
+
+def draw_categories(axes: "Axes", categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]], axis: str) -> list[Any]:
+    """:func:`by_category` into axes that are there; gives back what a legend needs."""
     methods = list(dict.fromkeys(name for one in categories.values() for name in one))
-    figure, axes = _axes(1.4 + len(categories) * max(0.34, 0.11 * len(methods)))
     shown: list[Any] = []
     for place, (name, colour, marker) in enumerate(zip(methods, cycle(COLOURS), cycle(MARKERS), strict=False)):
         offset = 0.8 * ((place + 0.5) / len(methods) - 0.5)
@@ -118,13 +72,20 @@ def by_category(categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]]
         shown += axes.plot(shares, places, marker, color=colour, label=name, markersize=5)
     for i in range(1, len(categories)):
         axes.axhline(i - 0.5, color=INK, linewidth=0.4, alpha=0.4)
-    _name_lines(axes, list(categories))
+    name_lines(axes, list(categories))
     axes.set_xlabel(axis)
-    _legend_above(figure, shown)
-    return figure
+    return shown
 
 
-@_styled
+def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, tuple[float, "Interval"]]]:
+    """What :func:`by_category` takes, of these methods, from the categories of :func:`kvfuse.evaluation.metrics.task_figures`."""
+    return {
+        category: {method: (found["accuracy"], found["interval"]) for method in methods if (found := one["methods"].get(method))}
+        for category, one in categories.items()
+    }
+
+
+@styled
 def latency(methods: Mapping[str, Mapping[str, Any]], phases: Sequence[str]) -> "Figure":
     """Mean time by phase as a stack, with marks at the median and the 95th percentile.
 
@@ -132,7 +93,7 @@ def latency(methods: Mapping[str, Mapping[str, Any]], phases: Sequence[str]) -> 
         methods: By name, ``median``, ``p95``, ``mean`` and ``phases`` in seconds; see :func:`kvfuse.evaluation.metrics.latency`.
         phases: All of them, in order.
     """
-    figure, axes = _axes(1.5 + 0.36 * len(methods))
+    figure, axes = new_axes(1.5 + 0.36 * len(methods))
     stacks = [stack(one) for one in methods.values()]
     shown: list[Any] = []
     for phase, colour in zip([*phases, "other"], cycle(COLOURS), strict=False):
@@ -142,10 +103,10 @@ def latency(methods: Mapping[str, Mapping[str, Any]], phases: Sequence[str]) -> 
     for figures, label, marker, size in (("median", "median", "|", 16), ("p95", "95th percentile", "D", 5)):
         times = [1000 * one[figures] for one in methods.values()]
         shown += axes.plot(times, range(len(times)), marker, color=INK, label=label, markersize=size)
-    _name_lines(axes, list(methods))
+    name_lines(axes, list(methods))
     axes.set_xlabel("time of one question asked alone (ms), mean by phase")
     axes.set_xlim(left=0)
-    _legend_above(figure, shown)
+    legend_above(figure, shown)
     return figure
 
 
@@ -155,7 +116,7 @@ def stack(method: Mapping[str, Any]) -> dict[str, float]:
     return {**phases, "other": max(1000 * method["mean"] - sum(phases.values()), 0.0)}
 
 
-@_styled
+@styled
 def venn(methods: Sequence[str], regions: Mapping[str, float]) -> "Figure":
     """Items by who has them right: two circles with areas to scale, or three alike ones.
 
@@ -163,31 +124,46 @@ def venn(methods: Sequence[str], regions: Mapping[str, float]) -> "Figure":
         methods: Two or three.
         regions: Items that exactly these have right, by their names joined with ``+``; by an empty name, those that nobody has.
     """
+    circles = _circles(methods, regions)
+    low, high = _heights(circles)
+    figure, axes = new_axes(WIDTH * (high - low) / 8.4)
+    draw_venn(axes, methods, regions)
+    return figure
+
+
+def draw_venn(axes: "Axes", methods: Sequence[str], regions: Mapping[str, float]) -> None:
+    """:func:`venn` into axes that are there."""
     from matplotlib.patches import Circle as Disc
 
-    three = len(methods) == 3
-    circles = THREE if three else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
-    bottom, top = min(one.y - one.radius for one in circles) - 0.5, max(one.y + one.radius for one in circles) + 0.1
-    figure, axes = _axes(WIDTH * (top - bottom) / 8.4)
+    circles = _circles(methods, regions)
+    low, high = _heights(circles)
     for one, colour in zip(circles, COLOURS, strict=False):
         axes.add_patch(Disc((one.x, one.y), one.radius, facecolor=colour, alpha=0.3, linewidth=0))
         axes.add_patch(Disc((one.x, one.y), one.radius, fill=False, edgecolor=colour, linewidth=1.8))
     for region, count in regions.items():
-        if region and (count or three):
-            _write_count(axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), bottom + 0.2)
+        if region and (count or len(methods) == 3):
+            _write_count(axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), low + 0.2)
     for name, one, (side, down) in zip(methods, circles, NAME_PLACES, strict=False):
         size = sum(count for region, count in regions.items() if name in region.split("+"))
         place = one.x + side * (one.radius + 0.15), one.y - down
         axes.text(*place, f"{name}\n{number(size)} right", ha="left" if side > 0 else "right", va="center", weight="bold")
-    axes.text(0, bottom + 0.2, f"nobody: {number(regions.get('', 0))}", ha="center", va="center")
-    axes.set(aspect="equal", xlim=(-4.2, 4.2), ylim=(bottom, top))
+    axes.text(0, low + 0.2, f"nobody: {number(regions.get('', 0))}", ha="center", va="center")
+    axes.set(aspect="equal", xlim=(-4.2, 4.2), ylim=(low, high))
     axes.set_axis_off()
-    return figure
 
 
 def number(count: float) -> str:
     """A count; one that is an average over seeds with a decimal."""
     return f"{count:,.0f}" if abs(count - round(count)) < 0.05 else f"{count:,.1f}"
+
+
+def _circles(methods: Sequence[str], regions: Mapping[str, float]) -> Sequence[Circle]:
+    return THREE if len(methods) == 3 else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
+
+
+def _heights(circles: Sequence[Circle]) -> tuple[float, float]:
+    """From where to where to draw, with room below."""
+    return min(one.y - one.radius for one in circles) - 0.5, max(one.y + one.radius for one in circles) + 0.1
 
 
 def _write_count(axes: "Axes", count: str, x: float, y: float, room: float, below: float) -> None:
@@ -197,23 +173,3 @@ def _write_count(axes: "Axes", count: str, x: float, y: float, room: float, belo
     else:
         line = {"arrowstyle": "-", "color": INK, "linewidth": 0.6}
         axes.annotate(count, (x, y), (1.25 * x, below), ha="center", va="center", arrowprops=line)
-
-
-def _axes(height: float) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _name_lines(axes: "Axes", labels: Sequence[str]) -> None:
-    """Labels of horizontal lines 0, 1, … from above."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _legend_above(figure: "Figure", shown: Sequence[Any]) -> None:
-    figure.legend(handles=shown, loc="outside upper left", ncols=5, handletextpad=0.4, columnspacing=1.2)

@@ -15,6 +15,7 @@ from kvfuse.evaluation.metrics import Figures, all_phases, metrics
 from kvfuse.evaluation.predictions import METRICS, Published, Run, read_run
 from kvfuse.evaluation.samples import failures, samples
 from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER, difference, points
+from kvfuse.plots import svg
 
 HTML, MARKDOWN = "report.html", "report.md"
 FEW_CATEGORIES = 12
@@ -112,7 +113,7 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
     yield _methods_table(task, measure, {one.method: one for one in published})
     yield from _sources(published)
     estimates = [(method, one["accuracy"], one["interval"]) for method, one in task["methods"].items()]
-    yield Picture(figures.svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
+    yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
     if task["pairs"]:
         yield from _differences(name, task)
     if task["overlap"]:
@@ -155,7 +156,7 @@ def _differences(name: str, task: Figures) -> Iterator[Block]:
     shown = [one for one in pairs if one["method"] == FUSED or one["against"] == RECEIVER] or pairs
     gains = [(_pair_name(one), one["difference"], one["interval"]) for one in shown]
     drawn = figures.forest(gains, "difference (points), 95% interval", zero=True)
-    yield Picture(figures.svg(drawn, f"{name} pairs"), f"{name}: paired differences; hollow: not told from zero.")
+    yield Picture(svg(drawn, f"{name} pairs"), f"{name}: paired differences; hollow: not told from zero.")
 
 
 def _ordered_pairs(task: Figures) -> list[Figures]:
@@ -191,9 +192,9 @@ def _overlap(name: str, task: Figures) -> Iterator[Block]:
         caption = (
             f"{name}: fusing hurt {figures.number(two[RECEIVER])} items and helped {figures.number(two[FUSED])}. Areas to scale.{averaged}"
         )
-        yield Picture(figures.svg(figures.venn([RECEIVER, FUSED], two), f"{name} two"), caption)
+        yield Picture(svg(figures.venn([RECEIVER, FUSED], two), f"{name} two"), caption)
     if len(methods) == 3:
-        yield Picture(figures.svg(figures.venn(methods, regions), f"{name} three"), f"{name}: with the sharer. Not to scale.{averaged}")
+        yield Picture(svg(figures.venn(methods, regions), f"{name} three"), f"{name}: with the sharer. Not to scale.{averaged}")
     rows = [[region.replace("+", " and ") or "nobody", figures.number(count)] for region, count in regions.items()]
     yield Table(["right, and nobody else of these", "items"], rows)
 
@@ -214,11 +215,7 @@ def _categories(name: str, task: Figures, axis: str) -> Iterator[Block]:
         rows.append([category, f"{one['items']:,}", *cells])
     yield Table(["category", "items", *methods], rows)
     drawn = methods if len(rows) <= FEW_CATEGORIES else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
-    shares = {
-        category: {method: (found["accuracy"], found["interval"]) for method in drawn if (found := one["methods"].get(method))}
-        for category, one in categories.items()
-    }
-    yield Picture(figures.svg(figures.by_category(shares, axis), f"{name} categories"), f"{name}: by category.")
+    yield Picture(svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category.")
 
 
 def _latency(latency: Figures) -> Iterator[Block]:
@@ -228,7 +225,7 @@ def _latency(latency: Figures) -> Iterator[Block]:
     yield Text(f"{asked:,} questions asked one at a time, warm, the methods by turns. p95: the 95th percentile. Phases: means in ms.")
     header = ["method", "median ms", "p95 ms", *(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
     yield Table(header, [[name, *_latency_cells(one, [*phases, "other"])] for name, one in latency.items()])
-    yield Picture(figures.svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
+    yield Picture(svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
 
 
 def _latency_cells(one: Figures, phases: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kvfuse.errors import PairError
 from kvfuse.fusers.contract import require_choices, require_uniform
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, HeadWeights, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 FUSED_PARTS = {"both": PARTS, "keys": ("key",), "values": ("value",)}
@@ -75,6 +75,7 @@ class C2CFuser(GatedFuser):
         self.projection_out = GroupedLinear(groups, hidden, width)
         self.weighting = block(hidden) if config.weighting else None
         self.weighting_out = GroupedLinear(groups, hidden, receiver.num_kv_heads) if config.weighting else None
+        self.head_weights = HeadWeights()
         heads = receiver.num_kv_heads if config.gate == "head" else 1
         self.gate = None if config.gate == "none" else config.new_gate(groups, heads)
         self.post_init()
@@ -133,4 +134,4 @@ class C2CFuser(GatedFuser):
         """``(G, N, hidden)`` -> ``(G, N, H)``; None where tokens do not weight their heads."""
         if self.weighting is None or self.weighting_out is None:
             return None
-        return torch.sigmoid(self.weighting_out(self.weighting(hidden)))
+        return self.head_weights(self.weighting_out(self.weighting(hidden)))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, from_groups, to_groups
+from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 
@@ -57,6 +57,7 @@ class C2CComplexFuser(GatedFuser):
         self.weighting_norm = GroupedLayerNorm(layers, config.weight_hidden_dim)
         self.weighting = GroupedLinear(layers, config.weight_hidden_dim, config.weight_hidden_dim)
         self.weighting_out = GroupedLinear(groups, config.weight_hidden_dim, receiver.num_kv_heads)
+        self.head_weights = HeadWeights()
         self.gate = config.new_gate(layers)
         self.post_init()
 
@@ -71,7 +72,7 @@ class C2CComplexFuser(GatedFuser):
         """See :meth:`GatedFuser.ungated`."""
         mine, theirs = to_groups(receiver), to_groups(sharer, self.sharer_layers)  # (2L, N, C)
         projected = self.combiner(torch.cat([self._translate(theirs), mine], dim=-1))
-        weight = torch.sigmoid(self._weigh(mine, projected, receiver.spec.num_kv_heads) / self.config.weight_temperature)
+        weight = self.head_weights(self._weigh(mine, projected, receiver.spec.num_kv_heads) / self.config.weight_temperature)
         return from_groups(projected, weight, like=receiver)
 
     def _translate(self, theirs: Tensor) -> Tensor:

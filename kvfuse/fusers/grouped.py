@@ -120,6 +120,14 @@ class GroupedFFN(nn.Module):
         return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))
 
 
+class HeadWeights(nn.Module):
+    """The weight of every head at every token, a module of its own so that it can be watched."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Map ``(G, N, H)`` to ``(G, N, H)`` in (0, 1)."""
+        return torch.sigmoid(logits)
+
+
 def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS) -> Tensor:
     """``(G, B * T, H * D)``: every token's heads side by side, the chosen layers of the first part, then of the second."""
     chosen = [getattr(kv, part) for part in parts]

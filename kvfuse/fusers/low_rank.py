@@ -8,7 +8,7 @@ from torch import Tensor
 from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, HeadWeights, from_groups, to_groups
 from kvfuse.kv_cache import KV
 
 
@@ -43,6 +43,7 @@ class LowRankFuser(GatedFuser):
         self.down = GroupedLinear(groups, sharer.num_kv_heads * sharer.key_dim + width, rank)
         self.fusion = GroupedFFN(groups, rank, rank, config.dropout)
         self.weighting = GroupedLinear(groups, rank, receiver.num_kv_heads)
+        self.head_weights = HeadWeights()
         self.up = GroupedLinear(groups, rank, width)
         self.gate = config.new_gate(groups)
         self.post_init()
@@ -71,4 +72,4 @@ class LowRankFuser(GatedFuser):
         """See :meth:`GatedFuser.ungated`."""
         x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
         features = self.fusion(self.down(x))  # (G, N, rank)
-        return from_groups(self.up(features), torch.sigmoid(self.weighting(features)), like=receiver)
+        return from_groups(self.up(features), self.head_weights(self.weighting(features)), like=receiver)

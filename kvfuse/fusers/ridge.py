@@ -106,6 +106,7 @@ class RidgeFuser(GatedFuser):
             Weight ``(G, C_s + C_r, C_r)`` and bias ``(G, 1, C_r)``; with several sources, ``C_s`` is theirs together.
         """
         groups, _, width = self.projection.weight.shape
+        assert self.projection.bias is not None
         share = self.weight.repeat_interleave(width // self.weight.shape[2], dim=2)  # (G, 1, C_r)
         mine = -torch.eye(width).to(share).expand(groups, -1, -1)
         return share * torch.cat([self.projection.weight, mine], dim=1), share * self.projection.bias
