@@ -15,7 +15,7 @@ from kvfuse.analysis.study import Study
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.grouped import PARTS, HeadWeights
 from kvfuse.kv_cache import KV
-from kvfuse.plots import INK, new_panels, styled
+from kvfuse.plots import INK, count_whole, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ class Seen:
         self.fuser = fuser
         self.tokens = 0
         self.weights: Tensor | None = None
-        self.added, self.own = 0.0, 0.0  # then (2, L, H) tensors
+        self.added, self.own = torch.zeros(()), torch.zeros(())  # then (2, L, H)
 
     def notes(self) -> dict[Any, Note]:
         """What to watch, and who is told."""
@@ -61,7 +61,7 @@ class Seen:
     def to_dict(self) -> dict[str, Any]:
         """By ``keys`` and ``values``, lists of layers, within them of heads: ``open``, ``weight`` and ``relative_size``."""
         gates = self.fuser.open_gates()
-        size = (torch.as_tensor(self.added) / torch.as_tensor(self.own)).sqrt()
+        size = (self.added / self.own).sqrt()
         out: dict[str, Any] = {"tokens": self.tokens, "gates": {name: opened.tolist() for name, opened in gates.items()}}
         for place, (part, name) in enumerate(NAMES.items()):
             weight = self._weights_of(part)
@@ -127,10 +127,10 @@ def _map(axes: "Axes", values: list[list[float]] | None, opened: list[list[bool]
     if values is None:
         axes.text(0.5, 0.5, "no weights", ha="center", va="center", transform=axes.transAxes)
         return None
-    grid = torch.tensor(values).T
+    grid = torch.tensor(values).T.numpy()
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top or 1, aspect="auto")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    count_whole(axes.xaxis)
+    count_whole(axes.yaxis)
     for layer, row in enumerate(values):
         for head, value in enumerate(row):
             if opened and not opened[layer][head]:

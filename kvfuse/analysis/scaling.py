@@ -74,7 +74,7 @@ def _points(folder: Path, against: str, x: float | None, task: str | None) -> li
         )
     losses = {"bits_per_character": {name: result[name] for name in LOSSES}} if result else {}
     if against == LENGTH and x is None:
-        return [{"run": folder.name, "x": length, **_answered(scores, which)} for length, which in _quarters(scores, folder)]
+        return _by_length(scores, folder)
     x = _figure({**(result or {}), **config}, against, folder) if x is None else float(x)
     answered = {} if scores is None else _answered(scores, np.ones(len(scores.items), dtype=bool))
     return [{"run": folder.name, "x": x, **answered, **losses}]
@@ -101,14 +101,15 @@ def _answered(scores: TaskScores, which: np.ndarray) -> dict[str, Any]:
     return {"methods": methods, "gain": paired((scores.mean(FUSED) - scores.mean(RECEIVER))[both], scores.groups[both])}
 
 
-def _quarters(scores: TaskScores | None, folder: Path) -> list[tuple[float, np.ndarray]]:
-    """Mean length of what the receiver reads, and which items, from the shortest quarter to the longest."""
+def _by_length(scores: TaskScores | None, folder: Path) -> list[dict[str, Any]]:
+    """A point for each quarter of the items, from the shortest to the longest that the receiver reads, at their mean length."""
     read = {row.item: row.tokens_in for row in scores.rows if row.method == RECEIVER} if scores else {}
     if scores is None or any(read.get(item) is None for item in scores.items):
         raise AnalysisError(f"expected the receiver's {LENGTH} of every item in {folder}, got items without; evaluate it again")
     lengths = np.array([read[item] for item in scores.items], dtype=float)
-    order = np.array_split(np.argsort(lengths, kind="stable"), min(BINS, len(lengths)))
-    return [(float(lengths[places].mean()), np.isin(np.arange(len(lengths)), places)) for places in order]
+    quarters = np.array_split(np.argsort(lengths, kind="stable"), min(BINS, len(lengths)))
+    items = np.arange(len(lengths))
+    return [{"run": folder.name, "x": float(lengths[places].mean()), **_answered(scores, np.isin(items, places))} for places in quarters]
 
 
 def _training_of(folder: Path) -> dict[str, Any] | None:
