@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES = {"key": "keys", "value": "values"}
+CROSSED = " (crossed out: gate closed)"
 WRITTEN = 12
 """Figures are written into the cells of a map of so many layers at most."""
 
@@ -117,7 +118,7 @@ def draw(figures: dict[str, Any]) -> "Figure":
         label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ of the receiver's own"
         figure.colorbar(next(image for image in images if image), ax=pair, label=label, pad=0.02)
         for axes, name in zip(pair, NAMES.values(), strict=True):
-            axes.set_title(name, loc="left", fontsize=10, weight="bold")
+            axes.set_title(name + CROSSED * _any_closed(one[name]["open"]), loc="left", fontsize=10, weight="bold")
     return figure
 
 
@@ -131,14 +132,19 @@ def _map(axes: "Axes", values: list[list[float]] | None, opened: list[list[bool]
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top or 1, aspect="auto")
     count_whole(axes.xaxis)
     count_whole(axes.yaxis)
+    size = min(13, 150 / len(values))
     for layer, row in enumerate(values):
         for head, value in enumerate(row):
             if opened and not opened[layer][head]:
-                axes.plot(layer, head, "x", color="white", markersize=14, markeredgewidth=3)
-                axes.plot(layer, head, "x", color=INK, markersize=13, markeredgewidth=1.2)
+                axes.plot(layer, head, "x", color="white", markersize=size + 1, markeredgewidth=3)
+                axes.plot(layer, head, "x", color=INK, markersize=size, markeredgewidth=1.2)
             elif len(values) <= WRITTEN:
                 axes.text(layer, head, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.55 * top else INK)
     return image
+
+
+def _any_closed(opened: list[list[bool]] | None) -> bool:
+    return opened is not None and not all(map(all, opened))
 
 
 def _squares(kv: KV) -> Tensor:

@@ -21,7 +21,7 @@ from kvfuse.evaluation.metrics import paired
 from kvfuse.evaluation.predictions import CONFIG, PREDICTIONS, read_run
 from kvfuse.evaluation.statistics import accuracy
 from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER, points
+from kvfuse.evaluation.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, points
 from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 RESULT, LENGTH, PARAMETERS = "result.json", "tokens_in", ".parameters"
 BINS = 4
+LARGE = 10_000
+"""From here on the axis counts in thousands (k), millions (M) and billions (G)."""
+GAIN = "cache-to-cache minus receiver"
+LOOKS = dict(zip((RECEIVER, SHARER, FUSED, MISMATCHED, GAIN), zip(COLOURS, MARKERS, strict=True), strict=False))
 LOSSES = ("receiver", "fused", "mismatched")
 YLABELS = {
     "methods": "right answers (%), 95% interval",
@@ -171,17 +175,21 @@ def _points_of(gain: dict[str, Any]) -> str:
 @styled
 def draw(figures: dict[str, Any]) -> "Figure":
     """Right answers and what is gained, or bits per character, whichever the runs tell."""
+    from matplotlib.ticker import EngFormatter
+
     found = figures["points"]
     kinds = [kind for kind in ("methods", "gain", "bits_per_character") if any(kind in one for one in found)]
     figure, panels = new_panels(4.2, len(kinds))
     shown: dict[str, Any] = {}
     for axes, kind in zip(panels, kinds, strict=True):
         lines = _lines([one for one in found if kind in one], kind)
-        for (name, (xs, middle, low, high)), colour, marker in zip(lines.items(), COLOURS, MARKERS, strict=False):
-            look = (COLOURS[5], "X") if kind == "gain" else (colour, marker)
+        for name, (xs, middle, low, high) in lines.items():
+            colour, marker = LOOKS[name]
             around = [np.subtract(middle, low), np.subtract(high, middle)]
-            drawn = axes.errorbar(xs, middle, around, fmt=f"-{look[1]}", color=look[0], markersize=6, elinewidth=1, capsize=2)
+            drawn = axes.errorbar(xs, middle, around, fmt=f"-{marker}", color=colour, markersize=6, elinewidth=1, capsize=2)
             shown.setdefault(name, drawn).set_label(name)
+        if max(one["x"] for one in found) >= LARGE:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=figures["against"], ylabel=YLABELS[kind])
         axes.margins(x=0.08)
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
@@ -201,6 +209,6 @@ def _lines(points: list[dict[str, Any]], kind: str) -> dict[str, tuple[list[floa
 
 def _drawn(point: dict[str, Any], kind: str) -> list[tuple[str, float, tuple[float, float]]]:
     if kind == "bits_per_character":
-        return [(f"{name} (bits)", bits, (bits, bits)) for name, bits in point[kind].items()]
-    some = {"gain": {**point["gain"], "accuracy": point["gain"]["difference"]}} if kind == "gain" else point[kind]
+        return [(FUSED if name == "fused" else name, bits, (bits, bits)) for name, bits in point[kind].items()]
+    some = {GAIN: {**point["gain"], "accuracy": point["gain"]["difference"]}} if kind == "gain" else point[kind]
     return [(name, 100 * one["accuracy"], (100 * one["interval"][0], 100 * one["interval"][1])) for name, one in some.items()]
