@@ -3,6 +3,7 @@ import torch
 
 from kvfuse.analysis.gates import draw, run
 from kvfuse.analysis.study import Study
+from kvfuse.errors import AnalysisError
 from kvfuse.fusers.grouped import HeadWeights, to_groups
 from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
@@ -80,3 +81,8 @@ def test_nothing_is_left_behind(tiny):
     run(study)
     assert not any(module._forward_hooks for module in study.pair.fusers[0].modules())
     assert sum(isinstance(module, HeadWeights) for module in study.pair.fusers[0].modules()) == 1
+
+
+def test_questions_of_which_nothing_is_fused_are_refused(tiny):
+    with pytest.raises(AnalysisError, match="something is fused"):
+        run(Study(tiny.pair, []))

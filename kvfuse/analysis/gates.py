@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.hooks import Note, watching
 from kvfuse.analysis.study import Study
+from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.grouped import PARTS, HeadWeights
 from kvfuse.kv_cache import KV
@@ -32,11 +33,16 @@ def run(study: Study) -> Finding:
 
     Args:
         study: A pair with prompts; answers are not needed.
+
+    Raises:
+        AnalysisError: Nothing is fused.
     """
     seen = [Seen(fuser) for fuser in study.pair.fusers]
     with torch.no_grad(), watching({module: note for one in seen for module, note in one.notes().items()}):
         for prompt in study.prompts():
             study.pair.prefill(prompt)
+    if not all(one.tokens for one in seen):
+        raise AnalysisError("expected prompts of which something is fused, got none; use longer ones")
     figures = {"questions": len(study.questions), "sharers": [one.to_dict() for one in seen]}
     return Finding(figures, reading(figures), lambda: draw(figures))
 
