@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 Series = tuple[Sequence[float], Sequence[Mapping[str, Any]]]
 """Places on the horizontal axis, and what was measured at each (:meth:`kvfuse.analysis.answering.Answered.to_dict`)."""
+LOOKS = tuple(zip(COLOURS, MARKERS, strict=True))
 MEASURES = (
     ("accuracy", "interval", 100, "right answers (%), 95% interval"),
     ("bits_per_character", "bits_interval", 1, "bits per character of right answers"),
@@ -30,8 +31,10 @@ def curves(axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping
     figure, panels = new_panels(4.2, 2)
     shown: list[Any] = []
     for axes, (measure, spread, scale, label) in zip(panels, MEASURES, strict=True):
-        shown = [_points(axes, one, measure, spread, scale, name, *look, joined) for (name, one), look in _looks(series)]
-        for (name, one), dashes in zip((levels or {}).items(), cycle(((4, 3), (1, 2)))):
+        shown = [
+            _points(axes, one, measure, spread, scale, name, look, joined) for (name, one), look in zip(series.items(), LOOKS, strict=False)
+        ]
+        for (name, one), dashes in zip((levels or {}).items(), cycle(((4, 3), (1, 2))), strict=False):
             shown.append(axes.axhline(scale * one[measure], color=INK, linewidth=1.2, linestyle=(0, dashes), label=name))
         axes.set(xlabel=axis, ylabel=label)
         axes.set_ylim(0, 102 if scale == 100 else None)
@@ -41,12 +44,8 @@ def curves(axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping
     return figure
 
 
-def _looks(series: Mapping[str, Series]) -> Any:
-    return zip(series.items(), zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False)
-
-
-def _points(axes: Any, one: Series, measure: str, spread: str, scale: float, name: str, colour: str, marker: str, joined: bool) -> Any:
-    places, measured = one
+def _points(axes: Any, one: Series, measure: str, spread: str, scale: float, name: str, look: tuple[str, str], joined: bool) -> Any:
+    (places, measured), (colour, marker) = one, look
     middle = [scale * figures[measure] for figures in measured]
     low, high = ([scale * figures[spread][side] for figures in measured] for side in (0, 1))
     around = [[m - one for m, one in zip(middle, low, strict=True)], [one - m for m, one in zip(middle, high, strict=True)]]

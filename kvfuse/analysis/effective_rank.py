@@ -14,7 +14,7 @@ from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.fusers.grouped import to_groups
 from kvfuse.kv_cache import KV, read_cache
-from kvfuse.plots import COLOURS, MARKERS, legend_above, new_panels, styled
+from kvfuse.plots import COLOURS, MARKERS, count_whole, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,8 +50,8 @@ def run(study: Study) -> Finding:
         for prompt in study.prompts():
             for name, (kv, mask) in caches(study.pair, prompt).items():
                 grams.setdefault(name, Gram()).add(kv, mask)
-    figures = {"questions": len(study.questions), "caches": {name: gram.to_dict() for name, gram in grams.items()}}
-    return Finding(figures, reading(figures["caches"]), lambda: draw(figures["caches"]))
+    found = {name: gram.to_dict() for name, gram in grams.items()}
+    return Finding({"questions": len(study.questions), "caches": found}, reading(found), lambda: draw(found))
 
 
 def caches(pair: "CacheToCache", prompt: "AlignedPrompt") -> dict[str, tuple[KV, Tensor]]:
@@ -111,7 +111,7 @@ def draw(caches: Mapping[str, Any]) -> "Figure":
             shown += line if name == "keys" else []
         axes.set_title(name, loc="left", fontsize=10, weight="bold")
         axes.set(xlabel="layer of the model (0 = first)", ylim=(0, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        count_whole(axes.xaxis)
     panels[0].set_ylabel("effective rank (directions), dashed: mean")
     legend_above(figure, shown)
     return figure

@@ -18,6 +18,7 @@ from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import KV
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
+from kvfuse.plots import count_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,5 +98,5 @@ def draw(figures: dict[str, Any]) -> "Figure":
     series = {"this layer alone": (places, figures["alone"]), "all but this layer": (places, figures["without"])}
     figure = curves("receiver layer (0 = first)", series, {"receiver": figures["none"], "cache-to-cache": figures["all"]}, joined=False)
     for axes in figure.axes:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        count_whole(axes.xaxis)
     return figure

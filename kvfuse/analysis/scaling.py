@@ -21,7 +21,7 @@ from kvfuse.evaluation.metrics import paired
 from kvfuse.evaluation.predictions import CONFIG, PREDICTIONS, read_run
 from kvfuse.evaluation.statistics import accuracy
 from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER, points
+from kvfuse.evaluation.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, points
 from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 RESULT, LENGTH, PARAMETERS = "result.json", "tokens_in", ".parameters"
 BINS = 4
+LARGE = 10_000
+"""From here on the axis counts in thousands (k), millions (M) and billions (G)."""
+GAIN = "cache-to-cache minus receiver"
+LOOKS = dict(zip((RECEIVER, SHARER, FUSED, MISMATCHED, GAIN), zip(COLOURS, MARKERS, strict=True), strict=False))
 LOSSES = ("receiver", "fused", "mismatched")
 YLABELS = {
     "methods": "right answers (%), 95% interval",
@@ -74,7 +78,7 @@ def _points(folder: Path, against: str, x: float | None, task: str | None) -> li
         )
     losses = {"bits_per_character": {name: result[name] for name in LOSSES}} if result else {}
     if against == LENGTH and x is None:
-        return [{"run": folder.name, "x": length, **_answered(scores, which)} for length, which in _quarters(scores, folder)]
+        return _by_length(scores, folder)
     x = _figure({**(result or {}), **config}, against, folder) if x is None else float(x)
     answered = {} if scores is None else _answered(scores, np.ones(len(scores.items), dtype=bool))
     return [{"run": folder.name, "x": x, **answered, **losses}]
@@ -101,14 +105,15 @@ def _answered(scores: TaskScores, which: np.ndarray) -> dict[str, Any]:
     return {"methods": methods, "gain": paired((scores.mean(FUSED) - scores.mean(RECEIVER))[both], scores.groups[both])}
 
 
-def _quarters(scores: TaskScores | None, folder: Path) -> list[tuple[float, np.ndarray]]:
-    """Mean length of what the receiver reads, and which items, from the shortest quarter to the longest."""
+def _by_length(scores: TaskScores | None, folder: Path) -> list[dict[str, Any]]:
+    """A point for each quarter of the items, from the shortest to the longest that the receiver reads, at their mean length."""
     read = {row.item: row.tokens_in for row in scores.rows if row.method == RECEIVER} if scores else {}
     if scores is None or any(read.get(item) is None for item in scores.items):
         raise AnalysisError(f"expected the receiver's {LENGTH} of every item in {folder}, got items without; evaluate it again")
     lengths = np.array([read[item] for item in scores.items], dtype=float)
-    order = np.array_split(np.argsort(lengths, kind="stable"), min(BINS, len(lengths)))
-    return [(float(lengths[places].mean()), np.isin(np.arange(len(lengths)), places)) for places in order]
+    quarters = np.array_split(np.argsort(lengths, kind="stable"), min(BINS, len(lengths)))
+    items = np.arange(len(lengths))
+    return [{"run": folder.name, "x": float(lengths[places].mean()), **_answered(scores, np.isin(items, places))} for places in quarters]
 
 
 def _training_of(folder: Path) -> dict[str, Any] | None:
@@ -170,17 +175,21 @@ def _points_of(gain: dict[str, Any]) -> str:
 @styled
 def draw(figures: dict[str, Any]) -> "Figure":
     """Right answers and what is gained, or bits per character, whichever the runs tell."""
+    from matplotlib.ticker import EngFormatter
+
     found = figures["points"]
     kinds = [kind for kind in ("methods", "gain", "bits_per_character") if any(kind in one for one in found)]
     figure, panels = new_panels(4.2, len(kinds))
     shown: dict[str, Any] = {}
     for axes, kind in zip(panels, kinds, strict=True):
         lines = _lines([one for one in found if kind in one], kind)
-        for (name, (xs, middle, low, high)), colour, marker in zip(lines.items(), COLOURS, MARKERS, strict=False):
-            look = (COLOURS[5], "X") if kind == "gain" else (colour, marker)
+        for name, (xs, middle, low, high) in lines.items():
+            colour, marker = LOOKS[name]
             around = [np.subtract(middle, low), np.subtract(high, middle)]
-            drawn = axes.errorbar(xs, middle, around, fmt=f"-{look[1]}", color=look[0], markersize=6, elinewidth=1, capsize=2)
+            drawn = axes.errorbar(xs, middle, around, fmt=f"-{marker}", color=colour, markersize=6, elinewidth=1, capsize=2)
             shown.setdefault(name, drawn).set_label(name)
+        if max(one["x"] for one in found) >= LARGE:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=figures["against"], ylabel=YLABELS[kind])
         axes.margins(x=0.08)
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
@@ -200,6 +209,6 @@ def _lines(points: list[dict[str, Any]], kind: str) -> dict[str, tuple[list[floa
 
 def _drawn(point: dict[str, Any], kind: str) -> list[tuple[str, float, tuple[float, float]]]:
     if kind == "bits_per_character":
-        return [(f"{name} (bits)", bits, (bits, bits)) for name, bits in point[kind].items()]
-    some = {"gain": {**point["gain"], "accuracy": point["gain"]["difference"]}} if kind == "gain" else point[kind]
+        return [(FUSED if name == "fused" else name, bits, (bits, bits)) for name, bits in point[kind].items()]
+    some = {GAIN: {**point["gain"], "accuracy": point["gain"]["difference"]}} if kind == "gain" else point[kind]
     return [(name, 100 * one["accuracy"], (100 * one["interval"][0], 100 * one["interval"][1])) for name, one in some.items()]

@@ -25,7 +25,7 @@ from kvfuse.training.trainer import FuserTrainer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = (15, 30, 60)
+STEPS, SMOKE_STEPS = (15, 30, 60), (2,)
 LEARNING_RATE = 4e-3  # that of the embedded pair; for seconds of training, not for hours
 
 
@@ -37,7 +37,7 @@ def train_and_ask(study: Study) -> Finding:
     """
     if not study.lessons:
         raise AnalysisError("expected runs to compare for a pair of your own, got none; give runs=[FOLDER, ...]")
-    steps, pair = STEPS[: 1 if study.smoke else None], _untrained(study)
+    steps, pair = SMOKE_STEPS if study.smoke else STEPS, _untrained(study)
     watch = _Watch(study, pair, steps)
     with tempfile.TemporaryDirectory() as folder:
         train = TrainSection(steps=steps[-1], batch_size=32, learning_rate=LEARNING_RATE, save_steps=10**6, seed=study.seed)
