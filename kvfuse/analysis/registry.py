@@ -14,7 +14,12 @@ from kvfuse.plugins import nearest
 from kvfuse.recipe import override
 
 ANALYSES = {
+    "enrichment": "kvfuse.analysis.enrichment",
+    "transformation": "kvfuse.analysis.transformation",
     "gates": "kvfuse.analysis.gates",
+    "length": "kvfuse.analysis.length",
+    "attention": "kvfuse.analysis.attention",
+    "lens": "kvfuse.analysis.lens",
 }
 """Name -> module, which has the function ``run`` and opens with the question that it answers."""
 
