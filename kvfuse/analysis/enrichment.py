@@ -191,8 +191,8 @@ def reading(figures: dict[str, Any]) -> str:
     return (
         f"With {figures['context']} before each of {figures['questions']} questions the receiver is right on {right['in sight']:.1f}%, "
         f"{right['direct']:.1f}% without; with the context read, then dropped, on {right['oracle']:.1f}% at the length of the question "
-        f"alone. The right answer has {nats['direct']:.2f} nats direct, {nats['in sight']:.2f} with the context in sight, {nats['oracle']:.2f} "
-        f"with it dropped. "
+        f"alone. The right answer has {nats['direct']:.2f} nats direct, {nats['in sight']:.2f} with the context in sight, "
+        f"{nats['oracle']:.2f} with it dropped. "
         f"Of single layers, layer {best} gains most when it alone is enriched: {layers[best]['nats'] - nats['direct']:+.2f} nats."
     )
 
@@ -220,7 +220,7 @@ def _panels(height: float) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height + 2.8), layout="constrained")
-    panels = figure.subplot_mosaic([["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8])
+    panels: "dict[str, Axes]" = figure.subplot_mosaic([["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8])
     return figure, [panels[name] for name in ("kinds", "single", "together")]
 
 
@@ -239,7 +239,7 @@ def _draw_layers(single: "Axes", together: "Axes", figures: dict[str, Any]) -> N
         axes.axhline(direct, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.axhline(oracle, color=INK, linewidth=0.8)
         axes.axhline(sight, color=INK, linewidth=1.2, linestyle=":")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     single.set_title("dashed: direct; solid: oracle; dotted: in sight", loc="left", fontsize=9)
     together.legend()
 

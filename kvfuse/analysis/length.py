@@ -66,11 +66,13 @@ def run(
     ways: dict[str, Any] = {}
     with torch.no_grad():
         filled = {count: [_fill(study.pair.receiver, one, filler, count) for one in asked] for count in added}
-        for way, at in (("filled", lambda count: (filled[count], 0)), ("shifted", lambda count: (asked, count))):
-            alone = {count: _ask(study, study.pair, *at(count), fused=False) for count in added}
-            ways[way] = {"alone": [_figures(alone[count], alone[count], asked) for count in added]}
+        put = {"filled": [(filled[count], 0) for count in added], "shifted": [(asked, count) for count in added]}
+        for way, asking in put.items():
+            alone = [_ask(study, study.pair, some, shifted, fused=False) for some, shifted in asking]
+            ways[way] = {"alone": [_figures(one, one, asked) for one in alone]}
             for name, pair in pairs.items():
-                ways[way][name] = [_figures(_ask(study, pair, *at(count)), alone[count], asked) for count in added]
+                fused = [_ask(study, pair, some, shifted) for some, shifted in asking]
+                ways[way][name] = [_figures(one, its, asked) for one, its in zip(fused, alone, strict=True)]
         first = {name: _ask(study, pair, asked, 0) for name, pair in pairs.items()}
         by_response = _by_response(study, asked, _ask(study, study.pair, asked, 0, fused=False), first)
     figures = {"questions": len(asked), "added_tokens": added, "prompts": ways, "responses": by_response}
@@ -84,7 +86,8 @@ def fit_ridge(study: Study, questions: Sequence[Question], rope: str) -> CacheTo
     fuser = make_fuser("ridge", receiver=config.receiver, sharer=config.sharer, rope=rope, **options).eval()
     pair = CacheToCache(study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)])
     half = max(1, min(FIT_BATCH, len(questions) // 2))
-    fuser.fit(one for one in map(lambda batch: _caches(pair, fuser, batch), batches(questions, half)) if one is not None)
+    caches = (_caches(pair, fuser, batch) for batch in batches(questions, half))
+    fuser.fit(one for one in caches if one is not None)
     return pair
 
 
@@ -122,7 +125,7 @@ def draw(figures: dict[str, Any]) -> "Figure":
     for place, name in enumerate(figures["prompts"]["filled"]):
         _line(panels[2], [group["tokens"] for group in groups], [group["ways"][name] for group in groups], place, None)
     panels[2].set(xlabel="tokens of the answer")
-    panels[2].xaxis.get_major_locator().set_params(integer=True)
+    panels[2].locator_params(axis="x", integer=True)
     panels[0].set(ylabel="right answers (%)", ylim=(-3, 103))
     legend_above(figure, [one for one in shown if not one.get_label().startswith("_")])
     return figure
@@ -205,7 +208,7 @@ def _by_response(study: Study, asked: Sequence[Question], alone: np.ndarray, fus
     groups = []
     for length in sorted(set(lengths.tolist())):
         mine = np.flatnonzero(lengths == length)
-        some = [asked[place] for place in mine]
+        some = [asked[place] for place in mine.tolist()]
         ways = {"alone": _figures(alone[:, mine], alone[:, mine], some)}
         groups.append(
             {"tokens": length, "ways": ways | {name: _figures(one[:, mine], alone[:, mine], some) for name, one in fused.items()}}

@@ -130,7 +130,7 @@ def draw(figures: dict[str, Any]) -> "Figure":
     for way, colour, marker in zip(("alone", "fused"), COLOURS[2:], MARKERS[2:], strict=False):
         layer.plot(figures["layers"][way], marker=marker, color=colour, label=way, markersize=5)
     layer.set(xlabel="after layer (0: embedding), logit lens", ylim=(0, 1))
-    layer.xaxis.get_major_locator().set_params(integer=True)
+    layer.locator_params(axis="x", integer=True)
     layer.legend()
     for axes in (share, layer):
         axes.set_title(f"mean over {figures['questions']} questions", loc="left", fontsize=9)
@@ -141,7 +141,7 @@ def _panels() -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 8.4), layout="constrained")
-    panels = figure.subplot_mosaic([["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1])
+    panels: "dict[str, Axes]" = figure.subplot_mosaic([["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1])
     return figure, [panels[name] for name in ("path", "worth", "share", "layer")]
 
 

@@ -11,7 +11,9 @@ distribution. Whether the cosine of that layer's attention output, or the error 
 over maps of all stages of training.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +38,7 @@ Map = Callable[[Tensor], Tensor]
 CLOUDS = ("sharer", "receiver", "mapped")
 NEIGHBOURS = 5
 STAGES = (0, 20, 60, 150, 400, 1000)
+PREDICTORS = {"attention_cosine": "cosine of attention outputs", "validation_mse": "error of the map (MSE)"}
 RIDGE_PENALTY = 0.01
 BATCH = 512
 
@@ -147,15 +150,14 @@ def perceptrons(tokens: Tokens, hidden: int, stages: Sequence[int], seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = [tokens.sharer.shape[1], hidden, hidden, tokens.receiver.shape[1]]
-        linear = [nn.Linear(one, other) for one, other in zip(sizes, sizes[1:], strict=False)]
+        linear = [nn.Linear(one, other) for one, other in pairwise(sizes)]
     net = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2]).to(tokens.sharer.device)
     adam = torch.optim.Adam(net.parameters(), lr=2e-3)
     kept: list[Map] = []
     inputs, outputs = x.to(tokens.sharer), y.to(tokens.receiver)
     for step in range(stages[-1] + 1):
         if step in stages:
-            state = {name: part.clone() for name, part in net.state_dict().items()}
-            kept.append(lambda given, state=state: y.back(torch.func.functional_call(net, state, x.to(given))))
+            kept.append(_frozen(copy.deepcopy(net), x, y))
         rows = torch.randint(len(inputs), (BATCH,), generator=generator).to(inputs.device)
         loss = nn.functional.mse_loss(net(inputs[rows]), outputs[rows])
         adam.zero_grad()
@@ -231,7 +233,7 @@ def predictors(maps: Sequence[dict[str, float]]) -> dict[str, float | None]:
     from scipy.stats import spearmanr
 
     out = {}
-    for name in ("validation_mse", "attention_cosine"):
+    for name in PREDICTORS:
         one = spearmanr([row[name] for row in maps], [row["divergence"] for row in maps]).statistic
         out[name] = None if np.isnan(one) else float(one)
     return out
@@ -248,8 +250,8 @@ def reading(figures: dict[str, Any]) -> str:
         f"{100 * maps[last]['validation_r2']:.0f}% of the variance of the receiver's layer {figures['layer']}; "
         f"{100 * volume['mapped']['inside']:.0f}% of the mapped tokens lie inside of its space and reach "
         f"{100 * volume['mapped']['reached']:.0f}% of it{ceiling}. "
-        f"With this layer mapped, what the receiver says first departs by {maps[last]['divergence']:.3f} nats from its own (the mean in its "
-        f"place: {maps['mean']['divergence']:.3f}); over {len(maps)} maps that has a rank correlation of "
+        f"With this layer mapped, what the receiver says first departs by {maps[last]['divergence']:.3f} nats from its own (the mean in "
+        f"its place: {maps['mean']['divergence']:.3f}); over {len(maps)} maps that has a rank correlation of "
         f"{_signed(figures['predictors']['attention_cosine'])} with the cosine of attention outputs and of "
         f"{_signed(figures['predictors']['validation_mse'])} with the error."
     )
@@ -265,15 +267,15 @@ def draw(figures: dict[str, Any]) -> "Figure":
         shown = shown or points
         axes.set_title(name, loc="left", fontsize=9)
         axes.set(xlabel="first dimension (no unit)", ylabel="second dimension" if axes is panels[0] else "")
-    for axes, (field, label) in zip(
-        panels[2:], (("attention_cosine", "cosine of attention outputs"), ("validation_mse", "error of the map (MSE)"))
-    ):
+    for axes, (field, label) in zip(panels[2:], PREDICTORS.items(), strict=True):
         for name, one in figures["maps"].items():
             place = ("mean", "ridge").index(name) + 3 if name in ("mean", "ridge") else 2
             axes.plot(one[field], one["divergence"], MARKERS[place], color=COLOURS[place], markersize=7)
             below = place > 2 or name == list(figures["maps"])[-1]  # beside the stages, and so that their names do not touch
-            offset = {"xytext": (5, -11 if below else 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(name.removeprefix("mlp, "), (one[field], one["divergence"]), **offset)
+            place_of_name = (5, -11 if below else 4)
+            axes.annotate(
+                name.removeprefix("mlp, "), (one[field], one["divergence"]), place_of_name, textcoords="offset points", fontsize=8
+            )
         axes.set(xlabel=label, ylabel="divergence of the first token (nats)" if axes is panels[2] else "", ylim=(0, None))
         axes.margins(0.2, 0.15)
     legend_above(figure, shown)
@@ -283,6 +285,10 @@ def draw(figures: dict[str, Any]) -> "Figure":
 def _cloud(axes: "Axes", name: str, place: int, points: list[list[float]]) -> Any:
     x, y = np.array(points).T
     return axes.plot(x, y, MARKERS[place], color=COLOURS[place], markersize=3.5, alpha=0.7, markeredgewidth=0, linestyle="", label=name)[0]
+
+
+def _frozen(net: nn.Module, x: Standard, y: Standard) -> Map:
+    return lambda given: y.back(net(x.to(given)))
 
 
 def _mean(tokens: Tokens) -> Map:
