@@ -220,7 +220,7 @@ def _panels(height: float) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height + 2.8), layout="constrained")
-    panels: "dict[str, Axes]" = figure.subplot_mosaic([["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8])
+    panels: dict[str, Axes] = figure.subplot_mosaic([["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8])
     return figure, [panels[name] for name in ("kinds", "single", "together")]
 
 

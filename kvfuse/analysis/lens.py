@@ -141,7 +141,7 @@ def _panels() -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 8.4), layout="constrained")
-    panels: "dict[str, Axes]" = figure.subplot_mosaic([["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1])
+    panels: dict[str, Axes] = figure.subplot_mosaic([["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1])
     return figure, [panels[name] for name in ("path", "worth", "share", "layer")]
 
 

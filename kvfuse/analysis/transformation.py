@@ -11,9 +11,7 @@ distribution. Whether the cosine of that layer's attention output, or the error 
 over maps of all stages of training.
 """
 
-import copy
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +20,11 @@ from torch import Tensor, nn
 
 from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.hooks import watching
+from kvfuse.analysis.maps import NEIGHBOURS, Map, Standard, coverage, mean, perceptrons, ridge
 from kvfuse.analysis.readout import Read, batches, first_run, read, spread
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
 from kvfuse.fuse import Picked, pick
-from kvfuse.fusers.moments import Moments
 from kvfuse.kv_cache import KV, read_cache
 from kvfuse.plots import COLOURS, MARKERS, legend_above, new_panels, styled
 
@@ -34,13 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Map = Callable[[Tensor], Tensor]
 CLOUDS = ("sharer", "receiver", "mapped")
-NEIGHBOURS = 5
 STAGES = (0, 20, 60, 150, 400, 1000)
 PREDICTORS = {"attention_cosine": "cosine of attention outputs", "validation_mse": "error of the map (MSE)"}
-RIDGE_PENALTY = 0.01
-BATCH = 512
 
 
 class Tokens:
@@ -112,8 +106,11 @@ def run(study: Study, layer: int = -1, questions: int = 160, hidden: int = 256, 
             Tokens(study, [one for place, one in enumerate(asked) if (place in held) == wanted], layer % layers) for wanted in (False, True)
         )
     stages = [stage for stage in STAGES if not study.smoke or stage <= 60]
-    maps = {"mean": _mean(training), "ridge": ridge(training.sharer, training.receiver)}
-    maps |= {f"mlp, {stage} steps": one for stage, one in zip(stages, perceptrons(training, hidden, stages, study.seed), strict=True)}
+    maps = {"mean": mean(training.receiver), "ridge": ridge(training.sharer, training.receiver)}
+    maps |= {
+        f"mlp, {stage} steps": one
+        for stage, one in zip(stages, perceptrons(training.sharer, training.receiver, hidden, stages, study.seed), strict=True)
+    }
     with torch.no_grad():
         quality = {name: {**_errors(one, training, validation), **_quality(study, one, validation)} for name, one in maps.items()}
         best = maps[f"mlp, {stages[-1]} steps"]
@@ -133,69 +130,6 @@ def run(study: Study, layer: int = -1, questions: int = 160, hidden: int = 256, 
 def flat(kv: KV, layer: int) -> Tensor:
     """``(N, H D_k + H D_v)`` float32: keys, then values, of picked tokens in one layer."""
     return torch.cat([part[layer, 0].transpose(0, 1).flatten(1) for part in (kv.key, kv.value)], dim=1).float()
-
-
-def ridge(x: Tensor, y: Tensor) -> Map:
-    """Ridge regression of ``y`` ``(N, C)`` on ``x`` ``(N, P)``."""
-    moments = Moments(1, x.shape[1], y.shape[1], x.device)
-    moments.add(x[None], y[None])
-    weight, bias = (part[0].float() for part in moments.solve(RIDGE_PENALTY))
-    return lambda x: x @ weight + bias
-
-
-def perceptrons(tokens: Tokens, hidden: int, stages: Sequence[int], seed: int) -> list[Map]:
-    """Three linear layers with GELU between them, trained by Adam, as they are after so many steps; inputs and outputs standardized."""
-    x, y = (Standard(part) for part in (tokens.sharer, tokens.receiver))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sizes = [tokens.sharer.shape[1], hidden, hidden, tokens.receiver.shape[1]]
-        linear = [nn.Linear(one, other) for one, other in pairwise(sizes)]
-    net = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2]).to(tokens.sharer.device)
-    adam = torch.optim.Adam(net.parameters(), lr=2e-3)
-    kept: list[Map] = []
-    inputs, outputs = x.to(tokens.sharer), y.to(tokens.receiver)
-    for step in range(stages[-1] + 1):
-        if step in stages:
-            kept.append(_frozen(copy.deepcopy(net), x, y))
-        rows = torch.randint(len(inputs), (BATCH,), generator=generator).to(inputs.device)
-        loss = nn.functional.mse_loss(net(inputs[rows]), outputs[rows])
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return kept
-
-
-class Standard:
-    """Takes off mean and scale of each dimension of ``(N, C)``, and puts them on again."""
-
-    def __init__(self, sample: Tensor) -> None:
-        self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
-
-    def to(self, given: Tensor) -> Tensor:
-        return (given - self.mean) / self.scale
-
-    def back(self, given: Tensor) -> Tensor:
-        return given * self.scale + self.mean
-
-
-def coverage(target: np.ndarray, points: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
-    """How the points fill the target's space.
-
-    Args:
-        target: ``(N, C)``.
-        points: ``(M, C)``.
-        neighbours: A ball around each target point reaches to this nearest other one.
-
-    Returns:
-        ``inside``: the share of points in any ball; ``reached``: the share of balls with a point in them.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    count = min(neighbours, len(target) - 1)
-    radii = NearestNeighbors(n_neighbors=count).fit(target).kneighbors()[0][:, -1]  # without themselves
-    within = np.linalg.norm(points[:, None] - target[None], axis=-1) <= radii
-    return {"inside": float(within.any(1).mean()), "reached": float(within.any(0).mean())}
 
 
 def picture(tokens: Tokens, run: Map, samples: int, perplexity: float, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -287,20 +221,11 @@ def _cloud(axes: "Axes", name: str, place: int, points: list[list[float]]) -> An
     return axes.plot(x, y, MARKERS[place], color=COLOURS[place], markersize=3.5, alpha=0.7, markeredgewidth=0, linestyle="", label=name)[0]
 
 
-def _frozen(net: nn.Module, x: Standard, y: Standard) -> Map:
-    return lambda given: y.back(net(x.to(given)))
-
-
-def _mean(tokens: Tokens) -> Map:
-    mean = tokens.receiver.mean(0)
-    return lambda x: mean.expand(len(x), -1)
-
-
 def _errors(run: Map, training: Tokens, validation: Tokens) -> dict[str, float]:
     errors = {"training_mse": training, "validation_mse": validation}
     out = {name: nn.functional.mse_loss(run(one.sharer), one.receiver).item() for name, one in errors.items()}
-    mean = nn.functional.mse_loss(training.receiver.mean(0).expand_as(validation.receiver), validation.receiver).item()
-    return {**out, "validation_r2": 1 - out["validation_mse"] / mean}
+    baseline = nn.functional.mse_loss(mean(training.receiver)(validation.receiver), validation.receiver).item()
+    return {**out, "validation_r2": 1 - out["validation_mse"] / baseline}
 
 
 def _quality(study: Study, run: Map, tokens: Tokens) -> dict[str, float]:
