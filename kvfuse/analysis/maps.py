@@ -52,7 +52,7 @@ def perceptrons(source: Tensor, target: Tensor, hidden: int, stages: Sequence[in
     inputs, outputs = x.to(source), y.to(target)
     for step in range(stages[-1] + 1):
         if step in stages:
-            kept.append(_frozen(copy.deepcopy(net), x, y))
+            kept.append(_frozen(copy.deepcopy(net).requires_grad_(False), x, y))
         rows = torch.randint(len(inputs), (BATCH,), generator=generator).to(inputs.device)
         loss = nn.functional.mse_loss(net(inputs[rows]), outputs[rows])
         adam.zero_grad()

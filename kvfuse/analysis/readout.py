@@ -1,5 +1,6 @@
 """What the receiver makes of a cache that it is given: its first answer token, and how likely it finds the right answers."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,11 @@ def first_run(model: PreTrainedModel, seen: Read, kv: KV, **outputs: Any) -> Any
     rows = kv.key.shape[1] if len(seen.prompt.ids) == 1 else -1
     given = {"input_ids": seen.prompt.ids[:, -1:], "attention_mask": seen.prompt.mask, "position_ids": seen.prompt.positions[:, -1:]}
     given = {name: tensor.expand(rows, -1).to(model.device) for name, tensor in given.items()}
-    return model(**given, past_key_values=read_only_cache(seen.prefilled, kv), **outputs)
+    prefilled = seen.prefilled
+    if rows > 1:  # recurrent state is not in kv
+        prefilled = copy.deepcopy(prefilled)
+        prefilled.reorder_cache(torch.zeros(rows, dtype=torch.long, device=kv.key.device))
+    return model(**given, past_key_values=read_only_cache(prefilled, kv), **outputs)
 
 
 def mix(own: KV, fused: KV, chosen: Tensor) -> KV:
