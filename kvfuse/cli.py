@@ -234,6 +234,31 @@ def analyze(
 
 
 @app.command()
+def doctor(
+    fuser: Annotated[
+        list[str] | None, typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair.")
+    ] = None,
+    receiver: Annotated[str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")] = None,
+    sharer: Annotated[list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")] = None,
+) -> None:
+    """Examine a pair: shapes, tokenizers, alignment, gates, memory and time; closed gates must leave the receiver as it is.
+
+    kvfuse doctor -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser
+    """
+    from rich.console import Console
+
+    from kvfuse.analysis.doctor import examine, sample_of, table, verdict
+
+    if not fuser:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
+    checks = examine(sample_of(fuser or (), receiver, sharer or ()))
+    Console().print(table(checks))
+    typer.echo(verdict(checks))
+    if not all(check.well for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a fuser.")],
     folder: Annotated[Path, typer.Argument(help="New folder.")],

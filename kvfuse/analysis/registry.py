@@ -14,12 +14,17 @@ from kvfuse.plugins import nearest
 from kvfuse.recipe import override
 
 ANALYSES = {
+    "enrichment": "kvfuse.analysis.enrichment",
+    "transformation": "kvfuse.analysis.transformation",
     "gates": "kvfuse.analysis.gates",
     "effective-rank": "kvfuse.analysis.effective_rank",
     "proportion": "kvfuse.analysis.proportion",
     "layers": "kvfuse.analysis.layers",
     "overlap": "kvfuse.analysis.overlap",
     "scaling": "kvfuse.analysis.scaling",
+    "length": "kvfuse.analysis.length",
+    "attention": "kvfuse.analysis.attention",
+    "lens": "kvfuse.analysis.lens",
 }
 """Name -> module, which has the function ``run`` and opens with the question that it answers."""
 

@@ -1,0 +1,94 @@
+"""Maps between caches: known answers, and that a perfect map changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from kvfuse.analysis import transformation
+from kvfuse.analysis.maps import Standard, coverage, mean, perceptrons, ridge
+from kvfuse.analysis.readout import first_run
+from kvfuse.analysis.study import Study
+from kvfuse.analysis.transformation import Tokens, flat, predictors, run
+from kvfuse.errors import AnalysisError
+
+
+def linear(tokens=400):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 6)
+    return x, x @ torch.randn(6, 4) + 3
+
+
+def test_ridge_finds_a_linear_map():
+    x, y = linear()
+    assert (ridge(x, y)(x) - y).abs().max() < 0.2
+    assert torch.equal(mean(y)(x)[0], y.mean(0))
+
+
+def test_the_perceptron_learns_by_stages():
+    x, y = linear()
+    errors = [float((one(x) - y).square().mean()) for one in perceptrons(x, y, 32, (0, 50, 400), seed=0)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.05 * errors[0]
+
+
+def test_the_perceptron_is_the_same_for_the_same_seed():
+    x, y = linear(50)
+    first, again = (perceptrons(x, y, 8, (0, 5), seed=3)[-1](x) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_standardizing_is_undone():
+    x, _ = linear()
+    standard = Standard(x)
+    torch.testing.assert_close(standard.back(standard.to(x)), x)
+
+
+def test_coverage_of_known_clouds():
+    cloud = np.random.default_rng(0).normal(size=(200, 3))
+    assert coverage(cloud, cloud) == {"inside": 1.0, "reached": 1.0}
+    assert coverage(cloud, cloud + 100) == {"inside": 0.0, "reached": 0.0}
+    few = coverage(cloud, cloud[:1].repeat(200, 0))
+    assert few["inside"] == 1.0
+    assert few["reached"] < 0.2
+
+
+def test_a_perfect_map_changes_nothing():
+    study = Study.tiny()
+    tokens = Tokens(study, study.questions, 1)
+    (kv,) = tokens.mapped(lambda _: tokens.receiver)
+    torch.testing.assert_close(kv.key, tokens.reads[0].own.key)
+    quality = transformation._quality(study, lambda _: tokens.receiver, tokens)
+    assert quality["attention_cosine"] == pytest.approx(1)
+    assert quality["divergence"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_map_stands_in_one_layer_alone_at_the_aligned_tokens():
+    study = Study.tiny()
+    tokens = Tokens(study, study.questions[:1], 1)
+    (kv,), seen = tokens.mapped(lambda x: torch.full((len(x), tokens.receiver.shape[1]), 7.0)), tokens.reads[0]
+    reached = seen.fused_positions[0]
+    torch.testing.assert_close(kv.value[1, 0, :, reached], torch.full_like(kv.value[1, 0, :, reached], 7.0))
+    torch.testing.assert_close(kv.value[[0, 2]], seen.own.value[[0, 2]])
+    assert not torch.allclose(
+        first_run(study.pair.receiver.model, seen, kv).logits, first_run(study.pair.receiver.model, seen, seen.own).logits
+    )
+    assert flat(tokens.picked[0].receiver, 1).shape == tokens.receiver.shape
+
+
+def test_predictors_are_rank_correlations():
+    rows = [{"attention_cosine": 1 - place, "validation_mse": place**3, "divergence": place} for place in range(4)]
+    assert predictors(rows) == {"attention_cosine": pytest.approx(-1), "validation_mse": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_runs(family):
+    figures = run(Study.tiny(family), samples=20).figures
+    assert set(figures["clouds"]) == {"PCA", "t-SNE"}
+    assert {len(points) for clouds in figures["clouds"].values() for points in clouds.values()} == {
+        min(20, figures["tokens"]["validation"])
+    }
+
+
+def test_there_must_be_such_a_layer():
+    with pytest.raises(AnalysisError, match="from -3 to 2"):
+        run(Study.tiny(), layer=3)
