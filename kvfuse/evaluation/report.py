@@ -229,7 +229,9 @@ def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block
     yield Table(header, [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()])
     if published:
         told = "; ".join(dict.fromkeys(one.source for one in published))
-        yield Text(f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.", lead="Published:")
+        yield Text(
+            f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.", lead="Published:"
+        )
     yield Picture(figures.svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
 
 
