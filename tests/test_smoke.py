@@ -14,7 +14,7 @@ from kvfuse.evaluation.smoke import NOTE, QUESTIONS, tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "evaluation" in yaml.safe_load(path.read_text()))
-QUICK = "table-6"  # two pairs
+QUICK = "table-13"  # several pairs, several sharers
 
 
 @pytest.fixture
