@@ -15,6 +15,7 @@ from kvfuse.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 COMMANDS = re.findall(r"^.* train (recipes/\S+)(.*)$", (FOLDER.parent / "docs/training.md").read_text(), re.MULTILINE)
+EVALUATIONS = re.findall(r"^kvfuse eval (recipes/\S+) (.*)$", (FOLDER.parent / "docs/evaluation.md").read_text(), re.MULTILINE)
 PAPERS = sorted((FOLDER / "paper").glob("*.yaml"))
 RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - set(PAPERS))
 GPUS = 8
@@ -35,6 +36,11 @@ def test_a_recipe_is_right_and_opens_with_its_command(path):
 @pytest.mark.parametrize(("path", "words"), COMMANDS)
 def test_what_the_page_on_training_tells_to_run_is_right(path, words):
     load_recipe(FOLDER.parent / path, [word for word in words.split() if word != "--dry-run"])
+
+
+@pytest.mark.parametrize(("path", "words"), EVALUATIONS)
+def test_what_the_page_on_evaluation_tells_to_run_is_right(path, words):
+    load_evaluation(FOLDER.parent / path, [word for word in words.split() if "=" in word])
 
 
 @pytest.mark.parametrize("name", PAPER)

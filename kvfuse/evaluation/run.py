@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,8 @@ def evaluate(recipe: EvaluationRecipe, out: Path, say: Say = print, quiet: bool 
         MethodError, PairError, CheckpointError: A method, model or fuser that cannot be had.
     """
     say = processes().on_main_process(say)
-    pairs = recipe.evaluation.pairs
     folders = []
-    for pair, run in zip(pairs or [None], recipe.runs(), strict=True):
+    for pair, run in zip_longest(recipe.evaluation.pairs, recipe.runs()):  # one run without a pair, or one for each
         if pair is not None and not pair.can_run:
             say(f"{pair.name}: not run. {pair.why_not}")
             continue

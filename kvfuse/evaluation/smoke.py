@@ -17,7 +17,7 @@ from kvfuse.processes import processes
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 
 NOTE = "A smoke run: the models are tiny and random, the questions made up. No measured figure of it says anything about any model."
-QUESTIONS, TIMED, NEW_TOKENS, LONGEST = 3, 2, 8, 4096
+QUESTIONS, TIMED, NEW_TOKENS, LONGEST = 3, 1, 4, 4096
 
 
 def tiny(recipe: EvaluationRecipe, out: Path) -> EvaluationRecipe:
