@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from answers import answers
+
+from kvfuse.evaluation.predictions import append
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +29,11 @@ def test_commands_run(command, tmp_path):
     words = shlex.split(command, comments=True)[1:]
     if words[0] == "train":
         words += ["train.steps=2", "data.limit=40"]
+    if words[0] == "eval":
+        words += ["evaluation.limit=6", "evaluation.timed=1", "evaluation.methods=[receiver,cache-to-cache]"]
+        words += ["evaluation.tasks=[openbookqa_generate]"] if "--smoke" in words else []
+    if words[0] == "report":
+        append(tmp_path / words[1] / "predictions.jsonl", answers("receiver", [1, 0]))
     if words[0] == "demo":
         if "build" in words:
             pytest.skip("takes a quarter of an hour")

@@ -12,7 +12,7 @@ from lm_eval import evaluate
 
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.harness import NO_SCORE, HarnessModel
-from kvfuse.evaluation.tasks import load_task, task_manager, task_names
+from kvfuse.evaluation.tasks import load_task, made_up, task_manager, task_names
 from kvfuse.evaluation.tasks.longbench import (
     FAMILIES,
     SCORERS,
@@ -24,27 +24,15 @@ from kvfuse.evaluation.tasks.longbench import (
     score,
     word_f1,
 )
+from kvfuse.evaluation.tasks.made_up import GPQA, REDUX
 from kvfuse.evaluation.tasks.readouts import likeliest
+from kvfuse.evaluation.tasks.sources import SOURCES
 from kvfuse.methods import Method
 from kvfuse.methods.contract import OptionScore, Reply
 from kvfuse.training.shapes import to_messages
 
 COUNTS = {"mmlu_redux": 5632, "openbookqa": 500, "arc_challenge": 1150, "ceval": 1346, "gsm8k": 1319}
-LABELLED = {"text": ["ice", "steam", "fog"], "label": ["A", "B", "C"]}
-GPQA = {"Question": "Which?", "Correct Answer": "right ", **{f"Incorrect Answer {n}": f"wrong {n}" for n in (1, 2, 3)}}
-REDUX = {"subject": "law", "question": "Which?", "choices": list("wxyz"), "answer": 1, "error_type": "ok", "correct_answer": None}
-LONG = {"context": "Once.", "input": "Who?", "answers": ["Ada"], "length": 4000, "dataset": "qasper_e", "all_classes": None, "_id": "1"}
-ROWS = {
-    "mmlu_redux": REDUX,
-    "openbookqa": {"question_stem": "Water is", "choices": LABELLED, "answerKey": "B"},
-    "arc_challenge": {"question": "Water is", "choices": LABELLED, "answerKey": "C"},
-    "ceval": {"question": "水是", "A": "冰", "B": "汽", "C": "雾", "D": "石", "answer": "D"},
-    "mmmlu": {"Question": "Wasser ist", "A": "Eis", "B": "Dampf", "C": "Nebel", "D": "Stein", "Answer": "A"},
-    "mmlu_pro": {"question": "Which?", "options": [f"option {n}" for n in range(10)], "answer": "J", "category": "law"},
-    "gpqa_diamond": GPQA,
-    "gsm8k": {"question": "1 + 1?", "answer": "One and one.\n#### 1,002"},
-    "math500": {"problem": "$1/2$?", "answer": "\\frac{1}{2}", "subject": "Algebra"},
-}
+ROWS = {name.replace("-", "_"): row for name, row in made_up.ROWS.items()}
 CHOICES = [name for name in ROWS if f"{name}_options" in task_names()]
 
 
@@ -133,17 +121,17 @@ def test_errors_in_mmlu_redux_are_left_out_or_corrected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reply", "right"),
+    ("source", "reply", "right"),
     [
         ("gsm8k", "So\nAnswer: $1002", 1),
         ("gsm8k", "1003", 0),
-        ("math500", "Answer: $0.5$", 1),
-        ("math500", "\\boxed{2}", 0),
+        ("math-500", "Answer: $0.5$", 1),
+        ("math-500", "\\boxed{2}", 0),
         ("gsm8k", "", 0),
     ],
 )
-def test_results_are_compared(tmp_path, name, reply, right):
-    assert accuracy(load_task(f"{name}_generate", write(tmp_path, [ROWS[name]])), reply) == right
+def test_results_are_compared(tmp_path, source, reply, right):
+    assert accuracy(load_task(f"{source.replace('-', '')}_generate", write(tmp_path, [made_up.ROWS[source]])), reply) == right
 
 
 def test_the_embedded_facts_are_asked_by_kind():
@@ -168,11 +156,19 @@ def test_longbench_has_its_data_sets_and_lengths(tmp_path):
 
 
 def task_manager_group(name, folder):
-    for data_set in ["multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum", "qasper"]:
-        write(folder, [{**LONG, "length": length, "dataset": f"{data_set}_e"} for length in (3999, 4000, 8000)], f"{data_set}_e.jsonl")
-    for data_set in ["passage_count", "passage_retrieval_en", "lcc", "repobench-p"]:
-        write(folder, [{**LONG, "dataset": f"{data_set}_e"}], f"{data_set}_e.jsonl")
+    made_up.write(folder, "longbench", [f"{data_set}_e" for data_set in " ".join(FAMILIES.values()).split()])
     return load_task(name, folder)
+
+
+def test_every_data_set_has_made_up_questions():
+    assert made_up.ROWS.keys() == SOURCES.keys()
+
+
+def test_answers_can_be_kept_short(tmp_path):
+    def longest(**options):
+        return load_task("openbookqa_generate", write(tmp_path, [ROWS["openbookqa"]]), **options).config.generation_kwargs["max_gen_toks"]
+
+    assert (longest(), longest(max_new_tokens=8), longest()) == (64, 8, 64)
 
 
 def test_scores_of_longbench():

@@ -8,8 +8,9 @@ from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.document import Block, Facts, Heading, Table, Text, to_html, to_markdown
 from kvfuse.evaluation.metrics import Figures, metrics, paired
-from kvfuse.evaluation.predictions import Run, read_run
-from kvfuse.evaluation.report import accuracy_cell
+from kvfuse.evaluation.predictions import Published, Run, read_run
+from kvfuse.evaluation.quoted import beside, select
+from kvfuse.evaluation.report import accuracy_cell, notes
 from kvfuse.evaluation.task_scores import TaskScores, by_task
 from kvfuse.evaluation.verdict import points
 
@@ -42,19 +43,28 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
     records = [metrics(run) for run in runs]
     tasks = [by_task(run.predictions) for run in runs]
     yield Heading(f"Evaluation: {', '.join(names)}", level=1)
+    yield from notes(runs)
     yield Facts({name: ", ".join(record["tasks"]) for name, record in zip(names, records, strict=True)})
     for task in dict.fromkeys(task for record in records for task in record["tasks"]):
         yield Heading(task)
-        yield from _task([record["tasks"].get(task) for record in records], [one.get(task) for one in tasks], names)
+        published = [[one for one in run.published if one.task == task] for run in runs]
+        yield from _task([record["tasks"].get(task) for record in records], [one.get(task) for one in tasks], names, published)
     if any(record["latency"] for record in records):
         yield from _latency([record["latency"] for record in records], names)
     yield from _configurations([run.config for run in runs], names)
 
 
-def _task(figures: Sequence[Figures | None], scores: Sequence[TaskScores | None], names: Sequence[str]) -> Iterator[Block]:
+def _task(
+    figures: Sequence[Figures | None], scores: Sequence[TaskScores | None], names: Sequence[str], published: Sequence[Sequence[Published]]
+) -> Iterator[Block]:
     methods = list(dict.fromkeys(method for one in figures if one for method in one["methods"]))
-    rows = [[method, *(accuracy_cell(one["methods"].get(method) if one else None) for one in figures)] for method in methods]
+    rows = []
+    for method in dict.fromkeys([*methods, *(one.method for some in published for one in select(some))]):
+        cells = [accuracy_cell(one["methods"].get(method) if one else None) for one in figures]
+        rows.append([method, *(beside(cell, select(some, method)) for cell, some in zip(cells, published, strict=True))])
     yield Table(["score, % [95%]", *names], rows)
+    if any(map(select, published)):
+        yield Text("Behind a stroke: published; each run's own report has the sources, and why rows cannot be run as published.")
     for name, one in zip(names, figures, strict=True):
         if one:
             yield Text(one["verdict"], lead=f"{name}.")

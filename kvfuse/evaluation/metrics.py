@@ -25,6 +25,7 @@ def metrics(run: Run) -> Figures:
     """Everything that a run's report shows, shares and seconds as plain numbers; ``metrics.json`` is this."""
     tasks = by_task(run.predictions)
     return {
+        **({"note": run.note} if run.note else {}),
         "tasks": {name: task_figures(task) for name, task in tasks.items()},
         "average": average(list(tasks.values())) if len(tasks) > 1 else None,
         "latency": latency(run.timings),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -105,9 +105,11 @@ class Published(Row):
 
     Attributes:
         task: The task's name here.
-        method: The method's here.
-        value: As printed, in percent.
+        method: The method's here, or the paper's own name of one that is not.
+        value: As printed, in its unit.
         source: Where it is printed.
+        unit: Percent of a score; or milliseconds or tokens of a question.
+        part: Of what it is a part: a kind of question, a phase of the time, tokens ``in`` or ``out``. None: the whole.
         why_not: Why the row cannot be run as published, where it cannot.
     """
 
@@ -115,6 +117,8 @@ class Published(Row):
     method: str
     value: float
     source: str
+    unit: Literal["%", "ms", "tokens"] = "%"
+    part: str | None = None
     why_not: str | None = None
 
 
@@ -129,6 +133,7 @@ class Run:
         config: The resolved configuration.
         versions: Of what it ran with: libraries, machine, date.
         published: What the configuration quotes from papers.
+        note: What the configuration says that a reader must know first.
     """
 
     name: str
@@ -137,6 +142,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     published: Sequence[Published] = ()
+    note: str = ""
 
 
 def read_run(folder: str | Path) -> Run:
@@ -159,6 +165,7 @@ def read_run(folder: str | Path) -> Run:
         published=[
             _checked(Published.model_validate, one, f"the published figures of {folder / CONFIG}") for one in config.get("published") or []
         ],
+        note=str((config.get("evaluation") or {}).get("note") or ""),
     )
 
 

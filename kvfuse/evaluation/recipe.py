@@ -2,17 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
+from kvfuse.evaluation.quoted import as_rows
 from kvfuse.methods import find_method
 from kvfuse.recipe import Section, check, read_recipe
 
 OF_OTHERS = ("fuser", "data", "train", "token_alignment")
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
+
+
+def _known(methods: list[str]) -> list[str]:
+    for name in methods:
+        find_method(name)
+    return methods
+
+
+Tables = Annotated[list[Published], BeforeValidator(as_rows)]
+Methods = Annotated[list[str], AfterValidator(_known)]
 
 
 class PairSection(Section):
@@ -26,18 +37,26 @@ class PairSection(Section):
     """Folders or Hub ids, one per training seed; where there are several sharers, a list of one fuser for each."""
     subfolder: str | list[str] = ""
     """Inside of the fusers' repositories."""
-    fusion: Literal["parallel", "sequential"] = "parallel"
-    """How several sharers come together."""
+    fusion: Literal["parallel", "sequential"] | None = None
+    """In place of the recipe's."""
     tasks: list[str] = Field(default_factory=list)
     """In place of the recipe's."""
     data: Path | None = None
     """In place of the recipe's."""
-    methods: list[str] = Field(default_factory=list)
+    methods: Methods = Field(default_factory=list)
     """In place of the recipe's."""
-    published: list[Published] = Field(default_factory=list)
-    """Figures of a paper for this pair."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """In place of the recipe's."""
+    published: Tables = Field(default_factory=list)
+    """Figures of a paper for this pair; see :func:`kvfuse.evaluation.quoted.as_rows`."""
     why_not: str = ""
-    """Why this pair cannot be run as published; it is told, and nothing is run."""
+    """Why this pair cannot be run as published. It is told and nothing is run, unless ``fusers`` names folders and they are there."""
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is what it takes, as far as the recipe knows."""
+        sources = [one for seed in self.fusers for one in ([seed] if isinstance(seed, str) else seed)]
+        return not self.why_not or (bool(sources) and all(Path(one).is_dir() for one in sources))
 
 
 class EvaluationSection(Section):
@@ -51,7 +70,7 @@ class EvaluationSection(Section):
     """How several sharers come together."""
     tasks: list[str] = Field(min_length=1)
     """See ``kvfuse list tasks``."""
-    methods: list[str] = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
+    methods: Methods = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
     """See ``kvfuse list methods``."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Of the methods (:class:`kvfuse.methods.Setting`); ``router`` is a file."""
@@ -66,6 +85,8 @@ class EvaluationSection(Section):
     """Subjects, locales or kinds of question."""
     limit: int | None = Field(None, ge=1)
     """Questions per task."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer, in place of the tasks' own."""
     chat: bool = True
     """Ask through each model's chat template, or as plain text."""
     harness_tasks: bool = False
@@ -75,8 +96,10 @@ class EvaluationSection(Section):
     """Questions asked one at a time, methods by turns, for the clock."""
     pairs: list[PairSection] = Field(default_factory=list)
     """Several pairs, side by side; by default the recipe's own alone."""
-    published: list[Published] = Field(default_factory=list)
-    """Figures of a paper to stand beside the measured ones."""
+    published: Tables = Field(default_factory=list)
+    """Figures of a paper to stand beside the measured ones; see :func:`kvfuse.evaluation.quoted.as_rows`."""
+    note: str = ""
+    """What a reader must know first; reports begin with it."""
 
 
 class EvaluationRecipe(Section):
@@ -94,8 +117,13 @@ class EvaluationRecipe(Section):
 
     def with_controls(self, controls: Sequence[str]) -> "EvaluationRecipe":
         """The same with some of :data:`CONTROLS` added to its methods."""
-        methods = list(dict.fromkeys([*self.evaluation.methods, *controls]))
-        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"methods": methods})})
+
+        def more(methods: Sequence[str]) -> dict[str, list[str]]:
+            return {"methods": list(dict.fromkeys([*methods, *controls]))}
+
+        section = self.evaluation
+        pairs = [pair.model_copy(update=more(pair.methods)) if pair.methods else pair for pair in section.pairs]
+        return self.model_copy(update={"evaluation": section.model_copy(update={**more(section.methods), "pairs": pairs})})
 
     def runs(self) -> list["EvaluationRecipe"]:
         """The recipe of each pair, without :attr:`EvaluationSection.pairs`."""
@@ -111,6 +139,8 @@ class EvaluationRecipe(Section):
 
     def _of(self, pair: PairSection) -> "EvaluationRecipe":
         instead = {key: value for key, value in pair if value and key not in ("name", "receiver", "sharer", "why_not")}
+        if pair.fusers:
+            instead["subfolder"] = pair.subfolder
         section = self.evaluation.model_copy(update={**instead, "pairs": []})
         mine = {"receiver": pair.receiver or self.receiver, "sharer": pair.sharer or self.sharer, "evaluation": section}
         return self.model_copy(update=mine)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from kvfuse.evaluation import figures
 from kvfuse.evaluation.document import Block, Code, Facts, Heading, Picture, Table, Text, to_html, to_markdown
 from kvfuse.evaluation.metrics import Figures, all_phases, metrics
 from kvfuse.evaluation.predictions import METRICS, Published, Run, read_run
+from kvfuse.evaluation.quoted import beside, select, sources
 from kvfuse.evaluation.samples import failures, samples
 from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER, difference, points
 from kvfuse.plots import svg
@@ -48,6 +48,7 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
         record: Its figures, from :func:`kvfuse.evaluation.metrics.metrics`.
     """
     yield Heading(f"Evaluation: {run.name}", level=1)
+    yield from notes([run])
     yield Facts(_facts(run, record))
     yield Heading("Verdict")
     yield from _verdicts(record)
@@ -56,9 +57,9 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
         rows = [[name, accuracy_cell(one), _gain_cell(one.get("gain"))] for name, one in record["average"].items()]
         yield Table(["method", "mean score, % [95%]", "gain over the receiver [95%]"], rows)
     for name, task in record["tasks"].items():
-        yield from _task(name, task, [one for one in run.published if one.task == name])
+        yield from _task(name, task, [one for one in run.published if one.task == name and one.unit == "%"])
     if record["latency"]:
-        yield from _latency(record["latency"])
+        yield from _latency(record["latency"], [one for one in run.published if one.unit != "%"])
     yield from failures(run.predictions)
     for name in record["tasks"]:
         yield from samples(name, [row for row in run.predictions if row.task == name])
@@ -66,6 +67,12 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
     yield from _explanations(graded=any(task["graded"] for task in record["tasks"].values()))
     yield Heading("Configuration")
     yield Code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "not recorded")
+
+
+def notes(runs: Sequence[Run]) -> Iterator[Block]:
+    """What a reader of these runs must know first."""
+    for note in dict.fromkeys(run.note for run in runs if run.note):
+        yield Text(note, lead="Note.")
 
 
 def accuracy_cell(one: Mapping[str, Any] | None) -> str:
@@ -110,8 +117,8 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
     measure = "score" if task["graded"] else "accuracy"
     axis = f"{measure} (%), 95% interval"
     yield Heading(_counted(name, task))
-    yield _methods_table(task, measure, {one.method: one for one in published})
-    yield from _sources(published)
+    yield _methods_table(task, measure, {one.method: one for one in select(published)})
+    yield from sources(published)
     estimates = [(method, one["accuracy"], one["interval"]) for method, one in task["methods"].items()]
     yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
     if task["pairs"]:
@@ -119,7 +126,7 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
     if task["overlap"]:
         yield from _overlap(name, task)
     if task["categories"]:
-        yield from _categories(name, task, axis)
+        yield from _categories(name, task, axis, published)
 
 
 def _methods_table(task: Figures, measure: str, published: Mapping[str, Published]) -> Table:
@@ -137,15 +144,6 @@ def _method_cells(one: Figures) -> list[str]:
     seeds = [f"{100 * share:.1f}" for share in one["seeds"].values()]
     kept = [f"{100 * one['kept'][other]['share']:.1f}" if other in one["kept"] else "-" for other in (RECEIVER, SHARER)]
     return [" ".join(seeds) or "-", *kept, f"{one['items']:,}", str(one["failed"]), str(one["unread"])]
-
-
-def _sources(published: Sequence[Published]) -> Iterator[Block]:
-    """Where published figures are from, and why rows could not be run."""
-    for source, some in groupby(published, key=lambda one: one.source):
-        yield Text(", ".join(f"{one.method} {one.value:g}" for one in some) + ".", lead=f"Published, {source}:")
-    for one in published:
-        if one.why_not:
-            yield Text(one.why_not, lead=f"{one.method}, not run as published:")
 
 
 def _differences(name: str, task: Figures) -> Iterator[Block]:
@@ -206,33 +204,40 @@ def _without_sharer(regions: Mapping[str, float]) -> dict[str, float]:
     return two
 
 
-def _categories(name: str, task: Figures, axis: str) -> Iterator[Block]:
+def _categories(name: str, task: Figures, axis: str, published: Sequence[Published]) -> Iterator[Block]:
     methods, categories = list(task["methods"]), task["categories"]
     yield Heading("By category", level=3)
     rows = []
     for category, one in categories.items():
         cells = [f"{100 * one['methods'][method]['accuracy']:.1f}" if method in one["methods"] else "-" for method in methods]
-        rows.append([category, f"{one['items']:,}", *cells])
+        quoted = [beside(cell, select(published, method, part=category)) for method, cell in zip(methods, cells, strict=True)]
+        rows.append([category, f"{one['items']:,}", *quoted])
     yield Table(["category", "items", *methods], rows)
     drawn = methods if len(rows) <= FEW_CATEGORIES else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
     yield Picture(svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category.")
 
 
-def _latency(latency: Figures) -> Iterator[Block]:
+def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block]:
     phases = all_phases(latency)
     asked = max(one["questions"] for one in latency.values())
     yield Heading("Latency")
     yield Text(f"{asked:,} questions asked one at a time, warm, the methods by turns. p95: the 95th percentile. Phases: means in ms.")
     header = ["method", "median ms", "p95 ms", *(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
-    yield Table(header, [[name, *_latency_cells(one, [*phases, "other"])] for name, one in latency.items()])
+    yield Table(header, [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()])
+    if published:
+        told = "; ".join(dict.fromkeys(one.source for one in published))
+        yield Text(
+            f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.", lead="Published:"
+        )
     yield Picture(svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
 
 
-def _latency_cells(one: Figures, phases: Sequence[str]) -> list[str]:
+def _latency_cells(name: str, one: Figures, phases: Sequence[str], published: Sequence[Published]) -> list[str]:
     spent = figures.stack(one)
-    times = [f"{spent[phase]:.1f}" if phase in spent else "-" for phase in phases]
-    tokens = ["-" if one[key] is None else f"{one[key]:.1f}" for key in ("tokens_in", "tokens")]
-    return [f"{1000 * one['median']:.1f}", f"{1000 * one['p95']:.1f}", *times, *tokens]
+    times = [beside(f"{spent[phase]:.1f}" if phase in spent else "-", select(published, name, "ms", phase)) for phase in phases]
+    counts = {part: "-" if one[key] is None else f"{one[key]:.1f}" for part, key in (("in", "tokens_in"), ("out", "tokens"))}
+    tokens = [beside(count, select(published, name, "tokens", part)) for part, count in counts.items()]
+    return [beside(f"{1000 * one['median']:.1f}", select(published, name, "ms")), f"{1000 * one['p95']:.1f}", *times, *tokens]
 
 
 def _explanations(graded: bool) -> Iterator[Block]:
@@ -251,5 +256,5 @@ def _explanations(graded: bool) -> Iterator[Block]:
     yield Text(
         "Mismatched: the sharer has read another question. Cache-to-cache minus mismatched is what needs the sharer to have read this one; "
         "the rest of a gain is what any cache does, such as removing a preference for an answer letter. Failed: no answer, counted as "
-        "wrong. Not read: there is an answer, but nothing could be extracted from it."
+        "wrong. Not read: there is an answer, but nothing could be extracted from it. Behind a stroke: what a paper has."
     )

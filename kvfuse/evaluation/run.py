@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +92,12 @@ def evaluate(recipe: EvaluationRecipe, out: Path, say: Say = print, quiet: bool 
         MethodError, PairError, CheckpointError: A method, model or fuser that cannot be had.
     """
     say = processes().on_main_process(say)
-    names = [pair.name for pair in recipe.evaluation.pairs]
     folders = []
-    for name, run in zip(names or [""], recipe.runs(), strict=True):
-        if name and (reason := _reason(recipe, name)):
-            say(f"{name}: not run. {reason}")
+    for pair, run in zip_longest(recipe.evaluation.pairs, recipe.runs()):  # one run without a pair, or one for each
+        if pair is not None and not pair.can_run:
+            say(f"{pair.name}: not run. {pair.why_not}")
             continue
-        folders.append(out / name)
+        folders.append(out / pair.name if pair else out)
         evaluate_pair(run, folders[-1], say, quiet)
     if len(folders) > 1 and processes().is_main_process:
         write_comparison(folders, out / "report.html")
@@ -108,7 +108,9 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
     """One pair of a recipe. Arguments and errors as :func:`evaluate`."""
     section = recipe.evaluation
     tasks = {
-        name: load_task(name, section.data, section.template, section.limit, section.only or None, section.harness_tasks)
+        name: load_task(
+            name, section.data, section.template, section.limit, section.only or None, section.harness_tasks, section.max_new_tokens
+        )
         for name in section.tasks
     }
     models = Models(recipe)
@@ -130,7 +132,7 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
         record = write_report(folder)
         say("\n".join(f"{name}: {task['verdict']}" for name, task in record["tasks"].items()))
-        say(f"written to {folder / 'report.html'}")
+        say(f"written to {folder / 'report.html'}{f'. {section.note}' if section.note else ''}")
     processes().wait_for_everyone()
 
 
@@ -200,10 +202,6 @@ def _read_examples(path: Path, shots: int) -> list[Message]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"expected lines with prompt and response in {path}, got: {error}; correct the file") from error
     return [message for turn in turns for message in turn]
-
-
-def _reason(recipe: EvaluationRecipe, name: str) -> str:
-    return next(pair.why_not for pair in recipe.evaluation.pairs if pair.name == name)
 
 
 def _as_list(value: str | list[str]) -> list[str]:

@@ -45,6 +45,7 @@ def load_task(
     limit: int | None = None,
     only: str | list[str] | None = None,
     harness_tasks: bool = False,
+    max_new_tokens: int | None = None,
 ) -> "Task | Group":
     """A task as ``lm_eval.simple_evaluate(tasks=[...])`` takes it, its questions read.
 
@@ -57,6 +58,7 @@ def load_task(
         limit: At most so many questions, the first.
         only: Subjects, locales or kinds to ask about.
         harness_tasks: Know the harness's own tasks, too; finding them takes half a minute.
+        max_new_tokens: Longest answer, in place of the task's own.
 
     Raises:
         EvaluationError: There is no such task, its data are not there or not as they should be, or the template is none.
@@ -73,6 +75,8 @@ def load_task(
         if isinstance(ask, str) and ask not in one.features:
             one.set_config("doc_to_text", Template(ask))
             one.fewshot_cfg.doc_to_text = Template(ask)
+        if max_new_tokens is not None and one.config.generation_kwargs:
+            one.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
     return loaded.get("groups", {}).get(name) or loaded["tasks"][name]
 
 
