@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
@@ -16,14 +16,7 @@ OF_OTHERS = ("fuser", "data", "train", "token_alignment")
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
 
 
-def _known(methods: list[str]) -> list[str]:
-    for name in methods:
-        find_method(name)
-    return methods
-
-
 Tables = Annotated[list[Published], BeforeValidator(as_rows)]
-Methods = Annotated[list[str], AfterValidator(_known)]
 
 
 class PairSection(Section):
@@ -43,7 +36,7 @@ class PairSection(Section):
     """In place of the recipe's."""
     data: Path | None = None
     """In place of the recipe's."""
-    methods: Methods = Field(default_factory=list)
+    methods: list[str] = Field(default_factory=list)
     """In place of the recipe's."""
     max_new_tokens: int | None = Field(None, ge=1)
     """In place of the recipe's."""
@@ -70,7 +63,7 @@ class EvaluationSection(Section):
     """How several sharers come together."""
     tasks: list[str] = Field(min_length=1)
     """See ``kvfuse list tasks``."""
-    methods: Methods = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
+    methods: list[str] = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
     """See ``kvfuse list methods``."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Of the methods (:class:`kvfuse.methods.Setting`); ``router`` is a file."""
