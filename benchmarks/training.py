@@ -98,12 +98,8 @@ class Step:
         model.base_model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
 
     def _fuse(self) -> None:
-        batch = self.mine.key.shape[1]
-        residuals = [self.fuser(*(KV(kv.key[:, [i]], kv.value[:, [i]]) for kv in (self.mine, self.theirs))) for i in range(batch)]
-        torch.autograd.backward(
-            [part for one in residuals for part in (one.key, one.value)],
-            [part[:, [i]] for i in range(batch) for part in self.gradient],
-        )
+        residual = self.fuser(self.mine, self.theirs)
+        torch.autograd.backward([residual.key, residual.value], self.gradient)
 
     def _respond(self) -> None:
         prefix = KV(*(part.detach().requires_grad_() for part in (self.mine.key, self.mine.value)))

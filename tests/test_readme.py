@@ -32,6 +32,8 @@ def test_commands_run(command, tmp_path):
     if words[0] == "eval":
         words += ["evaluation.limit=6", "evaluation.timed=1", "evaluation.methods=[receiver,cache-to-cache]"]
         words += ["evaluation.tasks=[openbookqa_generate]"] if "--smoke" in words else []
+    if words[0] == "analyze":
+        words += ["--smoke"]
     if words[0] == "report":
         append(tmp_path / words[1] / "predictions.jsonl", answers("receiver", [1, 0]))
     if words[0] == "demo":
