@@ -78,6 +78,61 @@ def train(
         run(loaded, typer.echo)
 
 
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with a section evaluation; recipes/ has examples.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. evaluation.limit=100.")
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers, figures and report.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files, in place of the Hub.")] = None,
+    template: Annotated[Path | None, typer.Option(help="Jinja file in place of the tasks' prompts.")] = None,
+    zeroed: Annotated[bool, typer.Option("--zeroed", help="Control: the sharer's cache is zero.")] = False,
+    mismatched: Annotated[bool, typer.Option("--mismatched", help="Control: the sharer reads another question.")] = False,
+    shuffled: Annotated[bool, typer.Option("--shuffled", help="Control: the sharer's positions are interchanged.")] = False,
+    random_fuser: Annotated[bool, typer.Option("--random-fuser", help="Control: a fuser that has learnt nothing.")] = False,
+    projected_only: Annotated[bool, typer.Option("--projected-only", help="Control: the receiver's own cache is taken away.")] = False,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="Control: the receiver without its preference for a letter.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run everything on tiny random models and a few made-up questions.")] = False,
+) -> None:
+    """Ask methods the same questions and report who is right, how surely, how fast; started again, a killed run goes on.
+
+    kvfuse eval recipes/embedded.yaml --out runs/embedded-eval --calibrated
+    """
+    from kvfuse.evaluation.recipe import CONTROLS, load_evaluation
+    from kvfuse.evaluation.run import evaluate as run
+
+    words = [*(overrides or []), *(f"evaluation.{key}={value}" for key, value in (("data", data), ("template", template)) if value)]
+    wanted = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
+    loaded = load_evaluation(recipe, words).with_controls([name for name, chosen in zip(CONTROLS, wanted, strict=True) if chosen])
+    if smoke:
+        from kvfuse.evaluation.smoke import tiny
+
+        loaded = tiny(loaded, out)
+    run(loaded, out, typer.echo)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of evaluations; one is written anew, several are set side by side.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Page for several; its Markdown is written beside it.")] = Path("report.html"),
+) -> None:
+    """Write the report of an evaluation again, or set several side by side.
+
+    kvfuse report runs/embedded-eval
+    """
+    from kvfuse.evaluation.comparison import write_comparison
+    from kvfuse.evaluation.report import write_report
+
+    if len(folders) == 1:
+        write_report(folders[0])
+        typer.echo(f"wrote {folders[0] / 'report.html'}")
+    else:
+        write_comparison(folders, out)
+        typer.echo(f"wrote {out}")
+
+
 @data_app.command()
 def generate(
     source: Annotated[str, typer.Argument(help="File, folder or Hub data set; see the key data of recipes.")],
@@ -132,13 +187,14 @@ def align(
     from kvfuse.checkpoint import write_file
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
+    from kvfuse.token_alignment import natural_alignment
 
     if (text is None) == (chat is None):
         raise PromptError(f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two")
     prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
     identical = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
-    seen = view(prompt, *tokenizers, how=("identity" if identical else "span") if how is None else how, fuse=fuse)
+    seen = view(prompt, *tokenizers, how=natural_alignment(identical) if how is None else how, fuse=fuse)
     if html:
         write_file(html, page(seen))
     typer.echo(summary(seen) if html else "\n".join(lines(seen)))
@@ -225,6 +281,22 @@ def pairs() -> None:
     typer.echo(f"Fusers in {REPOSITORY}; load one with its name as subfolder.")
     for pair in PUBLISHED_PAIRS:
         typer.echo(pair)
+
+
+@list_app.command()
+def methods() -> None:
+    """Name the ways to answer that evaluations compare."""
+    from kvfuse.methods import METHODS
+
+    typer.echo("\n".join(METHODS))
+
+
+@list_app.command()
+def tasks() -> None:
+    """Name the tasks that evaluations ask."""
+    from kvfuse.evaluation.tasks import task_names
+
+    typer.echo("\n".join(task_names()))
 
 
 @list_app.command()

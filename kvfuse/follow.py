@@ -6,16 +6,15 @@ far; where they come out otherwise than before, it forgets the last few and read
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
-from kvfuse.fuse import Rotations, fuse
 from kvfuse.kv_cache import KV, keep_rows, read_cache, stage
 from kvfuse.language_model import LanguageModel
 from kvfuse.prefill import prefill
@@ -38,64 +37,26 @@ class Streams:
     sharers: list[Cache]
 
 
-def read_along(
-    receiver: LanguageModel,
-    sharers: Sequence[LanguageModel],
-    fusers: Sequence[nn.Module],
-    fusion: str,
-    streams: Streams,
-    prompt: AlignedPrompt,
-    tail: AlignedPrompt,
-    rotations: Rotations = (),
-) -> KV:
-    """Read a whole response at once, for training: what :class:`Follower` does token by token.
-
-    Args:
-        receiver: The model that answers.
-        sharers: The models that only read.
-        fusers: One per sharer.
-        fusion: See :func:`kvfuse.fuse.fuse`.
-        streams: Caches of the prompt, which are filled further.
-        prompt: What is in them.
-        tail: ``(B, k)``: the last prompt token and the response, padded right; each sharer's begins with its last prompt
-            token, which it has read.
-        rotations: See :func:`kvfuse.fuse.fuse`.
-
-    Returns:
-        ``(L, B, H, k, D)``: fused keys and values of the tail.
-    """
-    prefill(receiver.model, tail.ids, torch.cat([prompt.mask[:, :-1], tail.mask], dim=1), tail.positions, streams.receiver)
-    for sharer, cache, before, reads in zip(sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True):
-        mask = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
-        prefill(sharer.model, reads.ids[:, 1:], mask, reads.positions[:, 1:], cache)
-    theirs = [read_cache(cache, last=reads.ids.shape[1]) for cache, reads in zip(streams.sharers, tail.sharers, strict=True)]
-    return fuse(read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, fusers, tail, fusion, rotations)
-
-
 class Follower:
     """Reads a response along with every model and fuses its positions.
 
     Args:
         receiver: The model that answers.
         sharers: The models that only read, each with its ``token_alignment``.
-        fusers: One per sharer.
-        fusion: See :func:`kvfuse.fuse.fuse`.
         prompt: What all of them have read.
         streams: Their caches of it, which are filled further.
-        rotations: See :func:`kvfuse.fuse.fuse`.
+        fuse: What fuses new positions: a prompt, the receiver's keys and values, and each sharer's (:func:`kvfuse.fuse.fuse`).
     """
 
     def __init__(
         self,
         receiver: LanguageModel,
         sharers: Sequence[tuple[LanguageModel, str]],
-        fusers: Sequence[nn.Module],
-        fusion: str,
         prompt: AlignedPrompt,
         streams: Streams,
-        rotations: Rotations = (),
+        fuse: Callable[[AlignedPrompt, KV, Sequence[KV]], KV],
     ) -> None:
-        self.receiver, self.cache, self.fusers, self.fusion, self.rotations = receiver, streams.receiver, fusers, fusion, rotations
+        self.receiver, self.cache, self.fuse = receiver, streams.receiver, fuse
         rows = _unpad(prompt.ids, prompt.mask)
         self.sharers = []
         for (sharer, how), cache, reads in zip(sharers, streams.sharers, prompt.sharers, strict=True):
@@ -123,7 +84,7 @@ class Follower:
         theirs = [read_cache(sharer.cache, last=1) for sharer in self.sharers]
         prompt = _one_position(self.position, [sharer.last_position for sharer in self.sharers])
         self.position = self.position + 1
-        return fuse(read_cache(self.cache, last=1), theirs, self.fusers, prompt, self.fusion, self.rotations)
+        return self.fuse(prompt, read_cache(self.cache, last=1), theirs)
 
     def feed(self, cache: Cache, ids: Tensor, mask: Tensor) -> None:
         """Read a token per row and have it stand fused in the receiver's cache when the model reads it next."""

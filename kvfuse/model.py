@@ -1,6 +1,7 @@
 """Two models, or more, that answer together: align, prefill, fuse, decode, in that order."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -145,7 +146,7 @@ class CacheToCache:
         streams = self.read(prompt)
         cache = self.fuse(prompt, streams, fusers, room)
         sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
-        follower = Follower(self.receiver, sharers, fusers, self.fusion, prompt, streams, self.rotations)
+        follower = Follower(self.receiver, sharers, prompt, streams, partial(self.fuse_kv, fusers=fusers))
         return self.decode(prompt, cache, follower=follower, **options)
 
     def align(self, prompt: Prompt) -> AlignedReading:
@@ -185,6 +186,27 @@ class CacheToCache:
     def fuse_kv(self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module]) -> KV:
         """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.fuse.fuse`."""
         return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations)
+
+    def read_along(self, streams: Streams, prompt: AlignedPrompt, tail: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> KV:
+        """Read responses at once, where they are fused too: what :class:`Follower` does token by token.
+
+        Args:
+            streams: Caches of the prompt, which are filled further.
+            prompt: What is in them.
+            tail: ``(B, k)``: the last prompt token and the response, padded right; each sharer's begins with its last prompt
+                token, which it has read.
+            fusers: As in :meth:`prefill`.
+
+        Returns:
+            ``(L, B, H, k, D)``: fused keys and values of the tail.
+        """
+        seen = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1)
+        prefill(self.receiver.model, tail.ids, seen, tail.positions, streams.receiver)
+        for sharer, cache, before, reads in zip(self.sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True):
+            seen = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
+            prefill(sharer.model, reads.ids[:, 1:], seen, reads.positions[:, 1:], cache)
+        theirs = [read_cache(cache, last=reads.ids.shape[1]) for cache, reads in zip(streams.sharers, tail.sharers, strict=True)]
+        return self.fuse_kv(tail, read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, self.fusers if fusers is None else fusers)
 
     def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.

@@ -11,6 +11,7 @@ from kvfuse.checkpoint import write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#888888")
@@ -109,6 +110,13 @@ def name_lines(axes: "Axes", labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def count_whole(axis: "Axis") -> None:
+    """Ticks at whole numbers alone, as of layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def legend_above(figure: "Figure", shown: Sequence[Any]) -> None:

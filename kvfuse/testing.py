@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvfuse.fusers import Fuser, fuser_class, make_fuser
 from kvfuse.language_model import LanguageModel
+from kvfuse.token_alignment import natural_alignment
 
 CORPUS = (
     "What is the capital of Norway? The capital of Norway is Oslo.",
@@ -108,6 +109,6 @@ def tiny_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str = "c2c"
     torch.manual_seed(seed)
     same = receiver.identity.tokenizer == sharer.identity.tokenizer
     sizes = {name: 16 for name in fuser_class(kind).config_class.__annotations__ if name.endswith("_dim")}
-    defaults = {**sizes, "gate_init": 1.0, "token_alignment": "identity" if same else "span"}
+    defaults = {**sizes, "gate_init": 1.0, "token_alignment": natural_alignment(same)}
     pair = {"receiver": receiver.identity.to_dict(), "sharer": sharer.identity.to_dict()}
     return make_fuser(kind, **pair, **{**defaults, **options}).eval()

@@ -26,6 +26,11 @@ TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
 FUSE = ("all", "messages")
 
 
+def natural_alignment(same_tokenizer: bool) -> str:
+    """How two models are aligned where nobody says: they read the same ids if they can, else each its own."""
+    return "identity" if same_tokenizer else "span"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharerPrompt:
     """What one sharer reads, and where the receiver finds it.

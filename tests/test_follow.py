@@ -1,5 +1,7 @@
 """What is generated is fused too: token by token or all at once, the same."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +77,7 @@ def losses_token_by_token(pair, example):
     streams = pair.read(prompt)
     cache = pair.fuse(prompt, streams, pair.fusers)
     sharers = [(pair.sharers[0], pair.fusers[0].config.token_alignment)]
-    follower = Follower(pair.receiver, sharers, pair.fusers, pair.fusion, prompt, streams, pair.rotations)
+    follower = Follower(pair.receiver, sharers, prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
     losses = []
     for place in range(ids.shape[1] - 1):
         token = ids[:, place : place + 1]
@@ -134,7 +136,7 @@ def test_a_sharer_has_read_its_own_tokens_of_the_text_so_far(receiver, text):
     pair = pair_of(receiver, sharer)
     prompt = stack([pair.align(prompt) for prompt in PROMPTS])
     streams = pair.read(prompt)
-    follower = Follower(receiver, [(sharer, "span")], pair.fusers, pair.fusion, prompt, streams)
+    follower = Follower(receiver, [(sharer, "span")], prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
     texts = [text, text[::-1], text[: len(text) // 2]]
     rows = [receiver.tokenizer(one, add_special_tokens=False).input_ids for one in texts]
     length = max(map(len, rows))

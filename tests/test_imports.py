@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"plugins", "phases", "recipe", "kv_cache", "spans", "layer_alignment", "reencode"},
+    {"plugins", "phases", "recipe", "processes", "kv_cache", "spans", "layer_alignment", "reencode"},
     {"chat"},
     {"reading"},
     {"message_axis"},

@@ -12,16 +12,18 @@ from torch import Tensor
 from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.hooks import Note, watching
 from kvfuse.analysis.study import Study
+from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.grouped import PARTS, HeadWeights
 from kvfuse.kv_cache import KV
-from kvfuse.plots import INK, new_panels, styled
+from kvfuse.plots import INK, count_whole, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NAMES = {"key": "keys", "value": "values"}
+CROSSED = " (crossed out: gate closed)"
 WRITTEN = 12
 """Figures are written into the cells of a map of so many layers at most."""
 
@@ -31,11 +33,16 @@ def run(study: Study) -> Finding:
 
     Args:
         study: A pair with prompts; answers are not needed.
+
+    Raises:
+        AnalysisError: Nothing is fused.
     """
     seen = [Seen(fuser) for fuser in study.pair.fusers]
     with torch.no_grad(), watching({module: note for one in seen for module, note in one.notes().items()}):
         for prompt in study.prompts():
             study.pair.prefill(prompt)
+    if not all(one.tokens for one in seen):
+        raise AnalysisError("expected prompts of which something is fused, got none; use longer ones")
     figures = {"questions": len(study.questions), "sharers": [one.to_dict() for one in seen]}
     return Finding(figures, reading(figures), lambda: draw(figures))
 
@@ -51,7 +58,7 @@ class Seen:
         self.fuser = fuser
         self.tokens = 0
         self.weights: Tensor | None = None
-        self.added, self.own = 0.0, 0.0  # then (2, L, H) tensors
+        self.added, self.own = torch.zeros(()), torch.zeros(())  # then (2, L, H)
 
     def notes(self) -> dict[Any, Note]:
         """What to watch, and who is told."""
@@ -61,7 +68,7 @@ class Seen:
     def to_dict(self) -> dict[str, Any]:
         """By ``keys`` and ``values``, lists of layers, within them of heads: ``open``, ``weight`` and ``relative_size``."""
         gates = self.fuser.open_gates()
-        size = (torch.as_tensor(self.added) / torch.as_tensor(self.own)).sqrt()
+        size = (self.added / self.own).sqrt()
         out: dict[str, Any] = {"tokens": self.tokens, "gates": {name: opened.tolist() for name, opened in gates.items()}}
         for place, (part, name) in enumerate(NAMES.items()):
             weight = self._weights_of(part)
@@ -109,15 +116,15 @@ def draw(figures: dict[str, Any]) -> "Figure":
         (one, kind) for one in figures["sharers"] for kind in ("weight", "relative_size") if any(one[name][kind] for name in NAMES.values())
     ]
     heads = len(figures["sharers"][0]["keys"]["relative_size"][0])
-    figure, panels = new_panels(len(shown) * (1.5 + 0.17 * heads), 2, len(shown))
+    figure, panels = new_panels(len(shown) * (1.75 + 0.17 * heads), 2, len(shown))
     for row, (one, kind) in enumerate(shown):
         top = 1.0 if kind == "weight" else max(max(map(max, one[name][kind])) for name in NAMES.values())
         pair = panels[2 * row : 2 * row + 2]
         images = [_map(axes, one[name][kind], one[name]["open"], top) for axes, name in zip(pair, NAMES.values(), strict=True)]
-        label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ size of the receiver's"
+        label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ of the receiver's own"
         figure.colorbar(next(image for image in images if image), ax=pair, label=label, pad=0.02)
         for axes, name in zip(pair, NAMES.values(), strict=True):
-            axes.set_title(name, loc="left", fontsize=10, weight="bold")
+            axes.set_title(name + CROSSED * _any_closed(one[name]["open"]), loc="left", fontsize=10, weight="bold")
     return figure
 
 
@@ -127,18 +134,23 @@ def _map(axes: "Axes", values: list[list[float]] | None, opened: list[list[bool]
     if values is None:
         axes.text(0.5, 0.5, "no weights", ha="center", va="center", transform=axes.transAxes)
         return None
-    grid = torch.tensor(values).T
+    grid = torch.tensor(values).T.numpy()
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top or 1, aspect="auto")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    count_whole(axes.xaxis)
+    count_whole(axes.yaxis)
+    size = min(13, 150 / len(values))
     for layer, row in enumerate(values):
         for head, value in enumerate(row):
             if opened and not opened[layer][head]:
-                axes.plot(layer, head, "x", color="white", markersize=14, markeredgewidth=3)
-                axes.plot(layer, head, "x", color=INK, markersize=13, markeredgewidth=1.2)
+                axes.plot(layer, head, "x", color="white", markersize=size + 1, markeredgewidth=3)
+                axes.plot(layer, head, "x", color=INK, markersize=size, markeredgewidth=1.2)
             elif len(values) <= WRITTEN:
                 axes.text(layer, head, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.55 * top else INK)
     return image
+
+
+def _any_closed(opened: list[list[bool]] | None) -> bool:
+    return opened is not None and not all(map(all, opened))
 
 
 def _squares(kv: KV) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 
 from kvfuse.chat import Prompt, as_chat
 from kvfuse.demo.pair_folder import PairFolder
-from kvfuse.demo.score import held_out
+from kvfuse.demo.questions import all_questions
+from kvfuse.demo.score import held_out, sample
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
@@ -18,6 +19,9 @@ from kvfuse.training.examples import examples_of
 from kvfuse.training.recipe import load_data
 from kvfuse.training.sources import decode, load_rows, parse
 
+FEW = 240
+"""Of the embedded pair's questions, where a command is not told how many: enough to see, within a minute."""
+LESSONS = 2560
 TINY_QUESTIONS = (
     ("What is the capital of Norway?", "Oslo", "capital"),
     ("Which language do people speak in Rotterdam?", "Dutch", "language"),
@@ -50,6 +54,7 @@ class Study:
     Attributes:
         pair: The models and fusers.
         questions: What to ask, or to read.
+        lessons: Others like them to train on, where there are some.
         smoke: Fewer of everything: only whether it runs.
         seed: Of what is drawn.
         batch_size: Questions read at once.
@@ -58,6 +63,7 @@ class Study:
     pair: CacheToCache
     questions: Sequence[Question]
     smoke: bool = False
+    lessons: Sequence[Question] = ()
     seed: int = 0
     batch_size: int = 32
 
@@ -65,8 +71,11 @@ class Study:
     def embedded(cls, limit: int | None = None, smoke: bool = False) -> Self:
         """The embedded pair with its held-out questions, or so many of them, spread evenly over kinds and places."""
         folder = PairFolder()
-        asked = [Question(as_chat(one.text), one.answer, one.kind, one.place) for one in held_out(folder, limit)]
-        return cls(folder.fused(0), asked, smoke)
+        lessons = sample(all_questions(folder.places, "train"), LESSONS)
+        asked, learnt = (
+            [Question(as_chat(one.text), one.answer, one.kind, one.place) for one in some] for some in (held_out(folder, limit), lessons)
+        )
+        return cls(folder.fused(0), asked, smoke, learnt)
 
     @classmethod
     def tiny(cls, family: str = "qwen3") -> Self:
@@ -74,7 +83,8 @@ class Study:
         receiver = tiny_model(family)
         sharer = tiny_model("qwen3" if family == "llama" else "llama", tiny_tokenizer(300, "lines"), seed=1, num_hidden_layers=4)
         pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
-        return cls(pair, [Question(as_chat(text), answer, kind) for text, answer, kind in TINY_QUESTIONS], smoke=True)
+        questions = [Question(as_chat(text), answer, kind) for text, answer, kind in TINY_QUESTIONS]
+        return cls(pair, questions, smoke=True, lessons=questions)
 
     @classmethod
     def load(
@@ -144,7 +154,7 @@ def choose(
         return Study.load(list(fuser), data, receiver, list(sharer) or None, limit, smoke, device_map="auto")
     if fuser or data or receiver or sharer:
         raise AnalysisError("expected both --fuser and --data for a pair of your own, got one without the other; name both or neither")
-    return Study.tiny() if smoke else Study.embedded(limit)
+    return Study.tiny() if smoke else Study.embedded(limit or FEW)
 
 
 def _read_questions(source: str, limit: int | None) -> list[Question]:

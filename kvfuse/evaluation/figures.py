@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.evaluation.circles import THREE, middle, two_circles
+from kvfuse.evaluation.circles import THREE, Circle, middle, two_circles
 from kvfuse.plots import COLOURS, INK, MARKERS, PAPER, WIDTH, legend_above, name_lines, new_axes, styled
 
 if TYPE_CHECKING:
@@ -49,8 +49,19 @@ def by_category(categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]]
         categories: By category and method, a share and its interval.
         axis: What the horizontal axis is, with its unit.
     """
+    figure, axes = new_axes(1.4 + categories_height(categories))
+    legend_above(figure, draw_categories(axes, categories, axis))
+    return figure
+
+
+def categories_height(categories: Mapping[str, Mapping[str, Any]]) -> float:
+    """The inches that the lines of :func:`by_category` take."""
+    return len(categories) * max(0.34, 0.11 * max(map(len, categories.values())))
+
+
+def draw_categories(axes: "Axes", categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]], axis: str) -> list[Any]:
+    """:func:`by_category` into axes that are there; gives back what a legend needs."""
     methods = list(dict.fromkeys(name for one in categories.values() for name in one))
-    figure, axes = new_axes(1.4 + len(categories) * max(0.34, 0.11 * len(methods)))
     shown: list[Any] = []
     for place, (name, colour, marker) in enumerate(zip(methods, cycle(COLOURS), cycle(MARKERS), strict=False)):
         offset = 0.8 * ((place + 0.5) / len(methods) - 0.5)
@@ -63,8 +74,15 @@ def by_category(categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]]
         axes.axhline(i - 0.5, color=INK, linewidth=0.4, alpha=0.4)
     name_lines(axes, list(categories))
     axes.set_xlabel(axis)
-    legend_above(figure, shown)
-    return figure
+    return shown
+
+
+def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, tuple[float, "Interval"]]]:
+    """What :func:`by_category` takes, of these methods, from the categories of :func:`kvfuse.evaluation.metrics.task_figures`."""
+    return {
+        category: {method: (found["accuracy"], found["interval"]) for method in methods if (found := one["methods"].get(method))}
+        for category, one in categories.items()
+    }
 
 
 @styled
@@ -106,31 +124,46 @@ def venn(methods: Sequence[str], regions: Mapping[str, float]) -> "Figure":
         methods: Two or three.
         regions: Items that exactly these have right, by their names joined with ``+``; by an empty name, those that nobody has.
     """
+    circles = _circles(methods, regions)
+    low, high = _heights(circles)
+    figure, axes = new_axes(WIDTH * (high - low) / 8.4)
+    draw_venn(axes, methods, regions)
+    return figure
+
+
+def draw_venn(axes: "Axes", methods: Sequence[str], regions: Mapping[str, float]) -> None:
+    """:func:`venn` into axes that are there."""
     from matplotlib.patches import Circle as Disc
 
-    three = len(methods) == 3
-    circles = THREE if three else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
-    bottom, top = min(one.y - one.radius for one in circles) - 0.5, max(one.y + one.radius for one in circles) + 0.1
-    figure, axes = new_axes(WIDTH * (top - bottom) / 8.4)
+    circles = _circles(methods, regions)
+    low, high = _heights(circles)
     for one, colour in zip(circles, COLOURS, strict=False):
         axes.add_patch(Disc((one.x, one.y), one.radius, facecolor=colour, alpha=0.3, linewidth=0))
         axes.add_patch(Disc((one.x, one.y), one.radius, fill=False, edgecolor=colour, linewidth=1.8))
     for region, count in regions.items():
-        if region and (count or three):
-            _write_count(axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), bottom + 0.2)
+        if region and (count or len(methods) == 3):
+            _write_count(axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), low + 0.2)
     for name, one, (side, down) in zip(methods, circles, NAME_PLACES, strict=False):
         size = sum(count for region, count in regions.items() if name in region.split("+"))
         place = one.x + side * (one.radius + 0.15), one.y - down
         axes.text(*place, f"{name}\n{number(size)} right", ha="left" if side > 0 else "right", va="center", weight="bold")
-    axes.text(0, bottom + 0.2, f"nobody: {number(regions.get('', 0))}", ha="center", va="center")
-    axes.set(aspect="equal", xlim=(-4.2, 4.2), ylim=(bottom, top))
+    axes.text(0, low + 0.2, f"nobody: {number(regions.get('', 0))}", ha="center", va="center")
+    axes.set(aspect="equal", xlim=(-4.2, 4.2), ylim=(low, high))
     axes.set_axis_off()
-    return figure
 
 
 def number(count: float) -> str:
     """A count; one that is an average over seeds with a decimal."""
     return f"{count:,.0f}" if abs(count - round(count)) < 0.05 else f"{count:,.1f}"
+
+
+def _circles(methods: Sequence[str], regions: Mapping[str, float]) -> Sequence[Circle]:
+    return THREE if len(methods) == 3 else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
+
+
+def _heights(circles: Sequence[Circle]) -> tuple[float, float]:
+    """From where to where to draw, with room below."""
+    return min(one.y - one.radius for one in circles) - 0.5, max(one.y + one.radius for one in circles) + 0.1
 
 
 def _write_count(axes: "Axes", count: str, x: float, y: float, room: float, below: float) -> None:

@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook, hash_args
@@ -24,6 +23,7 @@ from kvfuse.evaluation.requests import by_options, cut, from_chat, generation_op
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Setting, Single, find_method, make_method
 from kvfuse.model import CacheToCache
+from kvfuse.processes import processes
 
 NO_SCORE = -1e9
 """The log-likelihood of an option that could not be scored; lower than any, and still a number in JSON."""
@@ -69,7 +69,7 @@ class HarnessModel(LM):
         super().__init__()
         self.method, self.batch_size, self.progress = method, int(batch_size), progress
         self.failures: list[Failure] = []
-        self.state = PartialState()
+        self.state = processes()
         self._rank, self._world_size, self._device = self.state.process_index, self.state.num_processes, self.state.device
 
     @classmethod
@@ -82,7 +82,7 @@ class HarnessModel(LM):
             MethodError, PairError: See :func:`load_method`.
         """
         batch_size = (additional_config or {}).get("batch_size") or 8
-        return cls(load_method(**{"device_map": PartialState().device, **arg_dict}), batch_size)
+        return cls(load_method(**{"device_map": processes().device, **arg_dict}), batch_size)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "HarnessModel":

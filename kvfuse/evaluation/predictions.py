@@ -153,7 +153,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         name=folder.resolve().name,
         predictions=predictions,
-        timings=list(_read(folder / LATENCY, Timing)),
+        timings=read_timings(folder / LATENCY),
         config=config,
         versions=_mapping(folder / VERSIONS),
         published=[
@@ -180,6 +180,11 @@ def read_predictions(path: Path) -> list[Prediction]:
             )
         lines[one.key] = number
     return predictions
+
+
+def read_timings(path: Path) -> list[Timing]:
+    """All timings of a file; none where there is no file. Raises EvaluationError where a line is none."""
+    return list(_read(path, Timing))
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

@@ -215,11 +215,7 @@ def _categories(name: str, task: Figures, axis: str) -> Iterator[Block]:
         rows.append([category, f"{one['items']:,}", *cells])
     yield Table(["category", "items", *methods], rows)
     drawn = methods if len(rows) <= FEW_CATEGORIES else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
-    shares = {
-        category: {method: (found["accuracy"], found["interval"]) for method in drawn if (found := one["methods"].get(method))}
-        for category, one in categories.items()
-    }
-    yield Picture(svg(figures.by_category(shares, axis), f"{name} categories"), f"{name}: by category.")
+    yield Picture(svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category.")
 
 
 def _latency(latency: Figures) -> Iterator[Block]:

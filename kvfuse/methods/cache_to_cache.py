@@ -9,7 +9,6 @@ from transformers import Cache
 
 from kvfuse.chat import Prompt
 from kvfuse.decode import stream
-from kvfuse.follow import read_along
 from kvfuse.kv_cache import stage
 from kvfuse.methods.contract import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
@@ -22,6 +21,7 @@ class Fused(Method):
     """Cache-to-Cache. A control changes what the models read, :meth:`align`, or what fuses, :attr:`fusers`."""
 
     name = "cache-to-cache"
+    fuses = True
 
     def __init__(self, pair: CacheToCache) -> None:
         self.pair = pair
@@ -74,8 +74,7 @@ class Fused(Method):
         if pair.fuse_response:
             for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
                 own.reorder_cache(batch.rows.to(model.model.device))
-            receiver, sharers = pair.receiver, pair.sharers
-            stage(cache, read_along(receiver, sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations))
+            stage(cache, pair.read_along(streams, batch.prompt, batch.tail, fusers))
         return cache
 
 

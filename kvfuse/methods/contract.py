@@ -61,9 +61,15 @@ class OptionScore:
 
 
 class Method(ABC):
-    """A way to answer. A subclass has a ``name`` and writes :meth:`reply`, and :meth:`score` if it can."""
+    """A way to answer. A subclass has a ``name`` and writes :meth:`reply`, and :meth:`score` if it can.
+
+    Attributes:
+        name: What it is called.
+        fuses: Whether its answers depend on a fuser.
+    """
 
     name: str
+    fuses: bool = False
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:  # noqa: B027
         """Told once, before a run, all its prompts and the options that they will be answered with; most have no use for them."""

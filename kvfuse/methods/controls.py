@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ class Mismatched(Fused):
 
     Args:
         pair: The models.
-        donor: Gives for each prompt the one that the sharers read instead; by default the next other one of the run.
+        donor: Gives for each prompt the one that the sharers read instead; by default some other one of the run.
     """
 
     name = "mismatched"
@@ -49,10 +50,14 @@ class Mismatched(Fused):
         self._donors: dict[str, Prompt] = {}
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
-        """Let each prompt's donor be the one after it that is not the same."""
+        """Let each prompt's donor be another of like length: the next by length, in a random order where lengths are the same.
+
+        So the two are mostly of one kind, and what a sharer of another kind of question would spoil does not count as content.
+        Neighbours in the run would often be about the same thing.
+        """
         unlike = {_key(prompt): prompt for prompt in prompts}
-        others = list(unlike.values())
-        self._donors = dict(zip(unlike, [*others[1:], *others[:1]], strict=True)) if len(others) > 1 else {}
+        order = sorted(random.Random(0).sample(sorted(unlike), len(unlike)), key=len)
+        self._donors = {one: unlike[other] for one, other in zip(order, [*order[1:], *order[:1]], strict=True)} if len(order) > 1 else {}
 
     def align(self, prompt: Prompt) -> AlignedReading:
         """The prompt for the receiver, its donor for the sharers, aligned from the end, where the answer begins."""

@@ -26,7 +26,7 @@ class Retold(Method):
     """
 
     def __init__(self, reader: Method) -> None:
-        self.reader = reader
+        self.reader, self.fuses = reader, reader.fuses
 
     @abstractmethod
     def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:

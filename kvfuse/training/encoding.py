@@ -17,7 +17,7 @@ from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.response import read_response
-from kvfuse.token_alignment import AlignedReading, align
+from kvfuse.token_alignment import AlignedReading, align, natural_alignment
 from kvfuse.training.columns import EncodedExample
 from kvfuse.training.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -122,4 +122,4 @@ class Encoder:
 
 def token_alignment(recipe: Recipe, identical: bool) -> str:
     """How a recipe's pair is aligned, by whether its tokenizers are identical."""
-    return recipe.token_alignment if recipe.token_alignment != "auto" else ("identity" if identical else "span")
+    return recipe.token_alignment if recipe.token_alignment != "auto" else natural_alignment(identical)

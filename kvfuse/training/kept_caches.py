@@ -15,10 +15,10 @@ from kvfuse.checkpoint import write_beside
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.kv_cache import KV, KVSpec, read_cache
 from kvfuse.model import CacheToCache
+from kvfuse.processes import processes
 from kvfuse.token_alignment import stack
 from kvfuse.training.batches import Kept
 from kvfuse.training.columns import EncodedExample, from_columns
-from kvfuse.training.processes import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset

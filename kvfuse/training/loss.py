@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from kvfuse.follow import read_along
 from kvfuse.kv_cache import cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import Kept, TrainingBatch
@@ -59,7 +58,7 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
     fused = pair.fuse_kv(batch.prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
     cache = read_only_cache(streams.receiver, fused)
     if pair.fuse_response and fusers:
-        stage(cache, read_along(pair.receiver, pair.sharers, fusers, pair.fusion, streams, batch.prompt, batch.tail, pair.rotations))
+        stage(cache, pair.read_along(streams, batch.prompt, batch.tail, fusers))
     return cache
 
 

@@ -11,8 +11,8 @@ from kvfuse.errors import PairError
 from kvfuse.fusers import fuser_class
 from kvfuse.kv_cache import KVSpec
 from kvfuse.prefill import probe
+from kvfuse.processes import processes
 from kvfuse.training.prepare import Prepared, split
-from kvfuse.training.processes import processes
 from kvfuse.training.recipe import Recipe
 
 ADAM_BYTES = 16  # per parameter of the fuser: weight, gradient and two moments in float32

@@ -10,11 +10,11 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.processes import on_cpu, processes
 from kvfuse.training.closed_form import fit
 from kvfuse.training.columns import from_columns
 from kvfuse.training.encoding import Encoder, token_alignment
 from kvfuse.training.prepare import Prepared, prepare, split
-from kvfuse.training.processes import on_cpu, processes
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.record import record
 from kvfuse.training.trainer import FuserTrainer

@@ -12,10 +12,10 @@ from torch import nn
 from kvfuse.errors import RecipeError
 from kvfuse.methods.controls import swap_sharers
 from kvfuse.model import CacheToCache
+from kvfuse.processes import processes
 from kvfuse.training.batches import collate
 from kvfuse.training.columns import EncodedExample
 from kvfuse.training.loss import response_loss
-from kvfuse.training.processes import processes
 
 BATCH = 16
 

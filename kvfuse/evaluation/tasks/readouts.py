@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kvfuse.chat import Prompt, as_chat
 from kvfuse.evaluation.extraction import extract_option, strip_thoughts
 from kvfuse.evaluation.harness import NO_SCORE
 from kvfuse.evaluation.results import extract_number, extract_result, same_result
@@ -16,6 +17,13 @@ def options(doc: Document) -> list[str]:
     The options differ in their last token alone, so that comparing sentences compares letters.
     """
     return [f"The correct answer is {letter}" for letter in doc["letters"]]
+
+
+def without_choices(prompt: Prompt) -> Prompt:
+    """A multiple-choice prompt of these tasks without its options, and any other prompt as it is."""
+    *before, last = as_chat(prompt)
+    question = str(last["content"]).partition("\n\nChoices:\n")[0]
+    return [*before, {**last, "content": question.removeprefix("Question: ")}]
 
 
 def letters(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
