@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import Cache
 
 from kvfuse.analysis.contract import Finding
-from kvfuse.analysis.readout import batches, judge, mix, spread
+from kvfuse.analysis.readout import batches, judge, mix, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
 from kvfuse.chat import Message, as_chat
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
-from kvfuse.errors import AnalysisError, PairError
+from kvfuse.errors import AnalysisError
 from kvfuse.kv_cache import KV, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import FewShot, Single, TextToText
@@ -96,7 +96,7 @@ def run(
         AnalysisError: An unknown choice, questions without answers, or a context that changes how the question itself is tokenized.
         PairError: Keys are to be moved that no rotary embedding turns; use ``kept``.
     """
-    positions = _positions(study.pair.receiver) if positions is None else positions
+    positions = positions or ("moved" if turns_keys(study.pair.receiver) else "kept")
     if positions not in POSITIONS:
         raise AnalysisError(f"expected positions to be one of {', '.join(POSITIONS)}, got {positions!r}; choose one")
     asked = spread(study.with_answers(), questions)
@@ -243,13 +243,6 @@ def _draw_layers(single: "Axes", together: "Axes", figures: dict[str, Any]) -> N
         axes.locator_params(axis="x", integer=True)
     single.set_title("dashed: direct; solid: oracle; dotted: in sight", loc="left", fontsize=9)
     together.legend()
-
-
-def _positions(receiver: LanguageModel) -> str:
-    try:
-        return "moved" if receiver.rotation.layers else "kept"
-    except PairError:
-        return "kept"
 
 
 def _hinted(hinting: TextToText, batch: Sequence[Question]) -> list[Sequence[Message]]:
