@@ -218,7 +218,7 @@ def _draw_maps(axes: "Axes", maps: dict[str, dict[str, float]], field: str) -> N
         x, y = [one[field] for one in some], [one["divergence"] for one in some]
         axes.plot(x, y, MARKERS[place], linestyle="-", color=COLOURS[place], markersize=7, linewidth=0.8, label=name)
     for name in (next(iter(stages)), list(stages)[-1]):
-        axes.annotate(name, (stages[name][field], stages[name]["divergence"]), (6, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (stages[name][field], stages[name]["divergence"]), (6, -13), textcoords="offset points", fontsize=8)
 
 
 def _cloud(axes: "Axes", name: str, place: int, points: list[list[float]]) -> Any:
