@@ -8,7 +8,6 @@ from kvfuse.analysis.enrichment import enrich, kept_tokens, run
 from kvfuse.analysis.study import Study
 from kvfuse.chat import as_chat
 from kvfuse.errors import AnalysisError, PairError
-from kvfuse.testing import FAMILIES
 
 
 def behind_a_shot(question):
@@ -85,7 +84,6 @@ def test_a_hint_of_the_sharer_is_the_default():
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(AnalysisError, match="positions"):
         run(Study.tiny(), positions="elsewhere")
-    assert "gpt2" in FAMILIES
     with pytest.raises(PairError, match="rotary"):
-        run(Study.tiny("gpt2"), shots=1)
-    assert run(Study.tiny("gpt2"), shots=1, positions="kept").figures["questions"] == 4
+        run(Study.tiny("gpt2"), shots=1, positions="moved")
+    assert run(Study.tiny("gpt2"), shots=1).figures["positions"] == "kept"

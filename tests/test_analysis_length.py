@@ -49,7 +49,8 @@ def test_filler_is_as_long_as_asked_for():
     receiver, question = study.pair.receiver, study.questions[0]
     before = len(read(question.prompt, receiver.tokenizer).ids)
     after = len(read(_fill(receiver, question, FILLER, 60).prompt, receiver.tokenizer).ids)
-    assert 30 < after - before <= 62
+    assert 56 <= after - before <= 62
+    assert _fill(receiver, question, FILLER, 0) == question
 
 
 def test_a_fuser_in_closed_form_is_fitted():

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvfuse.analysis.contract import Finding
-from kvfuse.analysis.readout import batches, judge, mix, spread
+from kvfuse.analysis.readout import batches, judge, mix, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
 from kvfuse.chat import Message, as_chat
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
@@ -75,7 +75,7 @@ class Enriched:
 def run(
     study: Study,
     shots: int | None = None,
-    positions: str = "moved",
+    positions: str | None = None,
     questions: int = 120,
     request: str = HINT_REQUEST,
     told: str = HINT_READING,
@@ -86,7 +86,7 @@ def run(
     Args:
         study: A pair, of which the receiver answers, with questions that have answers.
         shots: How many other questions of the same category stand before each; by default none but a hint of the sharer.
-        positions: ``moved`` or ``kept``.
+        positions: ``moved`` or ``kept``; by default moved, where the receiver has a rotary embedding to do it with.
         questions: How many to ask.
         request: For a hint, what the sharer is asked, with ``{question}``.
         told: For a hint, what the receiver reads, with ``{hint}`` and ``{question}``.
@@ -96,6 +96,7 @@ def run(
         AnalysisError: An unknown choice, questions without answers, or a context that changes how the question itself is tokenized.
         PairError: Keys are to be moved that no rotary embedding turns; use ``kept``.
     """
+    positions = positions or ("moved" if turns_keys(study.pair.receiver) else "kept")
     if positions not in POSITIONS:
         raise AnalysisError(f"expected positions to be one of {', '.join(POSITIONS)}, got {positions!r}; choose one")
     asked = spread(study.with_answers(), questions)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvfuse.analysis.contract import Finding
-from kvfuse.analysis.readout import batches, judge, spread
+from kvfuse.analysis.readout import batches, judge, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
 from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
@@ -22,6 +22,7 @@ from kvfuse.errors import AnalysisError
 from kvfuse.evaluation.statistics import Interval, bootstrap_mean
 from kvfuse.fuse import pick
 from kvfuse.fusers import Fuser, make_fuser
+from kvfuse.fusers.contract import ROPES
 from kvfuse.kv_cache import read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
@@ -108,7 +109,7 @@ def reading(figures: dict[str, Any]) -> str:
     return (
         f"Fused with rope {name}, the receiver gains {gains['filled'][0]:+.1f} points over itself; with {most} tokens of filler "
         f"{gains['filled'][-1]:+.1f}, and {gains['shifted'][-1]:+.1f} where the same prompt is only read {most} positions later. "
-        f"That shift changes the gain of the other fusers by: {', '.join(lost)} points."
+        f"That shift changes the gain of other fusers by (rope): {', '.join(lost)} points."
     )
 
 
@@ -147,7 +148,8 @@ def _others(study: Study, asked: Sequence[Question], removed: str | None, fitted
     texts = {str(one.prompt) for one in asked}
     unasked = [one for one in study.questions if str(one.prompt) not in texts] or list(asked)
     chosen = spread(replace(study, questions=unasked), fitted)
-    return {f"{rope} (ridge)": fit_ridge(study, chosen, rope) for rope in ("kept", "removed")}
+    ropes = [rope for rope in ROPES if rope == "kept" or all(map(turns_keys, (study.pair.receiver, *study.pair.sharers)))]
+    return {f"{rope} (ridge)": fit_ridge(study, chosen, rope) for rope in ropes}
 
 
 def _caches(pair: CacheToCache, fuser: Fuser, batch: Sequence[Question]) -> Any:
@@ -176,9 +178,11 @@ def _ask(study: Study, pair: CacheToCache, questions: Sequence[Question], shifte
 
 
 def _fill(receiver: LanguageModel, question: Question, filler: str, count: int) -> Question:
-    """The question behind as much filler as adds about so many of the receiver's tokens, and no more."""
-    size = len(receiver.tokenizer(filler, add_special_tokens=False).input_ids)
-    return replace(question, prompt=_before(question.prompt, filler * (count // size)))
+    """The question behind as much filler as is so many of the receiver's tokens, the last sentence cut short."""
+    if not count:
+        return question
+    ids = receiver.tokenizer(filler * count, add_special_tokens=False).input_ids[: count - 1]  # a space is one more, or none
+    return replace(question, prompt=_before(question.prompt, receiver.tokenizer.decode(ids).strip() + " "))
 
 
 def _before(prompt: Prompt, text: str) -> Prompt:

@@ -13,7 +13,9 @@ from transformers import Cache, PreTrainedModel
 
 from kvfuse.analysis.study import Question, Study
 from kvfuse.decode import score
+from kvfuse.errors import PairError
 from kvfuse.kv_cache import KV, read_cache, read_only_cache
+from kvfuse.language_model import LanguageModel
 from kvfuse.message_axis import own_spans, places
 from kvfuse.model import CacheToCache
 from kvfuse.reading import Reading
@@ -148,6 +150,14 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]
     ordered = sorted(questions, key=lambda one: len(str(one.prompt)))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
+
+
+def turns_keys(model: LanguageModel) -> bool:
+    """Whether a rotary embedding turns a model's keys by their positions."""
+    try:
+        return bool(model.rotation.layers)
+    except PairError:
+        return False
 
 
 @contextmanager

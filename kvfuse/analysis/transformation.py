@@ -202,18 +202,23 @@ def draw(figures: dict[str, Any]) -> "Figure":
         axes.set_title(name, loc="left", fontsize=9)
         axes.set(xlabel="first dimension (no unit)", ylabel="second dimension" if axes is panels[0] else "")
     for axes, (field, label) in zip(panels[2:], PREDICTORS.items(), strict=True):
-        for name, one in figures["maps"].items():
-            place = ("mean", "ridge").index(name) + 3 if name in ("mean", "ridge") else 2
-            axes.plot(one[field], one["divergence"], MARKERS[place], color=COLOURS[place], markersize=7)
-            below = place > 2 or name == list(figures["maps"])[-1]  # beside the stages, and so that their names do not touch
-            place_of_name = (5, -11 if below else 4)
-            axes.annotate(
-                name.removeprefix("mlp, "), (one[field], one["divergence"]), place_of_name, textcoords="offset points", fontsize=8
-            )
+        _draw_maps(axes, figures["maps"], field)
         axes.set(xlabel=label, ylabel="divergence of the first token (nats)" if axes is panels[2] else "", ylim=(0, None))
         axes.margins(0.2, 0.15)
+    panels[3].legend(loc="lower right")
     legend_above(figure, shown)
     return figure
+
+
+def _draw_maps(axes: "Axes", maps: dict[str, dict[str, float]], field: str) -> None:
+    """The perceptron's stages in their order, the first and the last named, and the other maps."""
+    stages = {name.removeprefix("mlp, "): one for name, one in maps.items() if name.startswith("mlp")}
+    groups = [("perceptron while trained", list(stages.values())), *((name, [maps[name]]) for name in ("mean", "ridge"))]
+    for place, (name, some) in enumerate(groups, start=2):
+        x, y = [one[field] for one in some], [one["divergence"] for one in some]
+        axes.plot(x, y, MARKERS[place], linestyle="-", color=COLOURS[place], markersize=7, linewidth=0.8, label=name)
+    for name in (next(iter(stages)), list(stages)[-1]):
+        axes.annotate(name, (stages[name][field], stages[name]["divergence"]), (6, -13), textcoords="offset points", fontsize=8)
 
 
 def _cloud(axes: "Axes", name: str, place: int, points: list[list[float]]) -> Any:
