@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from kvfuse.chat import Message
-from kvfuse.checkpoint import load_fuser, write_file
+from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.asking import ask, prompts_of
 from kvfuse.evaluation.comparison import write_comparison
+from kvfuse.evaluation.lineup import Models, methods_of
 from kvfuse.evaluation.predictions import CONFIG, LATENCY, PREDICTIONS, VERSIONS, append, read_predictions, read_timings
 from kvfuse.evaluation.recipe import EvaluationRecipe
 from kvfuse.evaluation.report import write_report
 from kvfuse.evaluation.tasks import load_task
-from kvfuse.evaluation.tasks.readouts import without_choices
 from kvfuse.evaluation.timing import time_methods
-from kvfuse.language_model import LanguageModel
-from kvfuse.methods import Method, Router, make_method
 from kvfuse.model import CacheToCache
 from kvfuse.processes import processes
 
@@ -37,32 +33,6 @@ if TYPE_CHECKING:
 
 VERSIONS_OF = ("kvfuse", "torch", "transformers", "lm_eval")
 Say = Callable[[str], None]
-
-
-@dataclass
-class Models:
-    """The models of a pair, loaded once, and its fusers one seed at a time."""
-
-    recipe: EvaluationRecipe
-
-    def __post_init__(self) -> None:
-        section = self.recipe.evaluation
-        self._options = {"dtype": self.recipe.dtype, "device_map": processes().device}
-        self._first = CacheToCache.from_pretrained(
-            self.recipe.receiver, self.recipe.sharer, self.recipe.fusers()[0], section.subfolder, section.fusion, **self._options
-        )
-
-    def pair(self, seed: int) -> CacheToCache:
-        """With the fuser of a seed, or where there are several sharers the fusers."""
-        if seed == 0:
-            return self._first
-        section, first = self.recipe.evaluation, self._first
-        sources = _as_list(self.recipe.fusers()[seed])
-        subfolders = [section.subfolder] * len(sources) if isinstance(section.subfolder, str) else section.subfolder
-        fusers = [load_fuser(source, inside) for source, inside in zip(sources, subfolders, strict=True)]
-        for fuser, one in zip(fusers, first.fusers, strict=True):
-            fuser.to(one.device, one.dtype)
-        return CacheToCache(first.receiver, first.sharers, fusers, section.fusion)
 
 
 @dataclass
@@ -117,7 +87,7 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
     _begin(recipe, folder)
     done = Asked(folder)
     for seed in range(len(recipe.fusers())):
-        for method in _methods(recipe, models.pair(seed), seed):
+        for method in methods_of(recipe, models.pair(seed), seed):
             for name, task in tasks.items():
                 key = (name, method.name, seed if method.fuses else None)
                 if key not in done.predictions:
@@ -143,20 +113,8 @@ def _time(recipe: EvaluationRecipe, pair: CacheToCache, tasks: dict[str, "Task |
             continue
         say(f"{name}: timing")
         questions = list(prompts_of(task, recipe.evaluation.chat))
-        rows = [row for some in time_methods(_methods(recipe, pair, 0), name, questions, recipe.evaluation.timed) for row in some]
+        rows = [row for some in time_methods(methods_of(recipe, pair, 0), name, questions, recipe.evaluation.timed) for row in some]
         append(folder / LATENCY, rows)
-
-
-def _methods(recipe: EvaluationRecipe, pair: CacheToCache, seed: int) -> list[Method]:
-    """All methods with the fuser of a seed; of later seeds those that fuse."""
-    section = recipe.evaluation
-    settings = {"without_options": without_choices, **section.settings}
-    if "router" in settings:
-        settings["router"] = _load_router(settings["router"], pair.receiver)
-    if section.examples is not None:
-        settings["examples"] = _read_examples(section.examples, section.shots)
-    methods = [make_method(name, pair, **settings) for name in section.methods]
-    return [method for method in methods if seed == 0 or method.fuses]
 
 
 def _begin(recipe: EvaluationRecipe, folder: Path) -> None:
@@ -183,26 +141,3 @@ def _versions() -> dict[str, str]:
     versions = {name.replace("_", "-"): importlib.metadata.version(name) for name in VERSIONS_OF}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"date": datetime.date.today().isoformat(), "machine": device, **versions}
-
-
-def _load_router(path: str | Path, receiver: LanguageModel) -> Router:
-    try:
-        router = Router(len(receiver.tokenizer))
-        router.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
-        raise EvaluationError(f"expected a router for {receiver.name} at {path}, got: {str(error).splitlines()[0]}; train one") from error
-    return router
-
-
-def _read_examples(path: Path, shots: int) -> list[Message]:
-    """The first examples of a file, as turns of a chat."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:shots]]
-        turns = [({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"expected lines with prompt and response in {path}, got: {error}; correct the file") from error
-    return [message for turn in turns for message in turn]
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
