@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --durations=0
+	$(BIN)/python -m pytest -m slow -n 2 --durations=25
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
