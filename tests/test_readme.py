@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from answers import answers
 
+from kvfuse.cli import app
 from kvfuse.evaluation.predictions import append
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +22,10 @@ PYTHON = [text for language, text in FENCES if language == "python"]
 ENV = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("kvfuse ")])
-def test_commands_run(command, tmp_path):
-    """From a copy of what a command may read, so that what it writes goes nowhere."""
+def test_commands_run(command, tmp_path, monkeypatch):
+    """From a copy of what a command may read, so that what it writes goes nowhere; in this process, which has imported everything."""
     for folder in ("recipes", "kvfuse"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     words = shlex.split(command, comments=True)[1:]
@@ -39,8 +41,14 @@ def test_commands_run(command, tmp_path):
     if words[0] == "demo":
         if "build" in words:
             pytest.skip("takes a quarter of an hour")
-        words += [] if {"--ask", "--limit"} & set(words) else ["--limit", "8"]
-    subprocess.run([sys.executable, "-m", "kvfuse.cli", *words], cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True)
+        words += [] if "--ask" in words else ["--limit", "8"]
+    monkeypatch.chdir(tmp_path)
+    app(words, standalone_mode=False)
+
+
+def test_the_command_is_installed():
+    ran = subprocess.run([sys.executable, "-m", "kvfuse.cli", "list", "pairs"], env=ENV, check=True, capture_output=True, text=True)
+    assert "qwen3_0.6b" in ran.stdout
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
