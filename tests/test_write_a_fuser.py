@@ -46,6 +46,7 @@ def test_its_commands_train_and_use_it(run):
     assert run("-m", "kvfuse.cli", *chat).strip()
 
 
+@pytest.mark.slow
 def test_it_works_by_hand(run):
     expected = re.findall(r"print\(.*\)\s+# (.*)", BY_HAND)
     assert run("-c", BY_HAND).splitlines() == expected
