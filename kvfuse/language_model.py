@@ -170,7 +170,8 @@ def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
 
 
 def _sample(tensor: torch.Tensor) -> list[float]:
-    places = torch.linspace(0, tensor.numel() - 1, SAMPLES_PER_TENSOR).long()
+    last = tensor.numel() - 1
+    places = torch.linspace(0, last, SAMPLES_PER_TENSOR).long().clamp(max=last)  # float32 rounds the last of a large embedding up
     return tensor.detach().flatten()[places.to(tensor.device)].float().tolist()
 
 

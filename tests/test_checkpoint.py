@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from kvfuse.checkpoint import load_fuser, model_card, save_fuser, write_folder
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS
+from kvfuse.language_model import _sample
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 from kvfuse.token_alignment import stack
@@ -138,3 +139,9 @@ def test_from_pretrained_finds_the_pair_in_the_fuser(saved_models, tmp_path):
     named = CacheToCache.from_pretrained(fuser=tmp_path / "fuser")
     given = CacheToCache.from_pretrained(receiver=saved_models / "receiver", sharer=saved_models / "sharer", fuser=tmp_path / "fuser")
     assert torch.equal(logits(named), logits(given))
+
+
+def test_the_last_weight_of_a_large_embedding_is_sampled():
+    """155,582,464 of them, as Qwen3-0.6B's: float32 has no number for the last place."""
+    weights = torch.empty(1, dtype=torch.bfloat16).expand(151936, 1024)
+    assert len(_sample(weights.as_strided((151936 * 1024,), (0,)))) == 4
