@@ -23,7 +23,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from benchmarks.memory import peak_bytes
 from benchmarks.pairs import random_pair
-from kvfuse.kv_cache import KV, cache_of, read_cache
+from kvfuse.kv_cache import CACHE, KV, cache_of, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.reading import Reading, RenderedPrompt
 from kvfuse.token_alignment import AlignedReading
@@ -95,7 +95,7 @@ class Step:
 
     @torch.no_grad()
     def _prefill(self, model: Any, ids: Tensor) -> None:
-        model.base_model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+        model.base_model(ids, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
 
     def _fuse(self) -> None:
         residual = self.fuser(self.mine, self.theirs)
@@ -104,7 +104,7 @@ class Step:
     def _respond(self) -> None:
         prefix = KV(*(part.detach().requires_grad_() for part in (self.mine.key, self.mine.value)))
         tail = self.batch.tail
-        self.pair.receiver.model(tail.ids, past_key_values=cache_of(prefix), use_cache=False, labels=self.batch.labels).loss.backward()
+        self.pair.receiver.model(tail.ids, use_cache=False, labels=self.batch.labels, **{CACHE: cache_of(prefix)}).loss.backward()
 
 
 def seconds_of(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

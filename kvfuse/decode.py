@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIt
 
 from kvfuse.errors import PromptError
 from kvfuse.follow import Follower
+from kvfuse.kv_cache import CACHE
 from kvfuse.phases import generation
 from kvfuse.token_alignment import AlignedPrompt
 
@@ -54,7 +55,7 @@ def decode(
         cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
     options["cache_implementation"] = None
     with _only_new_tokens(model, follower), generation(phase, options) as options:
-        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        return model.generate(ids, attention_mask=mask, **options, **{CACHE: cache})
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStreamer], Any]) -> Iterator[str]:
@@ -99,7 +100,7 @@ def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, ca
     """
     mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
     ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, :-1]
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[:, :-1]
     said = tail.mask[:, 1:].bool().to(logits.device)
     chosen, logits = ids[:, 1:][said], logits[said].float()  # (n,), (n, vocabulary)
     likely = torch.zeros(said.shape, device=said.device).masked_scatter(said, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
@@ -142,18 +143,19 @@ def _only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> Itera
     """While open, the model is never fed a token that its cache holds already, and new ones are fused if they are followed.
 
     Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without
-    an error. ``generate`` reads the names of the arguments below, so they stand there in full.
+    an error. ``generate`` reads the names of the arguments below, so the mask stands there in full.
     """
     prepare = model.prepare_inputs_for_generation
 
-    def prepare_new(input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        known = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def prepare_new(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        known = 0 if cache is None else cache.get_seq_length()
         if kwargs.get("next_sequence_length") is None and input_ids.shape[1] > known:
             kwargs["next_sequence_length"] = input_ids.shape[1] - known
         if follower is not None:
             seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            follower.feed(past_key_values, input_ids[:, known:], seen)
-        return prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+            follower.feed(cache, input_ids[:, known:], seen)
+        return prepare(input_ids, attention_mask=attention_mask, **kwargs)
 
     model.prepare_inputs_for_generation = prepare_new
     try:

@@ -1,16 +1,20 @@
 """KV-caches as tensors: read them from and write them to transformers' caches. The only file that knows their format."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvfuse.errors import PairError
+
+CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+"""What models and ``generate`` call the cache that they are given; transformers renamed it in 5.24."""
 
 
 @dataclass(frozen=True)

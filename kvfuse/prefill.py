@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KVSpec, empty_cache, is_filled, read_cache
+from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, read_cache
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync
             position_ids=positions.to(model.device),
-            past_key_values=_stop_after_last(cache),
             use_cache=True,
+            **{CACHE: _stop_after_last(cache)},
         )
     if not any(is_filled(layer) for layer in cache.layers):
         raise PairError(f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from kvfuse.checkpoint import load_fuser
 from kvfuse.decode import decode
-from kvfuse.kv_cache import read_cache
+from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_tokenizer
@@ -49,7 +49,7 @@ def compare(pair, ids, expected):
     prompt = from_ids(ids, len(pair.sharers))
     model = pair.receiver.model
     fused = read_cache(pair.prefill(prompt))
-    logits = model(ids[:, -1:], past_key_values=pair.prefill(prompt)).logits[:, -1]
+    logits = model(ids[:, -1:], **{CACHE: pair.prefill(prompt)}).logits[:, -1]
     new = expected["generated_ids"].shape[1] - ids.shape[1]
     generated = decode(model, prompt.ids, prompt.mask, pair.prefill(prompt), max_new_tokens=new, do_sample=False)
     return {

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from kvfuse.checkpoint import load_fuser, model_card, save_fuser, write_folder
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS
+from kvfuse.kv_cache import CACHE
 from kvfuse.language_model import _sample
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
@@ -28,7 +29,7 @@ def folder(fuser, tmp_path):
 
 def logits(pair):
     prompt = stack([pair.align(PROMPT)])
-    return pair.receiver.model(prompt.ids[:, -1:], past_key_values=pair.prefill(prompt)).logits
+    return pair.receiver.model(prompt.ids[:, -1:], **{CACHE: pair.prefill(prompt)}).logits
 
 
 def test_save_and_load_give_the_same_logits(fuser, folder, receiver, sharer):

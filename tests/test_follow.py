@@ -8,7 +8,7 @@ import torch
 
 from kvfuse.errors import PairError, PromptError
 from kvfuse.follow import Follower
-from kvfuse.kv_cache import read_cache
+from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
@@ -84,7 +84,7 @@ def losses_token_by_token(pair, example):
         mask = torch.ones(1, prompt.ids.shape[1] + place, dtype=torch.long)
         follower.feed(cache, token, mask)
         position = prompt.positions[:, -1:] + place
-        logits = pair.receiver.model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
+        logits = pair.receiver.model(token, attention_mask=mask, position_ids=position, **{CACHE: cache}).logits[:, -1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[:, place + 1]))
     return torch.stack(losses)
 

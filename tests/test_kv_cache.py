@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KV, KVSpec, read_cache, read_only_cache, stage, write_cache
+from kvfuse.kv_cache import CACHE, KV, KVSpec, read_cache, read_only_cache, stage, write_cache
 from kvfuse.prefill import prefill, probe
 from kvfuse.testing import FAMILIES, tiny_model
 from kvfuse.token_alignment import count_positions
@@ -26,7 +26,7 @@ def test_read_keeps_every_position_and_write_gives_them_back(family):
     plain = model(IDS).logits
     token = plain[:, -1:].argmax(-1)
     expected = model(torch.cat([IDS, token], 1)).logits[:, -1]
-    torch.testing.assert_close(model(token, past_key_values=again).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(token, **{CACHE: again}).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,13 +34,13 @@ def test_a_read_only_cache_says_the_same_every_time(family):
     model = tiny_model(family).model
     cache = prefill(model, IDS, torch.ones_like(IDS), torch.arange(IDS.shape[1])[None])
     kv, new = read_cache(cache), torch.tensor([[7, 8, 9]])
-    expected = model(new, past_key_values=write_cache(model.config, cache, kv)).logits
+    expected = model(new, **{CACHE: write_cache(model.config, cache, kv)}).logits
     for _ in range(2):
-        got = model(new, past_key_values=read_only_cache(cache, kv), use_cache=False).logits
+        got = model(new, use_cache=False, **{CACHE: read_only_cache(cache, kv)}).logits
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     staged = read_only_cache(cache, kv)
     stage(staged, KV(*(part[..., :3, :] * 0 for part in (kv.key, kv.value))))
-    assert not torch.allclose(model(new, past_key_values=staged, use_cache=False).logits, expected, atol=1e-3)
+    assert not torch.allclose(model(new, use_cache=False, **{CACHE: staged}).logits, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

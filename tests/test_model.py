@@ -7,7 +7,7 @@ from transformers import StaticCache, StoppingCriteria, TextStreamer
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fuse import fuse
-from kvfuse.kv_cache import is_filled, read_cache
+from kvfuse.kv_cache import CACHE, is_filled, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
@@ -65,7 +65,7 @@ def test_fused_generate_equals_full_forwards_over_the_fused_cache(any_pair):
     tail = prompt.ids[:, -1:]
     while tail.shape[1] <= GREEDY["max_new_tokens"] and (tail.shape[1] == 1 or tail[0, -1] != any_pair.receiver.tokenizer.eos_token_id):
         cache = any_pair.prefill(prompt)
-        logits = model(tail, past_key_values=cache).logits
+        logits = model(tail, **{CACHE: cache}).logits
         tail = torch.cat([tail, logits[:, -1:].argmax(-1)], dim=1)
     generated = any_pair.generate([QUESTION], **GREEDY)
     assert generated[0, prompt.ids.shape[1] - 1 :].tolist() == tail[0].tolist()
@@ -231,7 +231,7 @@ def test_gradients_reach_every_fuser_parameter_and_no_other(pair):
     model, prompt = pair.receiver.model, stack([pair.align(prompt) for prompt in PROMPTS])
     mask = torch.cat([prompt.mask, torch.ones(len(PROMPTS), 1, dtype=torch.long)], 1)
     tail = prompt.ids[:, -1:].repeat(1, 2)
-    output = model(tail, attention_mask=mask, position_ids=count_positions(mask)[:, -2:], past_key_values=pair.prefill(prompt))
+    output = model(tail, attention_mask=mask, position_ids=count_positions(mask)[:, -2:], **{CACHE: pair.prefill(prompt)})
     output.logits.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in fuser.parameters())
     assert all(parameter.grad is None for one in (pair.receiver, *pair.sharers) for parameter in one.model.parameters())

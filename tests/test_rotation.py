@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import read_cache
+from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
 from kvfuse.rotation import measure_rotation
@@ -103,7 +103,7 @@ def test_the_fuser_sees_and_changes_keys_at_position_zero(removed):
     logits = []
     for one in (prompt, later):
         cache = removed.prefill(one)
-        logits.append(removed.receiver.model(one.ids[:, -1:], position_ids=one.positions[:, -1:], past_key_values=cache).logits)
+        logits.append(removed.receiver.model(one.ids[:, -1:], position_ids=one.positions[:, -1:], **{CACHE: cache}).logits)
     for before, after in zip(*seen, strict=True):
         torch.testing.assert_close(before.key, after.key, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from kvfuse.analysis.study import Question, Study
 from kvfuse.decode import score
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KV, read_cache, read_only_cache
+from kvfuse.kv_cache import CACHE, KV, read_cache, read_only_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.message_axis import own_spans, places
 from kvfuse.model import CacheToCache
@@ -76,7 +76,7 @@ def first_run(model: PreTrainedModel, seen: Read, kv: KV, **outputs: Any) -> Any
     if rows > 1:  # recurrent state is not in kv
         prefilled = copy.deepcopy(prefilled)
         prefilled.reorder_cache(torch.zeros(rows, dtype=torch.long, device=kv.key.device))
-    return model(**given, past_key_values=read_only_cache(prefilled, kv), **outputs)
+    return model(**given, **outputs, **{CACHE: read_only_cache(prefilled, kv)})
 
 
 def mix(own: KV, fused: KV, chosen: Tensor) -> KV:

@@ -1,12 +1,13 @@
 """The loss that trains a fuser, and measures one: the receiver's, on responses, over the fused cache of their prompts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from kvfuse.kv_cache import cache_of, read_cache, read_only_cache, stage
+from kvfuse.kv_cache import CACHE, cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.batches import Kept, TrainingBatch
 from kvfuse.training.recompute import recomputed_layers
@@ -33,14 +34,13 @@ def response_loss(
     """
     receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
     mask = torch.cat([past, batch.tail.mask], dim=1)
-    options = {} if num_items is None else {"num_items_in_batch": num_items}
-    cache = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
+    options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
+    options[CACHE] = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
     with recomputed_layers(receiver, recompute):
         output = receiver(
             input_ids=batch.tail.ids.to(receiver.device),
             attention_mask=mask.to(receiver.device),
             position_ids=batch.tail.positions.to(receiver.device),
-            past_key_values=cache,
             use_cache=False,  # the one it is given is read, and not filled
             labels=batch.labels.to(receiver.device),
             **options,
