@@ -1,8 +1,9 @@
 """Fused cache = receiver's cache + what the fusers make of the sharers' caches, at the aligned positions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from kvfuse.kv_cache import KV
@@ -10,7 +11,7 @@ from kvfuse.rotation import Rotation, Turn
 from kvfuse.token_alignment import AlignedPrompt
 
 FUSIONS = ("parallel", "sequential")
-
+TOKENS = 1024  # fused at once at inference: more would want more memory, fewer would read a fuser's weights more often
 
 Rotations = Sequence[tuple[Rotation, Rotation] | None]
 """For each sharer the receiver's rotation and its own, or None where the fuser sees keys as the caches hold them."""
@@ -58,8 +59,11 @@ def fuse(
     prompt: AlignedPrompt,
     fusion: str = "parallel",
     rotations: Rotations = (),
+    in_place: bool = False,
 ) -> KV:
     """Add to the receiver's cache what each sharer's fuser makes of it (paper, Eq. 3).
+
+    Without gradients it is done :data:`TOKENS` at a time, so that what is alive meanwhile does not grow with the prompt.
 
     Args:
         receiver: ``(L_r, B, H_r, T - 1, D_r)``: all prompt positions but the last.
@@ -70,16 +74,41 @@ def fuse(
             made of it.
         rotations: By default none. A rotation is linear, so the residual alone is turned forward again, and what it is
             added to stays as it is to the bit where a gate is closed.
+        in_place: Write over ``receiver``; without gradients only.
 
     Returns:
         ``(L_r, B, H_r, T - 1, D_r)`` in the receiver's dtype; equal to ``receiver`` where nothing is fused.
     """
-    fused = receiver
-    for place, (sharer, fuser) in enumerate(zip(sharers, fusers, strict=False)):  # fewer sharers may take part
-        weight = next(fuser.parameters())  # a fuser wrapped for distributed training tells neither device nor dtype
-        picked = pick(receiver if fusion == "parallel" else fused, sharer, prompt, place, weight, rotations)
-        if picked is not None:
-            residual = fuser(picked.receiver, picked.sharer)
-            residual = residual if picked.turn is None else picked.turn.forward(residual)
-            fused = fused.add_tokens(picked.rows, picked.positions, residual)
+    differentiable = torch.is_grad_enabled()
+    fused = receiver if differentiable or in_place else receiver.clone()
+    places = range(min(len(sharers), len(fusers)))  # fewer sharers may take part
+    for piece in [prompt] if differentiable else _pieces(prompt):
+        for together in [places] if fusion == "parallel" else [[place] for place in places]:
+            added = [_residual(fused, sharers[place], fusers[place], piece, place, rotations) for place in together]
+            for one in filter(None, added):
+                fused = fused.add_tokens(*one) if differentiable else fused.add_tokens_(*one)
     return fused
+
+
+def _residual(
+    receiver: KV, sharer: KV, fuser: nn.Module, prompt: AlignedPrompt, place: int, rotations: Rotations
+) -> tuple[Tensor, Tensor, KV] | None:
+    """Rows and positions of the tokens that one fuser sees, and what it adds to them."""
+    weight = next(fuser.parameters())  # a fuser wrapped for distributed training tells neither device nor dtype
+    picked = pick(receiver, sharer, prompt, place, weight, rotations)
+    if picked is None:
+        return None
+    residual = fuser(picked.receiver, picked.sharer)
+    return picked.rows, picked.positions, residual if picked.turn is None else picked.turn.forward(residual)
+
+
+def _pieces(prompt: AlignedPrompt) -> Iterator[AlignedPrompt]:
+    """The prompt with some of its fused positions after others."""
+    positions = prompt.fuse_mask.nonzero()
+    if len(positions) <= TOKENS:
+        yield prompt
+        return
+    for some in positions.split(TOKENS):
+        fuse_mask = torch.zeros_like(prompt.fuse_mask)
+        fuse_mask[some[:, 0], some[:, 1]] = True
+        yield replace(prompt, fuse_mask=fuse_mask)

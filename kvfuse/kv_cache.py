@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvfuse.errors import PairError
+from kvfuse.growing_cache import GrowingLayer, SideBySide, side_by_side
 
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 """What models and ``generate`` call the cache that they are given; transformers renamed it in 5.24."""
@@ -62,12 +63,15 @@ class KV:
         """Pick single tokens out of a batch.
 
         Args:
-            rows: ``(N,)`` int64, the batch row of each token.
+            rows: ``(N,)`` int64, the batch row of each.
             positions: ``(N,)`` int64, its position in that row.
 
         Returns:
-            ``(L, 1, H, N, D)``: the tokens side by side as one row.
+            ``(L, 1, H, N, D)``: the tokens side by side as one row; those of one stretch without a copy.
         """
+        stretch = _stretch(rows, positions)
+        if stretch is not None:
+            return type(self)(*(part[:, stretch[0], :, stretch[1]] for part in (self.key, self.value)))
         rows, positions = rows.to(self.key.device), positions.to(self.key.device)
         return type(self)(*(part[:, rows, :, positions].permute(1, 2, 0, 3)[:, None] for part in (self.key, self.value)))
 
@@ -81,6 +85,21 @@ class KV:
             parts.append(by_token.index_put((rows, positions), added, accumulate=True).permute(2, 0, 3, 1, 4))
         return type(self)(*parts)
 
+    def add_tokens_(self, rows: Tensor, positions: Tensor, residual: "KV") -> Self:
+        """As :meth:`add_tokens`, in place; each token may be named once."""
+        stretch = _stretch(rows, positions)
+        rows, positions = rows.to(self.key.device), positions.to(self.key.device)
+        for part, added in ((self.key, residual.key), (self.value, residual.value)):
+            if stretch is not None:
+                part[:, stretch[0], :, stretch[1]] += added.to(part)
+            else:
+                by_token = part.permute(1, 3, 0, 2, 4)  # (B, T, L, H, D)
+                by_token[rows, positions] += added[:, 0].permute(2, 0, 1, 3).to(part)
+        return self
+
+    def clone(self) -> Self:
+        return type(self)(self.key.clone(), self.value.clone())
+
     def split(self, tokens: int) -> list[Self]:
         """In pieces of so many tokens, without a copy."""
         return [type(self)(*parts) for parts in zip(self.key.split(tokens, 3), self.value.split(tokens, 3), strict=True)]
@@ -89,25 +108,34 @@ class KV:
         return type(self)(torch.zeros_like(self.key), torch.zeros_like(self.value))
 
 
+def _stretch(rows: Tensor, positions: Tensor) -> tuple[slice, slice] | None:
+    """Tokens on the CPU that follow one another in one row, as slices of rows and of positions; None: they do not."""
+    if rows.device.type != "cpu" or not len(rows) or bool((rows != rows[0]).any()) or bool((positions.diff() != 1).any()):
+        return None
+    row, first = int(rows[0]), int(positions[0])
+    return slice(row, row + 1), slice(first, first + len(positions))
+
+
 def concatenate(pieces: Sequence[KV]) -> KV:
     """:meth:`KV.split` undone."""
     return KV(torch.cat([piece.key for piece in pieces], 3), torch.cat([piece.value for piece in pieces], 3))
 
 
 def empty_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache to prefill into that keeps every position, also in layers with a sliding window.
+    """A cache to prefill into that keeps every position, also in layers with a sliding window, all layers side by side.
 
     Masks stay right: transformers sizes them from the cache. :func:`write_cache` restores the windows.
     """
     cache = DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[i] = DynamicLayer()
+    attention = [i for i, layer in enumerate(cache.layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
+    beside = SideBySide(len(attention))
+    for place, i in enumerate(attention):
+        cache.layers[i] = GrowingLayer(beside, place)
     return cache
 
 
 def read_cache(cache: Cache, last: int = 0) -> KV:
-    """Stack the layers of a cache that hold keys and values.
+    """Stack the layers of a cache that hold keys and values; those that were prefilled side by side without a copy.
 
     Args:
         cache: Any of transformers'; a static one is read up to its end, filled or not.
@@ -121,11 +149,14 @@ def read_cache(cache: Cache, last: int = 0) -> KV:
     if len(shapes) != 1:
         got = "none" if not shapes else f"layers of {len(shapes)} shapes, such as {sorted(shapes)[:2]}"
         raise PairError(f"expected a model with a KV-cache of one shape in all its attention layers, got {got}; use another model")
+    together = side_by_side(layers)
+    if together is not None:
+        return KV(*(part[..., -last:, :] for part in together))
     device = layers[0].keys.device
     return KV(*(torch.stack([getattr(layer, part)[:, :, -last:].to(device) for layer in layers]) for part in ("keys", "values")))
 
 
-def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None) -> Cache:
+def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None, take_over: bool = False) -> Cache:
     """A cache to decode from: ``kv`` in the layers that hold keys and values, everything else as it was prefilled.
 
     Args:
@@ -133,6 +164,7 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
         prefilled: The cache that ``kv`` was read from; it is left untouched.
         kv: What to write, ``(L, B, H, T, D)``.
         max_cache_len: Make it a static cache with room for so many positions; by default it grows.
+        take_over: Nobody needs ``prefilled`` any more: layers that hold ``kv``, because it was changed in place, go on without a copy.
     """
     cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
     cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
@@ -142,7 +174,10 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
         elif not is_filled(layer):
             cache.layers[i] = layer
     for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
-        layer = cache.layers[i]
+        layer, own = cache.layers[i], prefilled.layers[i]
+        if take_over and type(layer) is DynamicLayer and own.keys.data_ptr() == key.data_ptr():
+            cache.layers[i] = own
+            continue
         key, value = key.to(prefilled.layers[i].keys.device), value.to(prefilled.layers[i].keys.device)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.keys, layer.values = key, value

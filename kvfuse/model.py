@@ -177,15 +177,29 @@ class CacheToCache:
         with phase("sharer_prefill"):
             return [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
 
-    def fuse(self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None) -> Cache:
-        """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`; ``streams`` are what :meth:`read` gave."""
-        with phase("fuse"):
-            fused = self.fuse_kv(prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
-            return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len)
+    def fuse(
+        self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None, use_up: bool = False
+    ) -> Cache:
+        """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`.
 
-    def fuse_kv(self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module]) -> KV:
+        Args:
+            prompt: A batch.
+            streams: What :meth:`read` gave.
+            fusers: As in :meth:`prefill`.
+            max_cache_len: As in :meth:`prefill`.
+            use_up: Nobody needs ``streams`` any more: without gradients, the receiver's cache is fused in place, not copied.
+        """
+        with phase("fuse"):
+            receiver, sharers = read_cache(streams.receiver), list(map(read_cache, streams.sharers))
+            in_place = use_up and not torch.is_grad_enabled()
+            fused = self.fuse_kv(prompt, receiver, sharers, fusers, in_place)
+            return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len, take_over=in_place)
+
+    def fuse_kv(
+        self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module], in_place: bool = False
+    ) -> KV:
         """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.fuse.fuse`."""
-        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations)
+        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations, in_place)
 
     def read_along(self, streams: Streams, prompt: AlignedPrompt, tail: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> KV:
         """Read responses at once, where they are fused too: what :class:`Follower` does token by token.
@@ -224,7 +238,7 @@ class CacheToCache:
         if prompt.ids.shape[1] < 2:
             return None
         fusers = self.fusers if fusers is None else fusers
-        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len)
+        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len, use_up=True)
 
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""

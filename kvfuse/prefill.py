@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvfuse.errors import PairError
+from kvfuse.growing_cache import GrowingLayer
 from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, read_cache
 
 
@@ -52,7 +53,7 @@ class _LastLayerRead(Exception):
 def _stop_after_last(cache: Cache) -> Cache:
     """Make the update of a cache's last layer end the run; only where that layer holds keys and values and nothing else."""
     last = cache.layers[-1]
-    if type(last) is DynamicLayer:
+    if type(last) in (DynamicLayer, GrowingLayer):
         store = last.update
 
         def update(*args: Any, **kwargs: Any) -> None:

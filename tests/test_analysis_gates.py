@@ -32,7 +32,7 @@ def test_weights_are_those_of_all_fused_tokens(tiny):
             receiver, sharer = read_cache(streams.receiver), read_cache(streams.sharers[0])
             rows, places = (prompt.fuse_mask & (prompt.sharers[0].index >= 0)).nonzero(as_tuple=True)
             picked = receiver.tokens(rows, places), sharer.tokens(rows, prompt.sharers[0].index[rows, places])
-            hidden = fuser._fuse_features(*picked)
+            hidden = fuser._fuse_features(to_groups(picked[1], fuser.sharer_layers), to_groups(picked[0]))
             weights.append(torch.sigmoid(fuser.weighting_out(fuser.weighting(hidden))))
             assert to_groups(picked[0]).shape[1] == weights[-1].shape[1]
     weights = torch.cat(weights, 1)

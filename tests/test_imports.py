@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"plugins", "phases", "recipe", "processes", "kv_cache", "spans", "layer_alignment", "reencode"},
+    {"plugins", "phases", "recipe", "processes", "growing_cache", "spans", "layer_alignment", "reencode"},
+    {"kv_cache"},
     {"chat"},
     {"reading"},
     {"message_axis"},

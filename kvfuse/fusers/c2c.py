@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from kvfuse.errors import PairError
 from kvfuse.fusers.contract import require_choices, require_uniform
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, HeadWeights, from_groups, to_groups
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, HeadWeights
 
 FUSED_PARTS = {"both": PARTS, "keys": ("key",), "values": ("value",)}
 GATES = ("layer", "head", "none")
@@ -89,13 +88,11 @@ class C2CFuser(GatedFuser):
         if self.gate is not None:
             self.gate.reset_parameters(self.config.gate_init)
 
-    def ungated(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`GatedFuser.ungated`."""
-        hidden = self.stage(self._fuse_features, receiver, sharer)
+    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`GatedFuser.network`."""
+        hidden = self.stage(self._fuse_features, theirs, mine)
         weight, projected = self.stage(self._weigh, hidden), self.stage(self._project, hidden)
-        if self.config.replace:
-            projected = projected - to_groups(receiver, parts=self.parts)
-        return from_groups(projected, weight, like=receiver, parts=self.parts)
+        return projected - mine if self.config.replace else projected, weight
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
@@ -117,11 +114,9 @@ class C2CFuser(GatedFuser):
             half = 0.5
         self.projection_out.place(torch.eye(width).to(weight).expand(len(weight), -1, -1) / half)
 
-    def _fuse_features(self, receiver: KV, sharer: KV) -> Tensor:
+    def _fuse_features(self, theirs: Tensor, mine: Tensor) -> Tensor:
         """``(G, N, hidden)`` of both caches, or of the sharer's alone."""
-        x = to_groups(sharer, self.sharer_layers, self.parts)  # (G, N, C)
-        x = torch.cat([x, to_groups(receiver, parts=self.parts)], dim=-1) if self.config.receiver_input else x
-        hidden = self.fusion_in(x)
+        hidden = self.fusion_in(torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs)  # sharer first
         return hidden if self.fusion is None else self.fusion(hidden)
 
     def _project(self, hidden: Tensor) -> Tensor:
@@ -134,4 +129,4 @@ class C2CFuser(GatedFuser):
         """``(G, N, hidden)`` -> ``(G, N, H)``; None where tokens do not weight their heads."""
         if self.weighting is None or self.weighting_out is None:
             return None
-        return self.head_weights(self.weighting_out(self.weighting(hidden)))
+        return self.head_weights(self.weighting.into(self.weighting_out, hidden))

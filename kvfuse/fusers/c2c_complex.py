@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights, from_groups, to_groups
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights
 
 
 class C2CComplexConfig(GatedConfig):
@@ -40,8 +39,7 @@ class C2CComplexFuser(GatedFuser):
 
     config_class: ClassVar = C2CComplexConfig
     config: C2CComplexConfig
-    gate: Gate
-    parts = ("layer",)  # one gate switches keys and values
+    gate: Gate  # one switches a layer's keys and values
 
     def __init__(self, config: C2CComplexConfig) -> None:
         super().__init__(config)
@@ -68,12 +66,11 @@ class C2CComplexFuser(GatedFuser):
         self.combiner.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def ungated(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`GatedFuser.ungated`."""
-        mine, theirs = to_groups(receiver), to_groups(sharer, self.sharer_layers)  # (2L, N, C)
+    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`GatedFuser.network`."""
         projected = self.combiner(torch.cat([self._translate(theirs), mine], dim=-1))
-        weight = self.head_weights(self._weigh(mine, projected, receiver.spec.num_kv_heads) / self.config.weight_temperature)
-        return from_groups(projected, weight, like=receiver)
+        logits = self._weigh(mine, projected, self.config.receiver_kv.num_kv_heads)
+        return projected, self.head_weights(logits / self.config.weight_temperature)
 
     def _translate(self, theirs: Tensor) -> Tensor:
         """``(2L, N, C_s)`` -> ``(2L, N, C_r)``, with a shortcut where both are equally wide."""

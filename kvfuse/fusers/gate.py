@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kvfuse.fusers.lanes import Grouped
+
 GATE_NOISES = ("logistic", "logistic-per-token", "gumbel")
 
 
-class Gate(nn.Module):
+class Gate(Grouped):
     """One gate per group (paper, 3.3.2): binary at inference, Gumbel-sigmoid with falling temperature while training.
 
     ``logistic`` noise is the difference of two Gumbel draws, so that a logit of zero is open half of the time, and one draw
@@ -27,6 +29,7 @@ class Gate(nn.Module):
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.temperature = initial_temperature
         self.noise = noise
+        self._opened: tuple[tuple[int, int], list[int]] | None = None
 
     def reset_parameters(self, logit: float) -> None:
         nn.init.constant_(self.logit, logit)
@@ -35,6 +38,13 @@ class Gate(nn.Module):
         """Set the temperature for a run of which ``share`` is done: exponential, as the reference anneals."""
         ratio = self.final_temperature / self.initial_temperature
         self.temperature = self.initial_temperature * ratio ** min(share, 1.0)
+
+    def opened(self) -> list[int]:
+        """The groups of which at least one head is open; a device is asked once and not again until a logit changes."""
+        changed = self.logit._version, self.logit.data_ptr()
+        if self._opened is None or self._opened[0] != changed:
+            self._opened = changed, (self.logit > 0).flatten(1).any(1).nonzero().flatten().tolist()
+        return self._opened[1]
 
     def by_part(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """Which gates are open, ``(L,)`` or ``(L, H)`` bool, where the groups are all layers of the first part, then of the next."""

@@ -3,16 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvfuse.errors import PairError
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
-from kvfuse.fusers.grouped import PARTS
+from kvfuse.fusers.grouped import PARTS, from_groups, to_groups, write_groups
+from kvfuse.fusers.lanes import cut, has_lanes, is_watched, runs
 from kvfuse.kv_cache import KV, concatenate
 
 RECOMPUTED_TOKENS = 1024
+CACHED_BYTES = 2**21  # of one tensor of all groups; several of them are alive at a time
 T = TypeVar("T")
 
 
@@ -42,7 +45,7 @@ class GatedConfig(FuserConfig):
 
 
 class GatedFuser(Fuser):
-    """Base of the fusers that switch their residual: set :attr:`gate` and write :meth:`ungated` in place of :meth:`forward`.
+    """Base of the fusers that switch their residual: set :attr:`gate` and write :meth:`network` in place of :meth:`forward`.
 
     Attributes:
         gate: For every layer, or for all layers of the first of :attr:`parts`, then of the next; None: the residual always counts.
@@ -52,12 +55,28 @@ class GatedFuser(Fuser):
     gate: Gate | None
     parts: Sequence[str] = PARTS
 
-    def ungated(self, receiver: KV, sharer: KV) -> KV:
-        """The residual as it is behind an open gate. Arguments and shapes as :meth:`Fuser.forward`."""
+    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual as it is behind an open gate.
+
+        Args:
+            theirs: ``(G, N, C_s)``: for each group, all heads of the sharer's keys, or values, side by side.
+            mine: ``(G, N, C_r)``, the receiver's.
+
+        Returns:
+            The residual ``(G, N, C_r)``, and what weights each of its heads ``(G, N, H)``; None: one.
+        """
         raise NotImplementedError
 
+    def their_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
+        """What :meth:`network` reads of the sharer, ``(G, N, C_s)``, for all groups or some, ascending."""
+        return to_groups(sharer, self.sharer_layers, self.parts, groups)
+
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`Fuser.forward`; one draw of the gates is for all tokens, however they are computed."""
+        """See :meth:`Fuser.forward`."""
+        return self._trained(receiver, sharer) if self.training or torch.is_grad_enabled() else self._inferred(receiver, sharer)
+
+    def _trained(self, receiver: KV, sharer: KV) -> KV:
+        """All groups at once; one draw of the gates is for all tokens, however they are computed."""
         residual = self._in_pieces(receiver, sharer)
         if self.gate is None:
             return residual
@@ -67,8 +86,35 @@ class GatedFuser(Fuser):
         key, value = switch.chunk(2) if len(switch) > layers else (switch, switch)  # (L, B, H, T, 1), or what broadcasts to it
         return KV(residual.key * key, residual.value * value)
 
+    def _inferred(self, receiver: KV, sharer: KV) -> KV:
+        """Some lanes at a time, those behind closed gates never."""
+        if is_watched(self) or not has_lanes(self):
+            return self._trained(receiver, sharer)
+        residual = receiver.zeros_like()
+        groups = len(self.parts) * len(receiver.key)
+        of = groups if self.gate is None else len(self.gate.logit)
+        for lanes in self._lanes(of, groups, receiver):
+            chosen = [first + lane for first in range(0, groups, of) for lane in range(of)[lanes]]
+            part = self if len(chosen) == groups else cut(self, lanes, of)
+            projected, weight = part.network(self.their_groups(sharer, chosen), to_groups(receiver, None, self.parts, chosen))
+            if part.gate is not None and part.gate.logit.shape[2] > 1:  # a gate per head
+                weight = part.gate() if weight is None else part.gate() * weight
+            write_groups(residual, projected, weight, self.parts, chosen)
+        return residual
+
+    def _lanes(self, of: int, groups: int, receiver: KV) -> list[slice]:
+        """Which lanes to compute, and how many at a time.
+
+        On a CPU it is one after the other where all together would not stay in its cache, elsewhere as many as lie side by side
+        (the groups of several lanes of two groups each do so only if they are all there are).
+        """
+        opened = list(range(of)) if self.gate is None else self.gate.opened()
+        large = receiver.key.device.type == "cpu" and receiver.key.nbytes + receiver.value.nbytes > CACHED_BYTES
+        apart = groups > of and len(opened) < of
+        return [slice(lane, lane + 1) for lane in opened] if large or apart else runs(opened)
+
     def stage(self, function: Callable[..., T], *inputs: Any) -> T:
-        """``function(*inputs)``, of which training keeps the inputs alone where it recomputes; for the parts of :meth:`ungated`."""
+        """``function(*inputs)``, of which training keeps the inputs alone where it recomputes; for the parts of :meth:`network`."""
         return checkpoint(function, *inputs, use_reentrant=False) if self.recompute and self.training else function(*inputs)
 
     def _in_pieces(self, receiver: KV, sharer: KV) -> KV:
@@ -78,9 +124,14 @@ class GatedFuser(Fuser):
         """
         pieces = -(-receiver.key.shape[3] // RECOMPUTED_TOKENS)
         if pieces < 2 or not (self.recompute and self.training):
-            return self.ungated(receiver, sharer)
+            return self._ungated(receiver, sharer)
         tokens = -(-receiver.key.shape[3] // pieces)
-        return concatenate([self.stage(self.ungated, *both) for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)])
+        return concatenate([self.stage(self._ungated, *both) for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)])
+
+    def _ungated(self, receiver: KV, sharer: KV) -> KV:
+        """All groups at once, behind open gates."""
+        projected, weight = self.network(self.their_groups(sharer), to_groups(receiver, parts=self.parts))
+        return from_groups(projected, weight, receiver, self.parts)
 
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
         """Begin as a linear map of both caches in place of a random network, behind the gates as they are.
@@ -108,4 +159,7 @@ class GatedFuser(Fuser):
 
     def open_gates(self) -> dict[str, Tensor]:
         """Of what is gated, per layer, or per layer and head."""
-        return {} if self.gate is None else self.gate.by_part(self.parts)
+        if self.gate is None:
+            return {}
+        apart = len(self.gate.logit) > self.config.receiver_kv.num_layers or len(self.parts) == 1
+        return self.gate.by_part(self.parts if apart else ("layer",))

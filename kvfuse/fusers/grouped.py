@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvfuse.fusers.lanes import Grouped
 from kvfuse.kv_cache import KV
 
 PARTS = ("key", "value")
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Grouped):
     """One linear layer per group.
 
     Attributes:
@@ -46,7 +47,7 @@ class GroupedLinear(nn.Module):
         return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
 
 
-class GroupedRMSNorm(nn.Module):
+class GroupedRMSNorm(Grouped):
     """RMSNorm with one weight ``(G, 1, C)`` per group."""
 
     def __init__(self, groups: int, features: int, eps: float = 1e-6) -> None:
@@ -62,7 +63,7 @@ class GroupedRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-class GroupedLayerNorm(nn.Module):
+class GroupedLayerNorm(Grouped):
     """LayerNorm with one weight and bias ``(G, 1, C)`` per group."""
 
     def __init__(self, groups: int, features: int, eps: float = 1e-5) -> None:
@@ -117,7 +118,16 @@ class GroupedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
-        return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))
+        return x + self.dropout(self.w2(self._inner(x)))
+
+    def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
+        """``out(self(x))``; at inference, and for more tokens than ``out`` has outputs, ``w2`` and ``out`` are multiplied first."""
+        if self.training or x.shape[1] <= out.weight.shape[2]:
+            return out(self(x))
+        return torch.baddbmm(out(x), self._inner(x), self.w2.weight @ out.weight)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return F.gelu(self.w1(self.norm(x)))
 
 
 class HeadWeights(nn.Module):
@@ -128,11 +138,21 @@ class HeadWeights(nn.Module):
         return torch.sigmoid(logits)
 
 
-def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS) -> Tensor:
-    """``(G, B * T, H * D)``: every token's heads side by side, the chosen layers of the first part, then of the second."""
-    chosen = [getattr(kv, part) for part in parts]
-    stacked = chosen if layers is None else [part[layer][None] for part in chosen for layer in layers]
-    return torch.cat(stacked).transpose(2, 3).flatten(3).flatten(1, 2)
+def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS, groups: Sequence[int] | None = None) -> Tensor:
+    """Every token's heads side by side, for the chosen layers of the first part, then of the second.
+
+    Args:
+        kv: ``(L, B, H, T, D)``.
+        layers: By default all.
+        parts: Which of its parts.
+        groups: By default all of those; else some of them, ascending.
+
+    Returns:
+        ``(G, B * T, H * D)``.
+    """
+    layers = list(range(len(kv.key))) if layers is None else layers
+    chosen = [_select(getattr(kv, part), some) for part, some in _by_part([layers] * len(parts), parts, groups)]
+    return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def from_groups(projected: Tensor, weight: Tensor | None, like: KV, parts: Sequence[str] = PARTS) -> KV:
@@ -147,8 +167,35 @@ def from_groups(projected: Tensor, weight: Tensor | None, like: KV, parts: Seque
     Returns:
         ``(L, B, H, T, D)``.
     """
-    _, batch, heads, tokens, dim = like.key.shape
-    weighted = projected.unflatten(-1, (heads, dim))  # (G, N, H, D)
-    weighted = weighted if weight is None else weighted * weight.unsqueeze(-1)
-    by_part = dict(zip(parts, weighted.unflatten(1, (batch, tokens)).transpose(2, 3).chunk(len(parts)), strict=True))
+    by_part = dict(zip(parts, _weighted(projected, weight, like).chunk(len(parts)), strict=True))
     return KV(*(by_part[part] if part in by_part else torch.zeros_like(getattr(like, part)) for part in PARTS))
+
+
+def write_groups(out: KV, projected: Tensor, weight: Tensor | None, parts: Sequence[str], groups: Sequence[int]) -> None:
+    """Write some groups, ascending, over those of ``out``; else as :func:`from_groups`."""
+    weighted, start = _weighted(projected, weight, out), 0
+    for part, layers in _by_part([list(range(len(out.key)))] * len(parts), parts, groups):
+        getattr(out, part)[layers[0] : layers[-1] + 1] = weighted[start : start + len(layers)]
+        start += len(layers)
+
+
+def _weighted(projected: Tensor, weight: Tensor | None, like: KV) -> Tensor:
+    """``(G, B * T, H * D)`` -> ``(G, B, H, T, D)``."""
+    _, batch, heads, tokens, dim = like.key.shape
+    by_head = projected.unflatten(-1, (heads, dim))  # (G, N, H, D)
+    by_head = by_head if weight is None else by_head * weight.unsqueeze(-1)
+    return by_head.unflatten(1, (batch, tokens)).transpose(2, 3)
+
+
+def _by_part(layers: list[list[int]], parts: Sequence[str], groups: Sequence[int] | None) -> list[tuple[str, list[int]]]:
+    """Each part with its layers, where ``layers`` has those of all groups of a part; parts of which no group is wanted are left out."""
+    pairs = [(place, layer) for place, some in enumerate(layers) for layer in some]
+    pairs = pairs if groups is None else [pairs[group] for group in groups]
+    by_part = [(part, [layer for other, layer in pairs if other == place]) for place, part in enumerate(parts)]
+    return [(part, some) for part, some in by_part if some]
+
+
+def _select(part: Tensor, layers: list[int]) -> Tensor:
+    """Some layers of ``(L, B, H, T, D)``: neighbours without a copy."""
+    first, last = layers[0], layers[-1]
+    return part[first : last + 1] if layers == list(range(first, last + 1)) else part[layers]

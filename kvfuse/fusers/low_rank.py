@@ -8,8 +8,7 @@ from torch import Tensor
 from kvfuse.fusers.contract import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, HeadWeights, from_groups, to_groups
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, HeadWeights
 
 
 class LowRankConfig(GatedConfig):
@@ -68,8 +67,7 @@ class LowRankFuser(GatedFuser):
         self.down.place(left[..., :rank] * root[:, None])
         self.up.place(2 * root[..., None] * right[:, :rank], 2 * bias)
 
-    def ungated(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`GatedFuser.ungated`."""
-        x = torch.cat([to_groups(sharer, self.sharer_layers), to_groups(receiver)], dim=-1)  # (G, N, C), sharer first
-        features = self.fusion(self.down(x))  # (G, N, rank)
-        return from_groups(self.up(features), self.head_weights(self.weighting(features)), like=receiver)
+    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`GatedFuser.network`."""
+        features = self.fusion(self.down(torch.cat([theirs, mine], dim=-1)))  # (G, N, rank), sharer first
+        return self.up(features), self.head_weights(self.weighting(features))

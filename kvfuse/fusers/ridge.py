@@ -1,6 +1,6 @@
 """A fuser in closed form: the receiver's cache is regressed on the sharer's, no gradient needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from kvfuse.errors import PairError
 from kvfuse.fusers.contract import FuserConfig, require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedFuser
-from kvfuse.fusers.grouped import GroupedLinear, from_groups, to_groups
+from kvfuse.fusers.grouped import GroupedLinear, to_groups
 from kvfuse.fusers.moments import Moments
 from kvfuse.kv_cache import KV
 
@@ -73,10 +73,13 @@ class RidgeFuser(GatedFuser):
         nn.init.constant_(self.weight, 0.0 if self.config.zero_init else 1.0)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def forward(self, receiver: KV, sharer: KV) -> KV:
-        """See :meth:`Fuser.forward`."""
-        mapped = self.projection(self._inputs(sharer))
-        return from_groups(mapped - to_groups(receiver), self.gate() * self.weight, like=receiver)
+    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`GatedFuser.network`."""
+        return self.projection(theirs) - mine, self.weight
+
+    def their_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
+        """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""
+        return torch.cat([to_groups(sharer, layers, self.parts, groups) for layers in self.sources], dim=-1)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[KV, KV]]) -> None:
@@ -84,7 +87,7 @@ class RidgeFuser(GatedFuser):
         groups, inputs, outputs = self.projection.weight.shape
         fitted, held_out = (Moments(groups, inputs, outputs, self.device) for _ in range(2))
         for place, (receiver, sharer) in enumerate(batches):
-            (held_out if place % HELD_OUT_EVERY == 1 else fitted).add(self._inputs(sharer), to_groups(receiver))
+            (held_out if place % HELD_OUT_EVERY == 1 else fitted).add(self.their_groups(sharer), to_groups(receiver))
         if not held_out.count:
             raise PairError("expected at least two batches to fit, got fewer; use a smaller train.batch_size or more examples")
         weight, bias = fitted.solve(self.config.penalty)
@@ -110,7 +113,3 @@ class RidgeFuser(GatedFuser):
         share = self.weight.repeat_interleave(width // self.weight.shape[2], dim=2)  # (G, 1, C_r)
         mine = -torch.eye(width).to(share).expand(groups, -1, -1)
         return share * torch.cat([self.projection.weight, mine], dim=1), share * self.projection.bias
-
-    def _inputs(self, sharer: KV) -> Tensor:
-        """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""
-        return torch.cat([to_groups(sharer, layers) for layers in self.sources], dim=-1)

@@ -69,7 +69,7 @@ class Fused(Method):
             return None
         pair, fusers = self.pair, self.fusers
         streams = pair.read(prompt)
-        cache = pair.fuse(prompt, streams, fusers)
+        cache = pair.fuse(prompt, streams, fusers, use_up=not pair.fuse_response)
         cache.reorder_cache(batch.rows.to(pair.receiver.model.device))
         if pair.fuse_response:
             for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):

@@ -1,0 +1,77 @@
+"""Fusing in place, and some tokens at a time, is fusing."""
+
+import pytest
+import torch
+
+from kvfuse import fuse as fuse_module
+from kvfuse.fuse import FUSIONS, fuse
+from kvfuse.kv_cache import KV, read_cache
+from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser, tiny_model
+from kvfuse.token_alignment import stack
+
+PROMPTS = ["What is the capital of Norway?", "Two models read", "Which language do people speak in Rotterdam?"]
+
+
+@pytest.fixture(params=[(FUSIONS[0], "kept"), (FUSIONS[0], "removed"), (FUSIONS[1], "kept")], ids=str)
+def pair(request, receiver, sharer):
+    fusion, rope = request.param
+    others = [sharer, tiny_model("llama", seed=4)]
+    return CacheToCache(receiver, others, [tiny_fuser(receiver, one, rope=rope) for one in others], fusion)
+
+
+@pytest.fixture(params=[1, 3])
+def read(request, pair):
+    prompt = stack([pair.align(prompt) for prompt in PROMPTS[: request.param]])
+    with torch.no_grad():
+        streams = pair.read(prompt)
+    return prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers))
+
+
+def fused(pair, read, **options):
+    prompt, receiver, sharers = read
+    return fuse(receiver, sharers, pair.fusers, prompt, pair.fusion, pair.rotations, **options)
+
+
+def close(got, expected):
+    torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1024])
+def test_pieces_equal_the_whole(pair, read, tokens, monkeypatch):
+    expected = fused(pair, read)  # with gradients, at once
+    assert not torch.equal(expected.key, read[1].key)
+    monkeypatch.setattr(fuse_module, "TOKENS", tokens)
+    before = read[1].clone()
+    with torch.no_grad():
+        close(fused(pair, read), expected)
+        assert torch.equal(read[1].key, before.key), "only where it is asked to"
+        got = fused(pair, read, in_place=True)
+    close(got, expected)
+    assert got.key.data_ptr() == read[1].key.data_ptr()
+
+
+def test_streams_are_left_alone_unless_they_are_used_up(pair):
+    prompt = stack([pair.align(PROMPTS[0])])
+    with torch.no_grad():
+        streams = pair.read(prompt)
+        clean = read_cache(streams.receiver).clone()
+        expected = read_cache(pair.fuse(prompt, streams, pair.fusers))
+        assert torch.equal(read_cache(streams.receiver).key, clean.key)
+        taken = pair.fuse(prompt, streams, pair.fusers, use_up=True)
+    close(read_cache(taken), expected)
+    assert taken.layers[1] is streams.receiver.layers[1], "no copy is made"
+
+
+def test_tokens_of_one_stretch_are_not_copied():
+    kv = KV(*torch.randn(2, 3, 2, 2, 6, 4))
+    rows, places = torch.ones(3, dtype=torch.long), torch.tensor([2, 3, 4])
+    assert kv.tokens(rows, places).key.data_ptr() == kv.key[:, 1, :, 2].data_ptr()
+    apart = torch.tensor([2, 4, 3])
+    assert torch.equal(kv.tokens(rows, apart).key, kv.key[:, 1:2, :, apart])
+    for some in (places, apart):
+        expected = kv.add_tokens(rows, some, kv.tokens(rows, some))
+        got = kv.clone()
+        assert torch.equal(got.add_tokens_(rows, some, kv.tokens(rows, some)).key, expected.key)
+        assert torch.equal(got.value, expected.value)

@@ -1,0 +1,108 @@
+"""Lane by lane a fuser computes what it computes at once, and what is behind a closed gate it does not compute."""
+
+import pytest
+import torch
+from test_fusers import random_kv
+from torch import nn
+
+from kvfuse.fusers import FUSERS, gated
+from kvfuse.fusers.grouped import GroupedLinear
+from kvfuse.fusers.lanes import cut, has_lanes, runs
+from kvfuse.kv_cache import KV
+from kvfuse.testing import tiny_fuser
+
+OPTIONS = [{}, {"gate": "head"}, {"gate": "none"}, {"parts": "values"}, {"replace": True}, {"weighting": False}]
+
+
+def both_ways(fuser, inputs, monkeypatch):
+    """The residual with as many lanes at once as there are, and one by one."""
+    with torch.no_grad():
+        monkeypatch.setattr(gated, "CACHED_BYTES", 2**40)
+        together = fuser(*inputs)
+        monkeypatch.setattr(gated, "CACHED_BYTES", 0)
+        return together, fuser(*inputs)
+
+
+@pytest.fixture(params=[{"kind": kind} for kind in FUSERS] + OPTIONS, ids=str)
+def fuser(request, receiver, sharer):
+    return tiny_fuser(receiver, sharer, **request.param)
+
+
+@pytest.fixture
+def inputs(fuser):
+    torch.manual_seed(1)
+    return random_kv(fuser.config.receiver_kv, tokens=9), random_kv(fuser.config.sharer_kv, tokens=9)
+
+
+@pytest.mark.parametrize("closed", [[], [1], [0, 2]])
+def test_one_by_one_equals_together_equals_training(fuser, inputs, closed, monkeypatch):
+    if fuser.gate is not None:
+        with torch.no_grad():
+            fuser.gate.logit[closed] = -1.0
+            fuser.gate.logit[-1, :, -1:] = -1.0
+    expected = fuser(*inputs)  # with gradients: all groups, switched afterwards
+    for got in both_ways(fuser, inputs, monkeypatch):
+        torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(got.key == 0, expected.key == 0)
+
+
+def test_few_tokens_weigh_their_heads_alike(receiver, sharer, monkeypatch):
+    """For few tokens the two last products of the weighting are not multiplied first."""
+    fuser = tiny_fuser(receiver, sharer)
+    many = random_kv(fuser.config.receiver_kv, 1, 7), random_kv(fuser.config.sharer_kv, 1, 7)
+    one = tuple(KV(kv.key[:, :, :, 3:4], kv.value[:, :, :, 3:4]) for kv in many)
+    for alone, together in zip(both_ways(fuser, one, monkeypatch), both_ways(fuser, many, monkeypatch), strict=True):
+        torch.testing.assert_close(alone.key, together.key[:, :, :, 3:4], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0, 2**40])
+def test_what_is_behind_closed_gates_is_not_computed(receiver, sharer, monkeypatch, budget):
+    monkeypatch.setattr(gated, "CACHED_BYTES", budget)
+    fuser = tiny_fuser(receiver, sharer)
+    with torch.no_grad():
+        fuser.gate.logit[[0, 3, 4]] = -1.0
+    computed = []
+    network = type(fuser).network
+    monkeypatch.setattr(type(fuser), "network", lambda self, theirs, mine: computed.append(len(mine)) or network(self, theirs, mine))
+    with torch.no_grad():
+        fuser(random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv))
+    assert sum(computed) == 3
+
+
+def test_gates_that_change_are_noticed(receiver, sharer):
+    fuser = tiny_fuser(receiver, sharer)
+    inputs = random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
+    with torch.no_grad():
+        for logit, adds in ((-1.0, False), (1.0, True)):
+            fuser.gate.reset_parameters(logit)
+            assert fuser(*inputs).key.any() == adds
+        fuser.load_state_dict({**fuser.state_dict(), "gate.logit": -torch.ones_like(fuser.gate.logit)})
+        assert not fuser(*inputs).value.any()
+
+
+def test_a_fuser_with_weights_for_all_layers_together_has_no_lanes(receiver, sharer, monkeypatch):
+    """Cutting a weight whose first axis is something else would be silently wrong."""
+    fuser = tiny_fuser(receiver, sharer)
+    assert has_lanes(fuser)
+    groups = len(fuser.gate.logit)
+    fuser.shared = nn.Linear(4, groups)
+    assert not has_lanes(fuser)
+    together, apart = both_ways(fuser, (random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)), monkeypatch)
+    assert torch.equal(together.key, apart.key)
+
+
+def test_a_cut_shares_the_weights():
+    linear = GroupedLinear(6, 4, 5)
+    linear.reset_parameters()
+    part = cut(linear, slice(2, 4), of=6)
+    assert part.weight.data_ptr() == linear.weight[2].data_ptr()
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(part(x), linear(x.repeat(3, 1, 1))[2:4])
+    pairs = cut(linear, slice(1, 2), of=3)  # a lane of two groups
+    assert torch.equal(pairs.weight, linear.weight[[1, 4]])
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [([], []), ([0, 1, 4], [(0, 2), (4, 5)]), ([2], [(2, 3)])])
+def test_runs_are_neighbours(chosen, expected):
+    assert [(one.start, one.stop) for one in runs(chosen)] == expected
