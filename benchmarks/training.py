@@ -57,7 +57,7 @@ class Step:
 
     def __init__(self, pair: CacheToCache, batch: TrainingBatch) -> None:
         self.pair, self.batch, self.fuser = pair, batch, pair.fusers[0].train()
-        self.optimizer = torch.optim.AdamW(self.fuser.parameters(), lr=1e-6)
+        self.optimizer = torch.optim.AdamW(self.fuser.parameters(), lr=1e-6, fused=True)
         with torch.no_grad():
             streams = pair.read(batch.prompt)
         self.mine, self.theirs = read_cache(streams.receiver), read_cache(streams.sharers[0])

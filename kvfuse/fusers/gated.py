@@ -90,14 +90,18 @@ class GatedFuser(Fuser):
         """Some lanes at a time, those behind closed gates never."""
         if is_watched(self) or not has_lanes(self):
             return self._trained(receiver, sharer)
-        residual = receiver.zeros_like()
         groups = len(self.parts) * len(receiver.key)
         of = groups if self.gate is None else len(self.gate.logit)
-        for lanes in self._lanes(of, groups, receiver):
-            chosen = [first + lane for first in range(0, groups, of) for lane in range(of)[lanes]]
-            part = self if len(chosen) == groups else cut(self, lanes, of)
+        by_head = self.gate is not None and self.gate.logit.shape[2] > 1
+        lanes = self._lanes(of, groups, receiver)
+        if lanes == [slice(0, of)] and not by_head:
+            return self._ungated(receiver, sharer)
+        residual = receiver.zeros_like()
+        for some in lanes:
+            chosen = [first + lane for first in range(0, groups, of) for lane in range(of)[some]]
+            part = cut(self, some, of)
             projected, weight = part.network(self.their_groups(sharer, chosen), to_groups(receiver, None, self.parts, chosen))
-            if part.gate is not None and part.gate.logit.shape[2] > 1:  # a gate per head
+            if by_head and part.gate is not None:
                 weight = part.gate() if weight is None else part.gate() * weight
             write_groups(residual, projected, weight, self.parts, chosen)
         return residual

@@ -130,9 +130,8 @@ class FuserTrainer(Trainer):
                 {"params": [p for p in fuser.parameters() if id(p) not in gates], "weight_decay": self.args.weight_decay},
                 {"params": fuser.gate_parameters(), "weight_decay": 0.0, "lr": rate},
             ]
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=self.args.learning_rate
-            )
+            groups = [group for group in groups if group["params"]]
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, fused=True)  # in one pass
         return self.optimizer
 
 
