@@ -4,14 +4,28 @@ import pytest
 import torch
 from test_fusers import random_kv
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvfuse.fusers import FUSERS, gated
 from kvfuse.fusers.grouped import GroupedLinear
 from kvfuse.fusers.lanes import cut, has_lanes, runs
 from kvfuse.kv_cache import KV
-from kvfuse.testing import tiny_fuser
+from kvfuse.testing import tiny_fuser, tiny_model
 
 OPTIONS = [{}, {"gate": "head"}, {"gate": "none"}, {"parts": "values"}, {"replace": True}, {"weighting": False}]
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operations that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "view" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def both_ways(fuser, inputs, monkeypatch):
@@ -106,3 +120,20 @@ def test_a_cut_shares_the_weights():
 @pytest.mark.parametrize(("chosen", "expected"), [([], []), ([0, 1, 4], [(0, 2), (4, 5)]), ([2], [(2, 3)])])
 def test_runs_are_neighbours(chosen, expected):
     assert [(one.start, one.stop) for one in runs(chosen)] == expected
+
+
+def test_all_layers_at_once_are_a_few_operations_and_no_device_is_asked(receiver, sharer, monkeypatch):
+    """Each is a kernel launch on a GPU, where an RMSNorm is one, not the five that it is here."""
+    monkeypatch.setattr(gated, "CACHED_BYTES", 2**40)
+    for layers in (3, 9):
+        deep = tiny_model("qwen3", num_hidden_layers=layers)
+        fuser = tiny_fuser(deep, sharer)
+        inputs = random_kv(fuser.config.receiver_kv, 1, 64), random_kv(fuser.config.sharer_kv, 1, 64)
+        with torch.no_grad():
+            fuser(*inputs)  # asks once which gates are open
+            with Dispatched() as seen:
+                fuser(*inputs)
+        norms = sum("pow" in name for name in seen.names)
+        assert norms == 3
+        assert len(seen.names) - 4 * norms < 36, seen.names
+        assert not any(word in name for name in seen.names for word in ("_local_scalar", "nonzero", "_to_copy"))
