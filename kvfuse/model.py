@@ -19,7 +19,7 @@ from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.phases import phase
-from kvfuse.prefill import prefill
+from kvfuse.prefill import beside, fork, prefill
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
 
 
@@ -163,8 +163,14 @@ class CacheToCache:
         return aligned
 
     def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> Streams:
-        """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more."""
-        return Streams(self.read_receiver(prompt), self.read_sharers(prompt, num_sharers))
+        """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more.
+
+        On one GPU the sharers read beside the receiver; models on several devices work at the same time by themselves.
+        """
+        stream = fork(self.receiver.model.device)
+        receiver = self.read_receiver(prompt)
+        with beside(stream):
+            return Streams(receiver, self.read_sharers(prompt, num_sharers))
 
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:
         """The receiver's part of :meth:`read`: a cache of all positions but the last."""

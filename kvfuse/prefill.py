@@ -1,6 +1,7 @@
 """Read a prompt with a frozen model and keep nothing but its KV-cache."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -44,6 +45,27 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
     if not any(is_filled(layer) for layer in cache.layers):
         raise PairError(f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model")
     return cache
+
+
+def fork(device: torch.device) -> torch.cuda.Stream | None:
+    """A GPU's stream for work that may go on beside what is queued from now on (:func:`beside`); None on other devices."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Queue what is within on a stream of :func:`fork`; what comes after waits for it.
+
+    Memory that is freed there is taken again by a later fork alone, which waits for all that has read it.
+    """
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        yield
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 class _LastLayerRead(Exception):
