@@ -6,11 +6,11 @@ attended to fused ones; the next turn reads it again.
 """
 
 import hashlib
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ class PrefixStore:
         self.max_bytes = max_bytes
         self._exact: _Shelf = {}
         self._fused: _Shelf = {}
-        self._names = WeakIdKeyDictionary()  # a number for each module and parameter, which no later one is given
+        self._names = WeakIdKeyDictionary()
+        self._plain = WeakIdKeyDictionary()
         self._numbers, self._clock = count(), count()
         self._stats = Stats()
         self._lock = Lock()
@@ -124,9 +125,9 @@ class PrefixStore:
 
     def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Cache:
         """As :func:`kvfuse.prefill.prefill`, of which only what is new is run. The cache is the caller's own."""
-        if not (_is_one_prompt(mask) and can_go_on(model)):
+        if not (_is_one_prompt(mask) and self._can_go_on(model)):
             return prefill(model, ids, mask, positions)
-        maker, text = self._name(model), _Text(torch.stack([ids[0], positions[0]]).cpu())
+        maker, text = self._name(model), _Text(torch.stack([ids[0], positions[0]]))
         entry, known = self._find(self._exact, maker, text)
         self._count(prompts=1, hits=int(known > 0), tokens=len(text), tokens_saved=known)
         cache = None if entry is None else start_cache(model.config, entry.layers, known, len(text) - known)
@@ -153,7 +154,7 @@ class PrefixStore:
         """
         places = range(min(len(sharers), len(fusers)))
         fusers = fusers[: len(places)]
-        if not (_is_one_prompt(prompt.mask) and all(map(can_go_on, models)) and fusers and all(map(_is_settled, fusers))):
+        if not (_is_one_prompt(prompt.mask) and all(map(self._can_go_on, models)) and fusers and all(map(_is_settled, fusers))):
             return fuse(receiver, sharers, fusers, prompt, fusion, rotations, in_place)
         turned = tuple(rotations[place] is not None for place in places)
         maker = (fusion, turned, *map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
@@ -169,16 +170,24 @@ class PrefixStore:
             self._keep(self._fused, maker, text, _layers_of(fused))
         return fused
 
-    def _name(self, module: nn.Module) -> Hashable:
-        """Which module this is, as it is now."""
+    def _name(self, module: nn.Module) -> int:
+        """A number for a module as it is, and another one once its parameters have changed; no two modules have the same."""
+        parameters = list(module.parameters())
         with self._lock:
-            tensors = [(self._number(one), _version(one), one.dtype, one.device) for one in module.parameters()]
-            return self._number(module), tuple(tensors)
+            number, seen = self._names.get(module, (-1, []))
+            same = len(seen) == len(parameters) and all(
+                ref() is one and state == _state(one) for (ref, state), one in zip(seen, parameters, strict=True)
+            )
+            if number < 0 or not same:
+                number = next(self._numbers)
+                self._names[module] = number, [(weakref.ref(one), _state(one)) for one in parameters]
+            return number
 
-    def _number(self, thing: Any) -> int:
-        if thing not in self._names:
-            self._names[thing] = next(self._numbers)
-        return self._names[thing]
+    def _can_go_on(self, model: PreTrainedModel) -> bool:
+        """:func:`can_go_on`, asked once."""
+        if model not in self._plain:
+            self._plain[model] = can_go_on(model)
+        return self._plain[model]
 
     def _find(self, shelf: _Shelf, maker: Hashable, text: _Text) -> tuple[_Entry | None, int]:
         """The entry that begins as the text for longest, and for how many positions."""
@@ -251,8 +260,9 @@ def _fingerprint(fuser: nn.Module) -> bytes:
     return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).digest()
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """What tells whether somebody has written to a parameter, cast it or moved it."""
+    return 0 if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device
 
 
 def _text_of(prompt: AlignedPrompt, num_sharers: int) -> _Text:
