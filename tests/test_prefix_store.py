@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
@@ -12,7 +13,7 @@ from kvfuse.kv_cache import KV, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
-from kvfuse.prefix_store import PrefixStore, can_go_on
+from kvfuse.prefix_store import USEFUL, PrefixStore, can_go_on
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.token_alignment import stack
 
@@ -356,3 +357,25 @@ def test_a_store_stays_with_its_pair(pair, saved_models, tmp_path):
     length = len(aligned.receiver.ids) - 1
     assert (stats.prompts, stats.hits, stats.positions_saved) == (4, 2, length)
     assert stats.tokens == 2 * stats.tokens_saved == 2 * (length + len(aligned.sharers[0][0].ids))
+
+
+@pytest.mark.parametrize("place", [5, 30])
+@torch.no_grad()
+def test_a_sharer_that_reads_something_else_in_the_same_places(place):
+    pair = pair_of(theirs=SAME)
+    kept, prompt = with_store(pair), stack([pair.align(CHAT)])
+    kept.prefill(prompt)
+    ids = prompt.sharers[0].ids.clone()
+    ids[0, place] += 1
+    other = replace(prompt, sharers=(replace(prompt.sharers[0], ids=ids),))
+    assert_close(read_cache(kept.prefill(other)), read_cache(pair.prefill(other)))
+    assert kept.store.stats.positions_saved == (place if place > USEFUL else 0)
+
+
+@torch.no_grad()
+def test_fusers_of_the_same_weights_that_read_other_layers(pair):
+    store, prompt = PrefixStore(), stack([pair.align(CHAT)])
+    for layers in ("terminal", [0, 0, 0]):
+        fuser = tiny_fuser(pair.receiver, pair.sharers[0], layer_alignment=layers)
+        one = CacheToCache(pair.receiver, pair.sharers, [fuser])
+        assert_close(read_cache(with_store(one, store).prefill(prompt)), read_cache(one.prefill(prompt)))
