@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["KV", "CacheToCache", "KVFuseError", "KVSpec", "LanguageModel", "load_fuser", "save_fuser"]
+__all__ = ["KV", "CacheToCache", "KVFuseError", "KVSpec", "LanguageModel", "PrefixStore", "load_fuser", "save_fuser"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -11,6 +11,7 @@ _HOMES = {
     "KVFuseError": "errors",
     "KVSpec": "kv_cache",
     "LanguageModel": "language_model",
+    "PrefixStore": "prefix_store",
     "load_fuser": "checkpoint",
     "save_fuser": "checkpoint",
 }

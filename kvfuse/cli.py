@@ -43,11 +43,13 @@ def chat(
     kvfuse chat -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser "Why is the sky blue?"
     """
     from kvfuse.model import CacheToCache
+    from kvfuse.prefix_store import PrefixStore
 
     model = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
     if prompt is not None:
         _answer(model, [{"role": "user", "content": prompt}], max_new_tokens)
         return
+    model.store = PrefixStore()  # each turn reads only what is new
     messages: list[dict[str, str]] = []
     while question := typer.prompt("you", default="", show_default=False):
         messages.append({"role": "user", "content": question})

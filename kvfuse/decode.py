@@ -1,7 +1,7 @@
 """The receiver goes on from a fused cache: with transformers' own ``generate``, or along given responses."""
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
@@ -42,7 +42,8 @@ def decode(
         What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
     """
     ids, mask = ids.to(model.device), mask.to(model.device)
-    if follower is not None and any(_option(model, options, name) for name in DRAFTING):
+    drafted = any(_option(model, options, name) for name in DRAFTING)
+    if follower is not None and drafted:
         raise PromptError(f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out")
     if cache is None:
         with generation(phase, options) as options:
@@ -54,7 +55,9 @@ def decode(
     if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
         cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
     options["cache_implementation"] = None
-    with _only_new_tokens(model, follower), generation(phase, options) as options:
+    if follower is not None or drafted:
+        model = _fed_only_new_tokens(model, follower)
+    with generation(phase, options) as options:
         return model.generate(ids, attention_mask=mask, **options, **{CACHE: cache})
 
 
@@ -138,12 +141,12 @@ def _reorder_together(cache: Cache, follower: Follower) -> None:
     cache.reorder_cache = both
 
 
-@contextmanager
-def _only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> Iterator[None]:
-    """While open, the model is never fed a token that its cache holds already, and new ones are fused if they are followed.
+def _fed_only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> PreTrainedModel:
+    """A shallow copy that is never fed a token that its cache holds already, and whose new ones are fused if they are followed.
 
     Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without
-    an error. ``generate`` reads the names of the arguments below, so the mask stands there in full.
+    an error. The model itself is not touched, for other threads generate with it. ``generate`` reads the names of the arguments
+    below, so the mask stands there in full.
     """
     prepare = model.prepare_inputs_for_generation
 
@@ -157,8 +160,6 @@ def _only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> Itera
             follower.feed(cache, input_ids[:, known:], seen)
         return prepare(input_ids, attention_mask=attention_mask, **kwargs)
 
-    model.prepare_inputs_for_generation = prepare_new
-    try:
-        yield
-    finally:
-        del model.prepare_inputs_for_generation
+    twin = copy.copy(model)
+    twin.prepare_inputs_for_generation = prepare_new
+    return twin

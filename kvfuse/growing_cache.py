@@ -15,16 +15,17 @@ class SideBySide:
 
     Args:
         num_layers: How many layers share it.
+        more: Tokens that are known to come behind the first.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
+    def __init__(self, num_layers: int, more: int = 0) -> None:
+        self.num_layers, self.more = num_layers, more
         self.rooms: dict[str, Tensor] = {}
 
     def room(self, part: str, place: int, like: Tensor) -> Tensor | None:
         """Room for a layer's first tokens ``(B, H, T, D)`` and more; None where they are of another shape or device than others'."""
         batch, heads, tokens, dim = like.shape
-        shape = (self.num_layers, batch, heads, tokens + ROOM, dim)
+        shape = (self.num_layers, batch, heads, tokens + self.more + ROOM, dim)
         rooms = self.rooms.setdefault(part, like.new_empty(shape) if place == 0 else like.new_empty(0))
         fits = (rooms.shape, rooms.dtype, rooms.device) == (shape, like.dtype, like.device)
         return rooms[place] if fits else None

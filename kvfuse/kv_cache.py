@@ -17,6 +17,9 @@ from kvfuse.growing_cache import GrowingLayer, SideBySide, side_by_side
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 """What models and ``generate`` call the cache that they are given; transformers renamed it in 5.24."""
 
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, ``(B, H, T, D)``."""
+
 
 @dataclass(frozen=True)
 class KVSpec:
@@ -121,16 +124,50 @@ def concatenate(pieces: Sequence[KV]) -> KV:
     return KV(torch.cat([piece.key for piece in pieces], 3), torch.cat([piece.value for piece in pieces], 3))
 
 
-def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+def empty_cache(config: PreTrainedConfig, more: int = 0) -> DynamicCache:
     """A cache to prefill into that keeps every position, also in layers with a sliding window, all layers side by side.
 
     Masks stay right: transformers sizes them from the cache. :func:`write_cache` restores the windows.
+
+    Args:
+        config: The model's own configuration.
+        more: Tokens that are known to come behind those of the first run.
     """
     cache = DynamicCache(config=config)
     attention = [i for i, layer in enumerate(cache.layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-    beside = SideBySide(len(attention))
+    beside = SideBySide(len(attention), more)
     for place, i in enumerate(attention):
         cache.layers[i] = GrowingLayer(beside, place)
+    return cache
+
+
+def is_plain(config: PreTrainedConfig) -> bool:
+    """Whether all layers of :func:`empty_cache` keep every position, and nothing beside keys and values."""
+    return all(type(layer) is GrowingLayer for layer in empty_cache(config).layers)
+
+
+def read_layers(cache: Cache) -> Layers:
+    """Keys and values of each layer of a cache of plain layers, on its own device, without a copy."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def copy_layers(layers: Layers) -> Layers:
+    """Of the tokens alone, not of the room behind them."""
+    return [(key.clone(), value.clone()) for key, value in layers]
+
+
+def start_cache(config: PreTrainedConfig, layers: Layers, tokens: int, more: int) -> DynamicCache:
+    """A new cache with copies of the first tokens of some layers, to be read on from.
+
+    Args:
+        config: The model's own configuration.
+        layers: What :func:`read_layers` gives.
+        tokens: How many of them.
+        more: How many will be read then.
+    """
+    cache = empty_cache(config, more)
+    for place, (key, value) in enumerate(layers):
+        cache.update(key[:, :, :tokens], value[:, :, :tokens], place)
     return cache
 
 

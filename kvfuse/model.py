@@ -20,6 +20,7 @@ from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.phases import phase
 from kvfuse.prefill import beside, fork, prefill
+from kvfuse.prefix_store import PrefixStore
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
 
 
@@ -31,13 +32,19 @@ class CacheToCache:
         sharers: The models that only read.
         fusers: One per sharer, trained for exactly this pair.
         fusion: How several sharers come together, ``parallel`` or ``sequential`` (:func:`kvfuse.fuse.fuse`).
+        store: Where caches of prompts are kept for those that begin alike; by default they are not.
 
     Raises:
         PairError: A fuser belongs to another pair.
     """
 
     def __init__(
-        self, receiver: LanguageModel, sharers: Sequence[LanguageModel], fusers: Sequence[Fuser], fusion: str = "parallel"
+        self,
+        receiver: LanguageModel,
+        sharers: Sequence[LanguageModel],
+        fusers: Sequence[Fuser],
+        fusion: str = "parallel",
+        store: PrefixStore | None = None,
     ) -> None:
         if fusion not in FUSIONS:
             raise PairError(f"expected fusion to be one of {', '.join(FUSIONS)}, got {fusion!r}; choose one")
@@ -55,7 +62,7 @@ class CacheToCache:
                 )
         if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
             raise PairError("expected fusers that fuse the same positions, got fusers for different ones; train them alike")
-        self.receiver, self.sharers, self.fusers, self.fusion = receiver, list(sharers), list(fusers), fusion
+        self.receiver, self.sharers, self.fusers, self.fusion, self.store = receiver, list(sharers), list(fusers), fusion, store
         removed = [fuser.config.rope == "removed" for fuser in fusers]
         self.rotations = [(receiver.rotation, one.rotation) if turned else None for one, turned in zip(sharers, removed, strict=True)]
 
@@ -68,6 +75,7 @@ class CacheToCache:
         subfolder: str | Sequence[str] = "",
         fusion: str = "parallel",
         sharer_options: dict[str, Any] | None = None,
+        store: PrefixStore | None = None,
         **model_options: Any,
     ) -> Self:
         """Load models and fusers from local folders or the Hub.
@@ -79,6 +87,7 @@ class CacheToCache:
             subfolder: Folder of the fuser inside of ``fuser``, or one for each.
             fusion: See :class:`CacheToCache`.
             sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map": "cuda:1"}``.
+            store: See :class:`CacheToCache`.
             model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``.
 
         Raises:
@@ -96,7 +105,7 @@ class CacheToCache:
         sharers = [LanguageModel.from_pretrained(name, **{**model_options, **(sharer_options or {})}) for name in names[1:]]
         for one in fusers:  # never computed in less than it was trained in, nor in less than the receiver
             one.to(first.model.device, torch.promote_types(one.dtype, first.model.dtype))
-        return cls(first, sharers, fusers, fusion)
+        return cls(first, sharers, fusers, fusion, store)
 
     @property
     def fuse_response(self) -> bool:
@@ -107,7 +116,8 @@ class CacheToCache:
         """The same models with only some of the sharers, named by their place; for one request, at no cost."""
         if not sharers or not all(0 <= place < len(self.sharers) for place in sharers):
             raise PairError(f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them")
-        return type(self)(self.receiver, [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers], self.fusion)
+        chosen = [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers]
+        return type(self)(self.receiver, *chosen, self.fusion, self.store)
 
     @torch.no_grad()
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
@@ -144,7 +154,7 @@ class CacheToCache:
         if not (self.fuse_response and fusers) or prompt.ids.shape[1] < 2:
             return self.decode(prompt, self.prefill(prompt, fusers, room), **options)
         streams = self.read(prompt)
-        cache = self.fuse(prompt, streams, fusers, room)
+        cache = self.fuse(prompt, streams, fusers, room, as_read=True)
         sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
         follower = Follower(self.receiver, sharers, prompt, streams, partial(self.fuse_kv, fusers=fusers))
         return self.decode(prompt, cache, follower=follower, **options)
@@ -175,16 +185,22 @@ class CacheToCache:
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:
         """The receiver's part of :meth:`read`: a cache of all positions but the last."""
         with phase("receiver_prefill"):
-            return prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+            return self._prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
 
     def read_sharers(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> list[Cache]:
         """The sharers' part of :meth:`read`."""
         read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
         with phase("sharer_prefill"):
-            return [prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
+            return [self._prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
 
     def fuse(
-        self, prompt: AlignedPrompt, streams: Streams, fusers: Sequence[nn.Module], max_cache_len: int | None = None, use_up: bool = False
+        self,
+        prompt: AlignedPrompt,
+        streams: Streams,
+        fusers: Sequence[nn.Module],
+        max_cache_len: int | None = None,
+        use_up: bool = False,
+        as_read: bool = False,
     ) -> Cache:
         """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`.
 
@@ -194,11 +210,16 @@ class CacheToCache:
             fusers: As in :meth:`prefill`.
             max_cache_len: As in :meth:`prefill`.
             use_up: Nobody needs ``streams`` any more: without gradients, the receiver's cache is fused in place, not copied.
+            as_read: Nobody has changed ``streams`` since this prompt was read: what the store has fused of it is not fused again.
         """
         with phase("fuse"):
             receiver, sharers = read_cache(streams.receiver), list(map(read_cache, streams.sharers))
             in_place = use_up and not torch.is_grad_enabled()
-            fused = self.fuse_kv(prompt, receiver, sharers, fusers, in_place)
+            if self.store is None or not as_read:
+                fused = self.fuse_kv(prompt, receiver, sharers, fusers, in_place)
+            else:
+                models = [one.model for one in (self.receiver, *self.sharers)]
+                fused = self.store.fuse(models, receiver, sharers, fusers, prompt, self.fusion, self.rotations, in_place)
             return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len, take_over=in_place)
 
     def fuse_kv(
@@ -244,7 +265,7 @@ class CacheToCache:
         if prompt.ids.shape[1] < 2:
             return None
         fusers = self.fusers if fusers is None else fusers
-        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len, use_up=True)
+        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len, use_up=True, as_read=True)
 
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
@@ -253,6 +274,9 @@ class CacheToCache:
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
             options["position_ids"] = prompt.positions.to(self.receiver.model.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
+
+    def _prefill(self, *what: Any) -> Cache:
+        return prefill(*what) if self.store is None else self.store.prefill(*what)
 
 
 def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:

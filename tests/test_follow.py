@@ -1,5 +1,6 @@
 """What is generated is fused too: token by token or all at once, the same."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -171,3 +172,16 @@ def test_what_cannot_work_is_refused_by_name(receiver, followed):
     assert pair_of(receiver, tiny_model("qwen3_next", seed=4)).chat(QUESTION, **GREEDY) is not None
     with pytest.raises(PromptError, match="prompt_lookup_num_tokens"):
         followed.generate([QUESTION], prompt_lookup_num_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize("fuse_response", [True, False])
+def test_threads_answer_beside_one_another_as_one_after_another(receiver, fuse_response):
+    """What a request needs is in its own caches and in a copy of the model, never on the model."""
+    other = tiny_model("llama", **SHARERS["other tokenizer"])
+    pair = CacheToCache(receiver, [other], [tiny_fuser(receiver, other, fuse_response=fuse_response)])
+    before = set(vars(receiver.model))
+    expected = [pair.generate([prompt], **GREEDY).tolist() for prompt in PROMPTS * 4]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda prompt: pair.generate([prompt], **GREEDY).tolist(), PROMPTS * 4))
+    assert got == expected
+    assert set(vars(receiver.model)) == before

@@ -18,7 +18,7 @@ LAYERS = [
     {"prefill", "token_alignment", "fusers"},
     {"rotation", "response"},
     {"language_model", "fuse", "published"},
-    {"follow", "checkpoint"},
+    {"follow", "checkpoint", "prefix_store"},
     {"decode"},
     {"model", "alignment_view", "plots"},
     {"testing", "methods"},

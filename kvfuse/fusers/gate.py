@@ -40,9 +40,9 @@ class Gate(Grouped):
         self.temperature = self.initial_temperature * ratio ** min(share, 1.0)
 
     def opened(self) -> list[int]:
-        """The groups of which at least one head is open; a device is asked once and not again until a logit changes."""
+        """The groups of which at least one head is open; another device than the CPU is not asked again until a logit changes."""
         changed = self.logit._version, self.logit.data_ptr()
-        if self._opened is None or self._opened[0] != changed:
+        if self.logit.device.type == "cpu" or self._opened is None or self._opened[0] != changed:
             self._opened = changed, (self.logit > 0).flatten(1).any(1).nonzero().flatten().tolist()
         return self._opened[1]
 

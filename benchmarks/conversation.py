@@ -1,0 +1,78 @@
+"""How long one waits for the first token of each turn of a conversation, with and without a store.
+
+python -m benchmarks.conversation [--shapes mid|true] [--turns 5] [--repeats 3] [--json FILE]
+
+Random models, float32 on the CPU, one thread. The first prompt has 512 tokens, each turn adds 256: an answer and the next question.
+Both ways take turns in one process, each conversation with a store of its own; times are medians. The bar is the share of the prompt
+that is new, and 5% for copies of caches, for attention to what is not, and for the token.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.pairs import random_pair
+from benchmarks.training import Row, row
+from kvfuse.model import CacheToCache
+from kvfuse.prefix_store import PrefixStore
+from kvfuse.token_alignment import from_ids
+
+FIRST, MORE = 512, 256
+
+
+@torch.no_grad()
+def seconds_to_first_token(pair: CacheToCache, ids: torch.Tensor) -> float:
+    """Read a prompt ``(1, T)`` that both models read alike, fuse and generate one token."""
+    prompt = from_ids(ids)
+    start = time.perf_counter()
+    pair.answer(prompt, do_sample=False, min_new_tokens=1, max_new_tokens=1)
+    return time.perf_counter() - start
+
+
+def conversation_rows(shapes: str, turns: int, repeats: int) -> Iterator[Row]:
+    """Turn by turn; the last turn is also asked again."""
+    pair = random_pair(shapes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 300, (1, FIRST + MORE * (turns - 1)), generator=generator)
+    lengths = [*range(FIRST, ids.shape[1] + 1, MORE), ids.shape[1]]
+    stores = [PrefixStore() for _ in range(repeats)]
+    seconds_to_first_token(pair, ids)  # nothing is slow because it is the first
+    for turn, length in enumerate(lengths):
+        taken: list[list[float]] = [[], []]
+        for store in stores:
+            for runs, pair.store in zip(taken, (None, store), strict=True):
+                runs.append(seconds_to_first_token(pair, ids[:, :length]))
+        setting = f"{shapes}, {'last turn again' if turn == turns else f'turn {turn + 1}'}, {length} tokens"
+        without, kept = map(statistics.median, taken)
+        new = [1.0, *(MORE / longer for longer in lengths[1:turns]), 0.0][turn]  # share of the prompt
+        yield row("first token without a store", setting, without, None, "s")
+        yield row("first token with a store", setting, kept, None, "s")
+        yield row("with / without", setting, kept / without, new + 0.05, "x")
+    yield row("held by the store", f"{shapes}, {ids.shape[1]} tokens", stores[0].stats.nbytes / 2**20, None, "MiB")
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="mid or true.")] = "mid",
+    turns: Annotated[int, typer.Option(min=2)] = 5,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    rows = []
+    for found in conversation_rows(shapes, turns, repeats):
+        rows.append(found)
+        bar = "" if found["bar"] is None else f"bar {found['bar']:.2f}"
+        print(f"{found['figure']:30} {found['setting']:40} {found['value']:10.4g} {found['unit']:5} {bar}", flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

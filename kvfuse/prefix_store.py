@@ -1,0 +1,295 @@
+"""What was read once is not read again: caches of prompts, kept for those that begin alike, as the next turn of a conversation does.
+
+Exact caches, which a model made of tokens alone, and fused ones, which fusers changed, lie on shelves of their own: a fused cache
+is no model's cache of its tokens. So what a receiver generates over a fused prompt is not kept either, for its keys and values have
+attended to fused ones; the next turn reads it again.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import Cache, PreTrainedModel
+
+from kvfuse.fuse import Rotations, fuse
+from kvfuse.fusers import Fuser
+from kvfuse.fusers.lanes import is_watched
+from kvfuse.kv_cache import KV, Layers, copy_layers, is_plain, read_layers, start_cache
+from kvfuse.prefill import prefill
+from kvfuse.token_alignment import AlignedPrompt
+
+MAX_BYTES = 2**31
+USEFUL = 16  # tokens; to read fewer takes no longer than to look for them
+SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
+STRETCHING = ("dynamic", "longrope")  # rotary embeddings that turn a token otherwise once a prompt is long
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a store holds and has spared so far.
+
+    Attributes:
+        prompts: How many were read, by each model.
+        hits: How many of them began as a known one.
+        tokens: Of all of them.
+        tokens_saved: Of these, not read again.
+        positions_saved: Not fused again.
+        entries: Caches that are held.
+        nbytes: Their size.
+    """
+
+    prompts: int = 0
+    hits: int = 0
+    tokens: int = 0
+    tokens_saved: int = 0
+    positions_saved: int = 0
+    entries: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Text:
+    """All that a cache of one prompt depends on, beside who made it.
+
+    Attributes:
+        own: ``(k, T)`` int64: ids and positions; of a fused cache also whether each is fused.
+        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and which of it each position reads, ``(T,)`` int64.
+    """
+
+    own: Tensor
+    sharers: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def __len__(self) -> int:
+        return self.own.shape[1]
+
+    def common(self, other: "_Text") -> int:
+        """At how many first positions a cache of the one holds what a cache of the other does."""
+        same = _equal(self.own, other.own)
+        for (read, index), (their_read, their_index) in zip(self.sharers, other.sharers, strict=True):
+            mine, theirs = index[: len(same)], their_index[: len(same)]
+            same = same & (mine == theirs) & (mine < _leading(_equal(read, their_read)))
+        return _leading(same)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """Copies of keys and values, which nobody writes to, and when they were last asked for."""
+
+    text: _Text
+    layers: Layers
+    nbytes: int
+    used: int
+
+
+_Shelf = dict[Hashable, list[_Entry]]
+
+
+class PrefixStore:
+    """Caches of prompts, by who made them; the least recently used ones leave. Threads may share one.
+
+    Models are told apart as the live objects they are, so that what one load computed is never given to another in another
+    precision; those whose parameters were changed in place, cast or moved are others, too. Other ways to change what a model or a
+    fuser computes (an adapter switched on, ``parameter.data`` of a model written to) need :meth:`clear`.
+
+    Args:
+        max_bytes: What all copies may take together, on the devices of the models. A longer prompt is read as ever.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._exact: _Shelf = {}
+        self._fused: _Shelf = {}
+        self._names = WeakIdKeyDictionary()
+        self._plain = WeakIdKeyDictionary()
+        self._numbers, self._clock = count(), count()
+        self._stats = Stats()
+        self._lock = Lock()
+
+    @property
+    def stats(self) -> Stats:
+        with self._lock:
+            entries = self._entries()
+            return replace(self._stats, entries=len(entries), nbytes=sum(entry.nbytes for _, _, entry in entries))
+
+    def clear(self) -> None:
+        """Forget all caches."""
+        with self._lock:
+            self._exact.clear()
+            self._fused.clear()
+
+    def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Cache:
+        """As :func:`kvfuse.prefill.prefill`, of which only what is new is run. The cache is the caller's own."""
+        if not (_is_one_prompt(mask) and self._can_go_on(model)):
+            return prefill(model, ids, mask, positions)
+        maker, text = self._name(model), _Text(torch.stack([ids[0], positions[0]]))
+        entry, known = self._find(self._exact, maker, text)
+        self._count(prompts=1, hits=int(known > 0), tokens=len(text), tokens_saved=known)
+        cache = None if entry is None else start_cache(model.config, entry.layers, known, len(text) - known)
+        if cache is not None and known == len(text):
+            return cache
+        cache = prefill(model, ids[:, known:], mask, positions[:, known:], cache)
+        self._keep(self._exact, maker, text, read_layers(cache))
+        return cache
+
+    def fuse(
+        self,
+        models: Sequence[PreTrainedModel],
+        receiver: KV,
+        sharers: Sequence[KV],
+        fusers: Sequence[nn.Module],
+        prompt: AlignedPrompt,
+        fusion: str,
+        rotations: Rotations,
+        in_place: bool = False,
+    ) -> KV:
+        """As :func:`kvfuse.fuse.fuse`, of which only what is new is run: a fuser is position-wise.
+
+        ``models`` are the receiver and the sharers, whose exact caches ``receiver`` and ``sharers`` are.
+        """
+        places = range(min(len(sharers), len(fusers)))
+        fusers = fusers[: len(places)]
+        if not (_is_one_prompt(prompt.mask) and all(map(self._can_go_on, models)) and fusers and all(map(_is_settled, fusers))):
+            return fuse(receiver, sharers, fusers, prompt, fusion, rotations, in_place)
+        turned = tuple(rotations[place] is not None for place in places)
+        maker = (fusion, turned, *map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
+        text = _text_of(prompt, len(places))
+        entry, known = self._find(self._fused, maker, text)
+        self._count(positions_saved=known)
+        fused = receiver if in_place else receiver.clone()
+        if entry is not None:
+            _overwrite(_layers_of(fused), entry.layers, known)
+        new = prompt.fuse_mask & (torch.arange(prompt.fuse_mask.shape[1]) >= known)
+        fused = fuse(fused, sharers, fusers, replace(prompt, fuse_mask=new), fusion, rotations, in_place=True)
+        if known < len(text):
+            self._keep(self._fused, maker, text, _layers_of(fused))
+        return fused
+
+    def _name(self, module: nn.Module) -> int:
+        """A number for a module as it is, and another one once its parameters have changed; no two modules have the same."""
+        parameters = list(module.parameters())
+        with self._lock:
+            number, seen = self._names.get(module, (-1, []))
+            same = len(seen) == len(parameters) and all(
+                ref() is one and state == _state(one) for (ref, state), one in zip(seen, parameters, strict=True)
+            )
+            if number < 0 or not same:
+                number = next(self._numbers)
+                self._names[module] = number, [(weakref.ref(one), _state(one)) for one in parameters]
+            return number
+
+    def _can_go_on(self, model: PreTrainedModel) -> bool:
+        """:func:`can_go_on`, asked once."""
+        if model not in self._plain:
+            self._plain[model] = can_go_on(model)
+        return self._plain[model]
+
+    def _find(self, shelf: _Shelf, maker: Hashable, text: _Text) -> tuple[_Entry | None, int]:
+        """The entry that begins as the text for longest, and for how many positions."""
+        with self._lock:
+            found = [(text.common(entry.text), entry) for entry in shelf.get(maker, ())]
+            known, entry = max(found, key=lambda one: one[0], default=(0, None))
+            if entry is None or known < min(USEFUL, len(text)):
+                return None, 0
+            entry.used = next(self._clock)
+            return entry, known
+
+    def _keep(self, shelf: _Shelf, maker: Hashable, text: _Text, layers: Layers) -> None:
+        """Copy a cache, in place of those of the text's beginnings."""
+        nbytes = sum(part.nbytes for layer in layers for part in layer)
+        if nbytes > self.max_bytes:
+            return
+        entry = _Entry(text, copy_layers(layers), nbytes, 0)
+        with self._lock:
+            entry.used = next(self._clock)
+            longer = [other for other in shelf.get(maker, ()) if text.common(other.text) < len(other.text)]
+            shelf[maker] = [*longer, entry]
+            self._make_room()
+
+    def _make_room(self) -> None:
+        entries = sorted(self._entries(), key=lambda one: one[2].used)
+        excess = sum(entry.nbytes for _, _, entry in entries) - self.max_bytes
+        for shelf, maker, entry in entries:
+            if excess <= 0:
+                return
+            excess -= entry.nbytes
+            shelf[maker] = [other for other in shelf[maker] if other is not entry]
+            if not shelf[maker]:
+                del shelf[maker]
+
+    def _entries(self) -> list[tuple[_Shelf, Hashable, _Entry]]:
+        return [(shelf, maker, entry) for shelf in (self._exact, self._fused) for maker, some in shelf.items() for entry in some]
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + added for name, added in more.items()})
+
+
+def can_go_on(model: PreTrainedModel) -> bool:
+    """Whether a model's cache of a prompt begins as its cache of every longer one.
+
+    A recurrent state cannot be taken back to an earlier token, and keys that are turned by the length of the prompt are others in
+    a longer one. Such models read all prompts as ever.
+    """
+    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
+    return is_plain(model.config) and not any(word in kind for kind in kinds for word in STRETCHING)
+
+
+def _is_one_prompt(mask: Tensor) -> bool:
+    """Whether there is one prompt, without padding, and no gradient is wanted.
+
+    The rows of a batch know beginnings of unequal lengths, and padding moves their positions in the cache; batches are for
+    throughput, a store is for who waits for the next turn.
+    """
+    return len(mask) == 1 and bool(mask.all()) and not torch.is_grad_enabled()
+
+
+def _is_settled(fuser: nn.Module) -> bool:
+    """Whether a fuser always makes the same of the same and nobody looks at it doing so; those wrapped by controls are none."""
+    return isinstance(fuser, Fuser) and not fuser.training and not is_watched(fuser)
+
+
+def _fingerprint(fuser: nn.Module) -> bytes:
+    """Of a fuser's gates and some of its other weights, for ``parameter.data`` may be written to without a trace."""
+    some = [one.detach().flatten()[:: -(-one.numel() // SAMPLES)].float() for one in fuser.parameters()]
+    return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).digest()
+
+
+def _state(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """What tells whether somebody has written to a parameter, cast it or moved it."""
+    return 0 if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device
+
+
+def _text_of(prompt: AlignedPrompt, num_sharers: int) -> _Text:
+    """All positions but the last, whose sharers count where they are fused."""
+    fused = prompt.fuse_mask[0, :-1]
+    own = torch.stack([prompt.ids[0, :-1], prompt.positions[0, :-1], fused.long()])
+    reads = prompt.sharers[:num_sharers]
+    return _Text(own, tuple((torch.stack([one.ids[0], one.positions[0]]), one.index[0, :-1].where(fused, -1)) for one in reads))
+
+
+def _layers_of(kv: KV) -> Layers:
+    return list(zip(kv.key, kv.value, strict=True))
+
+
+def _overwrite(layers: Layers, known: Layers, tokens: int) -> None:
+    """Put the first tokens of some layers in place of those of others."""
+    for mine, theirs in zip(layers, known, strict=True):
+        for part, other in zip(mine, theirs, strict=True):
+            part[:, :, :tokens] = other[:, :, :tokens]
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Which columns of ``(k, T)`` and ``(k, U)`` are the same, as far as both go: bool."""
+    length = min(mine.shape[1], theirs.shape[1])
+    return (mine[:, :length] == theirs[:, :length]).all(0)
+
+
+def _leading(same: Tensor) -> int:
+    """How many are true before the first that is not."""
+    return int(same.long().cumprod(0).sum())
