@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import Fuser, fuser_class
+from kvfuse.fusers import quantize as quantized
+from kvfuse.fusers.quantized import FULL
 from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import write_published
@@ -102,6 +104,36 @@ def convert(source: str | Path, folder: str | Path, subfolder: str = "") -> Path
     return write_folder(Path(folder), lambda place: write_published(fuser, place))
 
 
+def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: str = "") -> str:
+    """Write a copy of a fuser with integer weights.
+
+    Args:
+        source: Folder or Hub id of a fuser, ours or the authors'.
+        folder: New; replaced if it holds another fuser.
+        weights: ``int8`` | ``int4``.
+        subfolder: Folder inside of ``source``.
+
+    Returns:
+        One line with both sizes.
+
+    Raises:
+        CheckpointError: The fuser cannot be read, or ``folder`` is its own, or holds something else.
+        PairError: See :func:`kvfuse.fusers.quantize`.
+    """
+    if Path(folder).resolve() == _local(source, subfolder, None).resolve():
+        raise CheckpointError(f"expected another folder than the fuser's own, got {folder}; the full weights are gone where it is replaced")
+    fuser = load_fuser(source, subfolder)
+    small = quantized(fuser, weights)
+    save_fuser(small, folder)
+    before, after = size_of(fuser), size_of(small)
+    return f"wrote {folder}: {before / 1e6:,.2f} MB of {_dtype(fuser)} -> {after / 1e6:,.2f} MB of {weights} ({after / before:.0%})"
+
+
+def size_of(fuser: Fuser) -> int:
+    """Bytes of all its weights, as they are on disk."""
+    return sum(tensor.nbytes for tensor in fuser.state_dict().values())
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a new folder beside ``folder``, flush it to disk, and put it in ``folder``'s place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +177,7 @@ def model_card(fuser: Fuser, notes: str = "") -> str:
 # {fuser.config.model_type}: {sharer["name"]} -> {receiver["name"]}
 
 A fuser for Cache-to-Cache (https://arxiv.org/abs/2510.03215): it writes the KV-cache of the sharer into the receiver's.
-{sum(parameter.numel() for parameter in fuser.parameters()):,} parameters, {str(fuser.dtype).removeprefix("torch.")}.
+{_weights(fuser)}
 
 ```python
 from kvfuse import CacheToCache
@@ -156,6 +188,19 @@ print(model.chat("your question", max_new_tokens=64))
 
 {notes}
 """
+
+
+def _weights(fuser: Fuser) -> str:
+    if fuser.config.weights == FULL:
+        return f"{sum(parameter.numel() for parameter in fuser.parameters()):,} parameters, {_dtype(fuser)}."
+    return (
+        f"{size_of(fuser) / 1e6:,.2f} MB: its large matrices were rounded to {fuser.config.weights} by `kvfuse quantize`, "
+        f"the rest is {_dtype(fuser)}. It cannot be trained further."
+    )
+
+
+def _dtype(fuser: Fuser) -> str:
+    return str(fuser.dtype).removeprefix("torch.")
 
 
 def _on_hub(name: str) -> bool:

@@ -275,6 +275,22 @@ def convert(
     typer.echo(f"wrote {run(source, folder, subfolder)}")
 
 
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="FUSER", help="Folder or Hub id of a fuser.")],
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    weights: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    subfolder: Annotated[str, typer.Option(help="Folder inside of the source.")] = "",
+) -> None:
+    """Write a smaller copy of a fuser, whose large matrices are integers; it answers like the other, but cannot be trained.
+
+    kvfuse quantize my-fuser my-small-fuser --weights int4
+    """
+    from kvfuse.checkpoint import quantize as run
+
+    typer.echo(run(source, folder, weights, subfolder))
+
+
 @list_app.command()
 def pairs() -> None:
     """Tell what is known of the authors' published pairs, with sources."""

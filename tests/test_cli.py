@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -44,7 +45,7 @@ def fails(monkeypatch, capsys):
 
 def test_help_names_every_verb():
     shown = run("--help").output
-    assert all(verb in shown for verb in ("chat", "train", "align", "demo"))
+    assert all(verb in shown for verb in ("chat", "train", "align", "quantize", "demo"))
 
 
 def test_chat_answers_one_question(folders):
@@ -100,6 +101,21 @@ def test_wrong_alignments_give_one_line_and_no_file(folders, fails, tmp_path, ar
     models = ["-r", folders["-r"], "-s", folders["-s"], "--html", str(tmp_path / "picture.html")]
     assert message in fails("align", *models, *arguments)
     assert not (tmp_path / "picture.html").exists()
+
+
+def test_quantize_prints_one_line_with_both_sizes(folders, tmp_path):
+    told = run("quantize", folders["-f"], str(tmp_path / "small"), "--weights", "int4").stdout
+    assert re.fullmatch(rf"wrote {tmp_path}/small: 0\.\d\d MB of float32 -> 0\.\d\d MB of int4 \(\d+%\)\n", told)
+    assert run("chat", *words({**folders, "-f": str(tmp_path / "small")}), "--max-new-tokens", "2", "What is Oslo?").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("fuser", "weights", "message"),
+    [("-f", "int2", "one of int8, int4, got 'int2'"), ("-r", "int8", "got a model of type 'qwen3'"), (None, "int8", "no such folder")],
+)
+def test_wrong_quantisations_give_one_line_and_no_folder(folders, fails, tmp_path, fuser, weights, message):
+    assert message in fails("quantize", folders.get(fuser, "no/such/fuser"), str(tmp_path / "small"), "--weights", weights)
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_runs_a_recipe(folders, tmp_path):

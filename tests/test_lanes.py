@@ -12,7 +12,16 @@ from kvfuse.fusers.lanes import cut, has_lanes, runs
 from kvfuse.kv_cache import KV
 from kvfuse.testing import tiny_fuser, tiny_model
 
-OPTIONS = [{}, {"gate": "head"}, {"gate": "none"}, {"parts": "values"}, {"replace": True}, {"weighting": False}]
+OPTIONS = [
+    {},
+    {"gate": "head"},
+    {"gate": "none"},
+    {"parts": "values"},
+    {"replace": True},
+    {"weighting": False},
+    {"weights": "int8"},
+    {"weights": "int4"},
+]
 
 
 class Dispatched(TorchDispatchMode):

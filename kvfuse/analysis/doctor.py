@@ -121,9 +121,8 @@ def _models(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
 def _fusers(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     for number, fuser in enumerate(pair.fusers):
         config, parameters = fuser.config, sum(parameter.numel() for parameter in fuser.parameters())
-        seen = (
-            f"{config.model_type.removeprefix('kvfuse-')}, {parameters:,} parameters, trained for these two models; layers {config.layers}"
-        )
+        kind = config.model_type.removeprefix("kvfuse-") + ("" if config.weights == "full" else f" as {config.weights}")
+        seen = f"{kind}, {parameters:,} parameters, trained for these two models; layers {config.layers}"
         finite = all(bool(parameter.isfinite().all()) for parameter in fuser.parameters())
         yield Check(_numbered("fuser", pair, number), seen if finite else "weights that are no numbers; train or download it again", finite)
         opened = fuser.open_gates().values()

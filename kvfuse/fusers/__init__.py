@@ -2,9 +2,10 @@
 
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
-from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates
+from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates, require_trainable
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.low_rank import LowRankConfig, LowRankFuser
+from kvfuse.fusers.quantized import QuantizedLinear, quantize
 from kvfuse.fusers.registry import FUSERS, fuser_class, make_fuser, register_fuser
 from kvfuse.fusers.ridge import RidgeConfig, RidgeFuser
 
@@ -20,10 +21,13 @@ __all__ = [
     "GatedFuser",
     "LowRankConfig",
     "LowRankFuser",
+    "QuantizedLinear",
     "RidgeConfig",
     "RidgeFuser",
     "describe_gates",
     "fuser_class",
     "make_fuser",
+    "quantize",
     "register_fuser",
+    "require_trainable",
 ]

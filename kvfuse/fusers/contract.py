@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfuse.errors import PairError
+from kvfuse.fusers.quantized import FULL, WEIGHTS, stand_in
 from kvfuse.kv_cache import KV, KVSpec
 from kvfuse.layer_alignment import align_layers
 
@@ -26,6 +27,7 @@ class FuserConfig(PreTrainedConfig):
         fuse_response: Whether the last prompt token and what is generated are fused as well.
         rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or turned back to
             position zero (:mod:`kvfuse.rotation`).
+        weights: ``full`` | ``int8`` | ``int4``: what the large matrices are (:mod:`kvfuse.fusers.quantized`); trained are full ones.
     """
 
     receiver: dict[str, Any] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class FuserConfig(PreTrainedConfig):
     fuse: str = "all"
     fuse_response: bool = False
     rope: str = "kept"
+    weights: str = FULL
 
     @property
     def receiver_kv(self) -> KVSpec:
@@ -70,7 +73,7 @@ class Fuser(PreTrainedModel):
 
     def __init__(self, config: FuserConfig) -> None:
         super().__init__(config)
-        require_choices(config, rope=ROPES)
+        require_choices(config, rope=ROPES, weights=WEIGHTS)
         self.sharer_layers = config.layers
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
@@ -110,6 +113,19 @@ class Fuser(PreTrainedModel):
         """What is switched on at inference: bool, ``(L,)`` or ``(L, H)``, by the name of what is gated; empty without gates."""
         return {}
 
+    def post_init(self) -> None:
+        """transformers' hook, with which every constructor ends: here linear layers become those that the configuration asks for."""
+        stand_in(self, self.config.weights)
+        super().post_init()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. Raises PairError where the weights have no gradient; what is beside them then has none either."""
+        if mode:
+            require_trainable(self)
+        if self.config.weights != FULL:
+            self.requires_grad_(False)  # loaded by transformers, every float has one
+        return super().train(mode)
+
     def get_input_embeddings(self) -> None:
         """transformers' hook, which FSDP asks: there are none."""
 
@@ -126,6 +142,15 @@ def describe_gates(fuser: Fuser) -> str:
     shut = {name: (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist() for name, opened in gates.items()}
     closed = "; ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in shut.items() if layers)
     return f"Open gates: {counts}." + (f" Closed layers: {closed}." if closed else "")
+
+
+def require_trainable(fuser: Fuser) -> None:
+    """Refuse a fuser that can only be used. Raises PairError where its weights are integers."""
+    weights = fuser.config.weights
+    if weights != FULL:
+        raise PairError(
+            f"expected a fuser with full weights to train, got one with {weights}, which have no gradient; train the one it was made of"
+        )
 
 
 def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:

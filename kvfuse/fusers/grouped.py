@@ -119,16 +119,21 @@ class GroupedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
-        if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() and self._is_full and not torch.is_autocast_enabled(x.device.type):
             dropout = self.dropout.p if self.training else 0.0
             return FeedForward.apply(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps)
         return x + self.dropout(self.w2(self._inner(x)))
 
     def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
         """``out(self(x))``; at inference, and for more tokens than ``out`` has outputs, ``w2`` and ``out`` are multiplied first."""
-        if self.training or x.shape[1] <= out.weight.shape[2]:
+        if self.training or not self._is_full or x.shape[1] <= out.weight.shape[2]:
             return out(self(x))
         return torch.baddbmm(out(x), self._inner(x), self.w2.weight @ out.weight)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether weights can be had without making them anew (:mod:`kvfuse.fusers.quantized`)."""
+        return isinstance(self.w1, GroupedLinear) and isinstance(self.w2, GroupedLinear)
 
     def _inner(self, x: Tensor) -> Tensor:
         return F.gelu(self.w1(self.norm(x)))

@@ -100,7 +100,7 @@ def _complex_modules(config: Any) -> dict[str, str]:
     }
 
 
-_ROPE = {"rope": "kept"}
+_FIXED = {"rope": "kept", "weights": "full"}
 _WHOLE = {"receiver_input": True, "feature_fusion": True, "replace": False, "weighting": True, "parts": "both", "gate": "layer"}
 _COMMON = {"dropout": 0.1, "initial_temperature": 1.0}
 
@@ -110,7 +110,7 @@ CLASSES = (
         kind="c2c",
         defaults=_COMMON | {"hidden_dim": 1024, "intermediate_dim": 1024, "num_layers": 3, "final_temperature": 0.001, "zero_init": False},
         modules=_c2c_modules,
-        fixed=_ROPE | _WHOLE,
+        fixed=_FIXED | _WHOLE,
     ),
     ProjectorClass(
         name="AllInOneProjector",
@@ -132,6 +132,6 @@ CLASSES = (
             "weight_input_features": ("target_projected_key", "target_key"),
         },
         renamed={"scalar_temperature": "weight_temperature"},
-        fixed=_ROPE,
+        fixed=_FIXED,
     ),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from kvfuse.fuse import pick
-from kvfuse.fusers import GatedFuser, make_fuser
+from kvfuse.fusers import GatedFuser, make_fuser, require_trainable
 from kvfuse.kv_cache import KV, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.token_alignment import stack
@@ -26,7 +26,11 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
         train: ``batch_size`` and ``steps`` say how many examples are read at once and how often; once through by default.
         examples: A data set of :func:`kvfuse.training.columns.to_columns`. Their responses are not read: the caches of two
             models are compared, not what follows from them.
+
+    Raises:
+        PairError: The fuser's weights are integers, or there are too few examples.
     """
+    require_trainable(pair.fusers[0])
     read = islice(examples, train.steps and train.steps * train.batch_size)
     pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
 
@@ -35,9 +39,10 @@ def start_from_ridge(pair: CacheToCache, train: TrainSection, examples: "Dataset
     """Let the one fuser of a pair begin as a ridge regression fitted to the same layers and tokens. Arguments as :func:`fit`.
 
     Raises:
-        PairError: See :meth:`kvfuse.fusers.GatedFuser.start_from`.
+        PairError: See :meth:`kvfuse.fusers.GatedFuser.start_from`; or the fuser's weights are integers.
     """
     fuser = pair.fusers[0]
+    require_trainable(fuser)
     shared = ("receiver", "sharer", "token_alignment", "layer_alignment", "fuse", "rope")
     ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(fuser.device)
     fit(CacheToCache(pair.receiver, pair.sharers, [ridge]), train, examples)

@@ -151,6 +151,6 @@ def _fuser_options(kind: str) -> list[str]:
         config = fuser_class(kind).config_class
     except PairError as error:
         raise RecipeError(str(error)) from error
-    given = {"receiver", "sharer", "token_alignment", "model_type"}
+    given = {"receiver", "sharer", "token_alignment", "model_type", "weights"}
     mine = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
     return [name for cls in mine for name in cls.__annotations__ if name not in given]

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from kvfuse.fusers import Fuser
+from kvfuse.fusers import Fuser, require_trainable
 from kvfuse.model import CacheToCache
 from kvfuse.token_alignment import AlignedPrompt, SharerPrompt
 from kvfuse.training.arguments import trainer_arguments
@@ -42,6 +42,9 @@ class FuserTrainer(Trainer):
         folder: For checkpoints; a run that finds some there goes on from the last. Kept caches are in a folder beside it.
         validation: Measured with every checkpoint; the fuser ends as it was at the best of them.
         quiet: Show no progress.
+
+    Raises:
+        PairError: The fuser's weights are integers, or the receiver cannot be recomputed.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class FuserTrainer(Trainer):
         validation: Validation | None = None,
         quiet: bool = False,
     ) -> None:
+        require_trainable(pair.fusers[0])
         self.pair, self.train_section, self.validation = pair, train, validation
         arguments = trainer_arguments(train, folder, validated=validation is not None, quiet=quiet)
         pair.fusers[0].recompute = train.recompute
