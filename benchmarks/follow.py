@@ -17,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks.pairs import text_of
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.token_alignment import stack
@@ -55,9 +56,7 @@ def milliseconds_per_token(pair: CacheToCache, prompt: str, fusers: Sequence[nn.
 def measure(length: int, own_tokenizer: bool) -> dict[str, Any]:
     """One row."""
     prompt_only, followed = pairs(own_tokenizer)
-    words = "the capital of Norway and a language that people speak there " * length
-    ids = prompt_only.receiver.tokenizer(words).input_ids[:length]
-    prompt = prompt_only.receiver.tokenizer.decode(ids)
+    prompt = text_of(prompt_only.receiver.tokenizer, length)
     alone = milliseconds_per_token(prompt_only, prompt, fusers=[])
     fused, response = (milliseconds_per_token(pair, prompt) for pair in (prompt_only, followed))
     return {

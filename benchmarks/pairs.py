@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
-from kvfuse.fusers import make_fuser
+from kvfuse.follow import Streams
+from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_tokenizer
+from kvfuse.token_alignment import AlignedPrompt, from_ids, stack
 
 CONTEXT = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 QWEN3_0_6B = {
@@ -52,26 +54,63 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 """Receiver, sharer, fuser: ``mid`` has about 50M parameters each, ``true`` is Qwen3-0.6B <- Qwen2.5-0.5B with the paper's fuser."""
 
 
-def random_pair(shapes: str, kind: str = "c2c", dtype: torch.dtype = torch.float32, **options: Any) -> CacheToCache:
+def random_pair(
+    shapes: str, kind: str = "c2c", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
+) -> CacheToCache:
     """A pair of :data:`SHAPES` with open gates; models read the same ids.
 
     Args:
         shapes: ``mid`` or ``true``.
         kind: Of the fuser; its sizes are those of :data:`SHAPES` where it is the paper's.
         dtype: Of everything.
+        device: Of everything.
         options: Of the fuser.
     """
     mine, theirs, sizes = SHAPES[shapes]
-    receiver, sharer = _model("qwen3", mine, dtype), _model("qwen2", theirs, dtype)
-    options = {**(sizes if kind == "c2c" else {}), "gate_init": 1.0, "token_alignment": "identity", **options}
+    receiver, sharer = _model("qwen3", mine, dtype, device), _model("qwen2", theirs, dtype, device)
+    return CacheToCache(receiver, [sharer], [random_fuser(receiver, sharer, kind, **{**(sizes if kind == "c2c" else {}), **options})])
+
+
+def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **options: Any) -> Fuser:
+    """A fuser with open gates, in the receiver's dtype and beside it; by default models read the same ids."""
+    options = {"gate_init": 1.0, "token_alignment": "identity", **options}
     fuser = make_fuser(kind, receiver=receiver.identity.to_dict(), sharer=sharer.identity.to_dict(), **options)
-    return CacheToCache(receiver, [sharer], [fuser.to(dtype).eval()])
+    return fuser.to(receiver.model.device, receiver.model.dtype).eval()
 
 
-def _model(family: str, sizes: dict[str, Any], dtype: torch.dtype) -> LanguageModel:
+def prompt_for(pair: CacheToCache, batch: int, tokens: int) -> AlignedPrompt:
+    """Random ids where models read the same ones, else so many tokens of text, as each model has them."""
+    if pair.fusers[0].config.token_alignment == "identity":
+        return from_ids(torch.randint(5, 300, (batch, tokens), generator=torch.Generator().manual_seed(0)), len(pair.sharers))
+    return stack([pair.align(text_of(pair.receiver.tokenizer, tokens))] * batch)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """English, about so many tokens long."""
+    words = "the capital of Norway and a language that people speak there " * (tokens // 11 + 1)  # 11 words are at least 11 tokens
+    return tokenizer.decode(tokenizer(words).input_ids[:tokens])
+
+
+def random_streams(pair: CacheToCache, prompt: AlignedPrompt) -> Streams:
+    """What :meth:`CacheToCache.read` would give, but nobody has read: random caches of the right shapes, at once."""
+    batch, tokens = prompt.ids.shape
+    sharers = [_random_cache(sharer, batch, reads.ids.shape[1]) for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True)]
+    return Streams(_random_cache(pair.receiver, batch, tokens - 1), sharers)
+
+
+def _random_cache(model: LanguageModel, batch: int, tokens: int) -> DynamicCache:
+    spec, like = model.kv_spec, {"dtype": model.model.dtype, "device": model.model.device}
+    cache = DynamicCache(config=model.model.config)
+    for layer in range(spec.num_layers):
+        key, value = (torch.randn(batch, spec.num_kv_heads, tokens, dim, **like) for dim in (spec.key_dim, spec.value_dim))
+        cache.update(key, value, layer)
+    return cache
+
+
+def _model(family: str, sizes: dict[str, Any], dtype: torch.dtype, device: str | torch.device) -> LanguageModel:
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(family, **sizes, **CONTEXT, eos_token_id=None, bos_token_id=None, pad_token_id=0)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return LanguageModel(model, tokenizer)

@@ -3,7 +3,6 @@
 python -m benchmarks.processes [--shapes mid|true] [--batch 4] [--steps 4] [--json FILE]
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +18,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from benchmarks.pairs import random_pair
-from benchmarks.training import TOKENS, random_example, row
+from benchmarks.rows import report, row
+from benchmarks.training import TOKENS, random_example
 from kvfuse.processes import processes
 from kvfuse.training.columns import to_columns
 from kvfuse.training.recipe import TrainSection
@@ -79,10 +79,7 @@ def main(
         row("tokens a second, 2 processes", setting, two, None, "1/s"),
         row("2 processes / 1 process", setting, two / one, 1.7, "x"),
     ]
-    for found in rows:
-        print(found)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1))
+    report(rows, json_file)
 
 
 if __name__ == "__main__":

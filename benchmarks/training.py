@@ -6,11 +6,11 @@ Random models, float32 on the CPU, one thread; 512 tokens an example, 30% of the
 process; times are medians, memory is what is alive at one time beyond weights, gradients and the optimizer's state.
 """
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +23,12 @@ from transformers import DynamicCache, TrainerCallback
 
 from benchmarks.memory import peak_bytes
 from benchmarks.pairs import random_pair
+from benchmarks.rows import Row, report, row, spread_row
+from benchmarks.timing import in_turns, ratio, timed, total
+from kvfuse.chat import RenderedPrompt
 from kvfuse.kv_cache import CACHE, KV, cache_of, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.reading import Reading, RenderedPrompt
+from kvfuse.reading import Reading
 from kvfuse.token_alignment import AlignedReading
 from kvfuse.training.batches import TrainingBatch, collate
 from kvfuse.training.columns import EncodedExample, to_columns
@@ -34,7 +37,6 @@ from kvfuse.training.recipe import TrainSection
 from kvfuse.training.trainer import FuserTrainer
 
 TOKENS, RESPONSE = 512, 154
-Row = dict[str, Any]
 
 
 def random_example(seed: int = 0, tokens: int = TOKENS, response: int = RESPONSE) -> EncodedExample:
@@ -107,35 +109,26 @@ class Step:
         self.pair.receiver.model(tail.ids, use_cache=False, labels=self.batch.labels, **{CACHE: cache_of(prefix)}).loss.backward()
 
 
-def seconds_of(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
+def random_step(pair: CacheToCache, batch: int) -> Step:
+    """A step of random examples."""
+    return Step(pair, collate([random_example(seed) for seed in range(batch)]))
 
 
-def step_rows(shapes: str, batch: int, repeats: int) -> Iterator[Row]:
+def step_rows(step: Step, setting: str, repeats: int) -> Iterator[Row]:
     """A step against its parts, and with recomputation."""
-    pair = random_pair(shapes)
-    step = Step(pair, collate([random_example(seed) for seed in range(batch)]))
-    setting = f"{shapes}, batch {batch}"
-    taken = seconds_of({"step": step.whole, "recomputed": lambda: step.whole(recompute=True), **step.parts()}, repeats)
-    bare = sum(taken[name] for name in step.parts())
-    yield row("step / bare parts", setting, taken["step"] / bare, 1.15, "x")
-    yield row("step with recomputation / bare parts", setting, taken["recomputed"] / bare, None, "x")
+    runs: dict[str, Callable[[], Any]] = {"step": step.whole, "recomputed": partial(step.whole, recompute=True), **step.parts()}
+    taken = in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats)
+    bare = total(*(taken[name] for name in step.parts()))
+    yield spread_row("step / bare parts", setting, ratio(taken["step"], bare), 1.15, "x")
+    yield spread_row("step with recomputation / bare parts", setting, ratio(taken["recomputed"], bare), None, "x")
     for name, seconds in taken.items():
-        yield row(name, setting, seconds, None, "s")
-    peaks = [peak_bytes(lambda recompute=recompute: step.learn(recompute)) for recompute in (False, True)]
+        yield spread_row(name, setting, seconds, None, "s")
+    peaks = [peak_bytes(partial(step.learn, recompute)) for recompute in (False, True)]
     yield row("memory", setting, peaks[0] / 2**20, None, "MiB")
     yield row("memory with recomputation / without", setting, peaks[1] / peaks[0], 0.45, "x")
-    yield from _equality(step, setting)
 
 
-def _equality(step: Step, setting: str) -> Iterator[Row]:
+def equality_rows(step: Step, setting: str) -> Iterator[Row]:
     """Whether recomputation changes anything, without dropout, whose masks are drawn piece by piece."""
     for module in step.fuser.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -145,7 +138,8 @@ def _equality(step: Step, setting: str) -> Iterator[Row]:
         step.optimizer.zero_grad(set_to_none=False)
         torch.manual_seed(0)
         losses.append(float(step.learn(recompute)))
-        gradients.append([parameter.grad.clone() for parameter in step.fuser.parameters() if parameter.grad is not None])
+        found = [parameter.grad for parameter in step.fuser.parameters() if parameter.grad is not None]
+        gradients.append(found if recompute else [gradient.clone() for gradient in found])
     largest = max(float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) for one, other in zip(*gradients, strict=True))
     yield row("loss, recomputed - not", setting, losses[1] - losses[0], None, "nats")
     yield row("largest difference of a gradient", setting, largest, 1e-3, "x")
@@ -178,11 +172,6 @@ class _EpochClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def row(figure: str, setting: str, value: float, bar: float | None, unit: str) -> Row:
-    """One line of the table."""
-    return {"figure": figure, "setting": setting, "value": value, "bar": bar, "unit": unit}
-
-
 def main(
     shapes: Annotated[str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")] = "mid",
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 1,
@@ -192,21 +181,16 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    rows = []
-    for found in step_rows(shapes, batch, repeats):
-        rows.append(found)
-        print(_line(found), flush=True)
+    report(_rows(shapes, batch, repeats, epochs), json_file)
+
+
+def _rows(shapes: str, batch: int, repeats: int, epochs: bool) -> Iterator[Row]:
+    step, setting = random_step(random_pair(shapes), batch), f"{shapes}, batch {batch}"
+    yield from step_rows(step, setting, repeats)
+    yield from equality_rows(step, setting)
+    del step  # its pair and optimizer are half of the memory that the next ones may take
     for kind in ("c2c", "low-rank") if epochs else ():
-        for found in epoch_rows(shapes, batch, kind):
-            rows.append(found)
-            print(_line(found), flush=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1))
-
-
-def _line(found: Row) -> str:
-    bar = "" if found["bar"] is None else f"bar {found['bar']}"
-    return f"{found['figure']:40} {found['setting']:44} {found['value']:10.4g} {found['unit']:5} {bar}"
+        yield from epoch_rows(shapes, batch, kind)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The same prompt answered by the receiver alone, by Cache-to-Cache and by text: to the first token, and to the eighth."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case
+from benchmarks.fusing import bare_products
+from benchmarks.machine import Work
+from benchmarks.rows import Row
+from benchmarks.timing import in_turns, least, ratio, timed, total
+from kvfuse.fusers import Fuser
+from kvfuse.language_model import LanguageModel
+from kvfuse.phases import measured
+
+PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
+"""Phase of :mod:`kvfuse.phases` -> figure, of everything up to the first token."""
+NEW, HINT, AROUND = 8, 64, 8  # tokens: of an answer, of a hint, and of the words in which the receiver is told the hint
+BARE_TOKENS = 256
+"""Bare products of longer prompts say the same and take minutes."""
+
+
+def greedy(new: int) -> dict[str, Any]:
+    """Options of ``generate`` for so many tokens, whatever they are."""
+    return {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+
+
+@torch.no_grad()
+def generate(model: LanguageModel, ids: Tensor, new: int, **options: Any) -> Tensor:
+    """transformers' own ``generate``, as anybody calls it."""
+    ids = ids.to(model.model.device)
+    return model.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **greedy(new), **options)
+
+
+class PhasedAnswer:
+    """One token of Cache-to-Cache, timed as a whole and by phase.
+
+    Attributes:
+        phases: Seconds of every run so far, keys of :data:`PHASES`.
+    """
+
+    def __init__(self, case: Case, fuser: Fuser) -> None:
+        self.case, self.fuser = case, fuser
+        self.phases: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self) -> float:
+        with measured() as stopwatch:
+            taken = timed(self.case.pair.answer, self.case.prompt, [self.fuser], **greedy(1))
+        for name in PHASES:
+            self.phases[name].append(stopwatch.seconds[name])
+        return taken
+
+
+@torch.no_grad()
+def first_token_rows(case: Case) -> Iterator[Row]:
+    """Cache-to-Cache with the pair's fuser and with a small one, the receiver alone, and the parts that nothing can do without."""
+    c2c, small = PhasedAnswer(case, case.pair.fusers[0]), PhasedAnswer(case, case.low_rank)
+    bare = bare_products(case) if case.tokens <= BARE_TOKENS else {}
+    alone = partial(timed, generate, case.pair.receiver, case.prompt.ids, 1)
+    taken = in_turns({"receiver": alone, "C2C": c2c, "low-rank": small, **bare}, case.repeats)
+    yield from _phase_rows(case, c2c)
+    for name in ("receiver", "C2C", "low-rank"):
+        yield case.timed_row(f"first token, {name}", taken[name], "s")
+    yield case.timed_row("first token / receiver's", ratio(taken["C2C"], taken["receiver"]), "x")
+    yield case.timed_row("first token / receiver's, low-rank", ratio(taken["low-rank"], taken["receiver"]), "x")
+    if bare:  # the prefills of another run: an answer is not held against parts of itself
+        parts = total(small.phases["receiver_prefill"], small.phases["sharer_prefill"], least(*(taken[name] for name in bare)))
+        yield case.timed_row("first token / (receiver + sharer prefills + bare products)", ratio(taken["C2C"], parts), "x")
+
+
+def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
+    """Where the time went, and what of the fuser's share was arithmetic or transport."""
+    for name, figure in PHASES.items():
+        yield case.timed_row(figure, c2c.phases[name], "s")
+    work = Work.of_fusing(case.pair, case.prompt)
+    yield case.row("arithmetic of a fuse", work.flops / 1e9, "GFLOP")
+    yield case.row("bytes of a fuse", work.bytes / 1e6, "MB")
+    yield case.timed_row("fuse, share of the roofline", [case.machine.seconds(work) / seconds for seconds in c2c.phases["fuse"]], "x")
+
+
+@torch.no_grad()
+def end_to_end_rows(case: Case) -> Iterator[Row]:
+    """To the eighth token, text-to-text with a hint of 64; its texts are random ids, which cost the same."""
+    pair, prompt = case.pair, case.prompt
+    runs = {
+        "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
+        "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
+        "text-to-text": partial(timed, _text_to_text, case),
+    }
+    taken = in_turns(runs, case.repeats)
+    for name, seconds in taken.items():
+        yield case.timed_row(f"{NEW} tokens, {name}", seconds, "s")
+    yield case.timed_row(f"C2C to {NEW} tokens / text-to-text", ratio(taken["C2C"], taken["text-to-text"]), "x")
+    yield case.timed_row(f"C2C to {NEW} tokens / receiver alone", ratio(taken["C2C"], taken["receiver alone"]), "x")
+
+
+def _text_to_text(case: Case) -> Tensor:
+    ids = case.prompt.ids
+    hint = generate(case.pair.sharers[0], ids, HINT)[:, ids.shape[1] :].cpu()
+    return generate(case.pair.receiver, torch.cat([ids[:, :AROUND], ids, hint], dim=1), NEW)

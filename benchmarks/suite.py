@@ -1,0 +1,100 @@
+"""Which cases are measured, and what of each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from benchmarks.asking import end_to_end_rows, first_token_rows, generate, greedy
+from benchmarks.case import Case
+from benchmarks.decoding import decode_rows
+from benchmarks.footprint import footprint_rows
+from benchmarks.fusing import fuse_rows, growth_rows
+from benchmarks.gpu import gpu_rows
+from benchmarks.machine import Machine, grouped_weights
+from benchmarks.pairs import prompt_for, random_pair
+from benchmarks.rows import Row
+from benchmarks.training import random_step, step_rows
+from kvfuse.demo import load_pair
+from kvfuse.model import CacheToCache
+
+Group = Callable[[Case], Iterator[Row]]
+
+
+def training_rows(case: Case) -> Iterator[Row]:
+    """A training step, which has examples of a size of its own; it leaves the fuser a step further."""
+    yield from step_rows(random_step(case.pair, case.batch), f"{case.shapes}, batch {case.batch}, training", case.repeats)
+    case.pair.fusers[0].eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Groups of figures of one case, and how often each is measured."""
+
+    shapes: str
+    batch: int
+    tokens: int
+    repeats: int
+    groups: tuple[Group, ...] = (first_token_rows,)
+
+
+QUICK = (
+    Planned("embedded", 1, 64, 5),
+    Planned("mid", 1, 256, 3),
+    Planned("mid", 1, 512, 1, (training_rows,)),
+    Planned("true", 1, 256, 6, (decode_rows,)),
+    Planned("true", 1, 256, 2, (fuse_rows, first_token_rows)),
+    Planned("true", 1, 256, 1, (end_to_end_rows, footprint_rows)),
+    Planned("true", 1, 4096, 1, (growth_rows,)),
+)
+FULL = (
+    *(Planned("embedded", batch, 64, 9, (first_token_rows, decode_rows)) for batch in (1, 8)),
+    *(Planned("mid", 1, tokens, 5) for tokens in (64, 256, 1024)),
+    *(Planned("mid", 8, tokens, 3) for tokens in (64, 256, 1024)),
+    Planned("mid", 1, 4096, 3, (first_token_rows, growth_rows)),
+    Planned("mid", 8, 4096, 1),
+    Planned("mid", 1, 256, 5, (fuse_rows, decode_rows, end_to_end_rows, footprint_rows)),
+    Planned("mid", 1, 512, 5, (training_rows,)),
+    *(Planned("true", 1, tokens, 5) for tokens in (64, 256)),
+    *(Planned("true", 1, tokens, repeats) for tokens, repeats in ((1024, 3), (4096, 1))),
+    *(Planned("true", 8, tokens, repeats) for tokens, repeats in ((64, 3), (256, 1))),
+    Planned("true", 1, 256, 9, (fuse_rows, decode_rows)),
+    Planned("true", 1, 256, 3, (end_to_end_rows,)),
+    *(Planned("true", 1, tokens, 3, (decode_rows,)) for tokens in (1024, 4096)),
+    *(Planned("true", 1, tokens, 1, (footprint_rows,)) for tokens in (256, 1024, 4096)),
+    Planned("true", 1, 4096, 3, (growth_rows,)),
+)
+GPU = (Planned("true", 1, 256, 20, (gpu_rows,)),)
+
+
+def build_pair(shapes: str, device: str = "cpu") -> CacheToCache:
+    """The embedded pair, or random weights: float32 on a CPU, else bfloat16."""
+    if shapes == "embedded":
+        return load_pair()
+    return random_pair(shapes, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+
+
+def measure(plan: Sequence[Planned], build: Callable[[str], CacheToCache] = build_pair) -> Iterator[Row]:
+    """Every row of a plan; each pair is built when it is first needed, and is gone before the next one is."""
+    machine: Machine | None = None
+    for shapes, planned in groupby(plan, lambda one: one.shapes):
+        pair = build(shapes)
+        if machine is None:
+            weight = grouped_weights(pair.fusers[0])[0]
+            machine = Machine.measured(weight)
+            yield from machine.rows(f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}")
+        _warm_up(pair)
+        for one in planned:
+            case = Case(shapes, pair, one.batch, one.tokens, one.repeats, machine)
+            for group in one.groups:
+                yield from group(case)
+        del pair, case
+
+
+@torch.no_grad()
+def _warm_up(pair: CacheToCache) -> None:
+    """A short answer each way: what is imported and set up once is nobody's time."""
+    prompt = prompt_for(pair, 1, 16)
+    pair.answer(prompt, **greedy(2))
+    generate(pair.receiver, prompt.ids, 2)
