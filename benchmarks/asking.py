@@ -19,7 +19,7 @@ from kvfuse.phases import measured
 
 PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
 """Phase of :mod:`kvfuse.phases` -> figure, of everything up to the first token."""
-NEW, HINT, AROUND = 8, 64, 8  # tokens: of an answer, of a hint, and of the words in which the receiver is told the hint
+NEW, HINT, REQUEST = 8, 64, 48  # tokens: of an answer, of a hint, and of the words in which it is asked for
 BARE_TOKENS = 256
 """Bare products of longer prompts say the same and take minutes."""
 
@@ -84,7 +84,11 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
 
 @torch.no_grad()
 def end_to_end_rows(case: Case) -> Iterator[Row]:
-    """To the eighth token, text-to-text with a hint of 64; its texts are random ids, which cost the same."""
+    """To the eighth token, text-to-text with a hint of 64; its texts are random ids, which cost the same.
+
+    As :class:`kvfuse.methods.TextToText` does it, and the reference: the sharer is asked for a hint about the question, the receiver
+    reads this request and the hint as two turns before the question.
+    """
     pair, prompt = case.pair, case.prompt
     runs = {
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
@@ -99,6 +103,7 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
 
 
 def _text_to_text(case: Case) -> Tensor:
-    ids = case.prompt.ids
-    hint = generate(case.pair.sharers[0], ids, HINT)[:, ids.shape[1] :].cpu()
-    return generate(case.pair.receiver, torch.cat([ids[:, :AROUND], ids, hint], dim=1), NEW)
+    question = case.prompt.ids
+    asked = torch.cat([question[:, :REQUEST], question], dim=1)
+    with_hint = generate(case.pair.sharers[0], asked, HINT).cpu()
+    return generate(case.pair.receiver, torch.cat([with_hint, question], dim=1), NEW)

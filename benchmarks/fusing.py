@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import typer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,14 +12,14 @@ from benchmarks.case import Case
 from benchmarks.machine import grouped_weights
 from benchmarks.rows import Row
 from benchmarks.timing import in_turns, least, ratio, timed
-from kvfuse.fusers import Fuser
+from kvfuse.fusers import Fuser, quantize
 
 SHORT = 256
 
 
 def fuse_once(case: Case, fuser: Fuser | None = None) -> float:
     """Seconds of one fuse of what was read, by the pair's own fuser or another."""
-    return timed(case.pair.fuse, case.prompt, case.new_streams(), [fuser or case.pair.fusers[0]])
+    return timed(case.pair.fuse, case.prompt, case.new_streams(), [fuser or case.pair.fusers[0]], use_up=True)
 
 
 def bare_products(case: Case) -> dict[str, Callable[[], float]]:
@@ -50,25 +49,13 @@ def _chain(x: Tensor, weights: Sequence[Tensor], multiply: Callable[[Tensor, Ten
 @torch.no_grad()
 def fuse_rows(case: Case) -> Iterator[Row]:
     """A fuse against its products, and against the same fuser in int8."""
-    bare, quantized = bare_products(case), _int8(case.pair.fusers[0])
-    runs: dict[str, Callable[[], float]] = {"fuse alone": partial(fuse_once, case), **bare}
-    if quantized is not None:
-        runs["fuse alone, int8"] = partial(fuse_once, case, quantized)
+    bare, int8 = bare_products(case), quantize(case.pair.fusers[0], "int8")
+    runs = {"fuse alone": partial(fuse_once, case), **bare, "fuse alone, int8": partial(fuse_once, case, int8)}
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
         yield case.timed_row(name, seconds, "s")
     yield case.timed_row("fuse / bare products", ratio(taken["fuse alone"], least(*(taken[name] for name in bare))), "x")
-    if quantized is not None:
-        yield case.timed_row("fuse, int8 / fp32", ratio(taken["fuse alone, int8"], taken["fuse alone"]), "x")
-
-
-def _int8(fuser: Fuser) -> Fuser | None:
-    try:
-        from kvfuse.fusers.quantized import quantize
-    except ImportError as error:
-        typer.echo(f"no figure of int8: {error}", err=True)
-        return None
-    return quantize(fuser, "int8")
+    yield case.timed_row("fuse, int8 / fp32", ratio(taken["fuse alone, int8"], taken["fuse alone"]), "x")
 
 
 @torch.no_grad()
