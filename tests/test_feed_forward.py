@@ -23,8 +23,9 @@ def plain(x, scale, w1, w2):
     return x + F.gelu((F.rms_norm(x, x.shape[-1:], eps=EPS) * scale) @ w1) @ w2
 
 
-def test_value_and_gradients_are_those_of_the_plain_formula(tensors):
-    expected, got = plain(*tensors), FeedForward.apply(*tensors, 0.0, EPS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_value_and_gradients_are_those_of_the_plain_formula(tensors, keep):
+    expected, got = plain(*tensors), FeedForward.apply(*tensors, 0.0, EPS, keep)
     torch.testing.assert_close(got, expected)
     gradient = torch.randn_like(got)
     for mine, other in zip(*(torch.autograd.grad(one, tensors, gradient) for one in (got, expected)), strict=True):
@@ -48,13 +49,15 @@ def test_dropout_leaves_out_and_scales_up_and_the_gradient_knows_what(tensors):
     torch.testing.assert_close(gradient, expected)
 
 
-def test_it_keeps_two_tensors_and_a_mask():
+@pytest.mark.parametrize(("recompute", "tensors"), [(False, 2), (True, 1)])
+def test_it_keeps_two_tensors_or_one_and_a_mask(recompute, tensors):
     ffn = GroupedFFN(2, 8, 8, dropout=0.1)
+    ffn.recompute = recompute
     ffn.reset_parameters()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         ffn(torch.randn(2, 50, 8))
-    assert sum(tensor.nbytes for tensor in kept if tensor.shape[1] == 50) == 2 * 50 * (8 + 8) * 4 + 2 * 50 * 8
+    assert sum(tensor.nbytes for tensor in kept if tensor.ndim == 3 and tensor.shape[1] == 50) == 2 * 50 * (4 * 8 * tensors + 8)
 
 
 def test_under_autocast_and_at_inference_it_computes_the_same():

@@ -21,13 +21,15 @@ class FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, dropout: float, eps: float) -> Tensor:
-        """torch's hook; what is kept are ``x``, ``inner`` ``(G, N, I)`` and ``(G, N, C)`` bool."""
-        out, inner = torch.empty_like(x), x.new_empty(*x.shape[:2], w1.shape[2])
+    def forward(ctx: Any, x: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, dropout: float, eps: float, keep: bool = True) -> Tensor:
+        """torch's hook; what is kept are ``x``, a ``(G, N, C)`` bool, and if :obj:`keep` the first product ``(G, N, I)``."""
+        out, inner = torch.empty_like(x), x.new_empty(*x.shape[:2], w1.shape[2]) if keep else None
         kept = torch.empty(x.shape if dropout else (len(x), 0), dtype=torch.bool, device=x.device)
         for some in _at_once(x):
-            torch.bmm(_normed(x[some], eps)[0] * scale[some], w1[some], out=inner[some])
-            added = torch.bmm(F.gelu(inner[some]), w2[some])
+            product = torch.bmm(_normed(x[some], eps)[0] * scale[some], w1[some])
+            added = torch.bmm(F.gelu(product), w2[some])
+            if inner is not None:
+                inner[some] = product
             if dropout:
                 added *= kept[some].bernoulli_(1 - dropout)
             torch.add(x[some], added, alpha=1 / (1 - dropout), out=out[some])
@@ -43,16 +45,17 @@ class FeedForward(torch.autograd.Function):
         of_x, of_scale, of_w1, of_w2 = map(torch.empty_like, (x, scale, w1, w2))
         for some in _at_once(x):
             added = gradient[some] * kept[some] / (1 - ctx.dropout) if ctx.dropout else gradient[some]
-            torch.bmm(F.gelu(inner[some]).mT, added, out=of_w2[some])
-            of_inner = torch.ops.aten.gelu_backward(torch.bmm(added, w2[some].mT), inner[some])
             normed, size = _normed(x[some], ctx.eps)
+            product = torch.bmm(normed * scale[some], w1[some]) if inner is None else inner[some]
+            torch.bmm(F.gelu(product).mT, added, out=of_w2[some])
+            of_inner = torch.ops.aten.gelu_backward(torch.bmm(added, w2[some].mT), product)
             torch.bmm((normed * scale[some]).mT, of_inner, out=of_w1[some])
             of_normed = torch.bmm(of_inner, w1[some].mT)
             torch.sum(of_normed * normed, dim=1, keepdim=True, out=of_scale[some])
             of_normed *= scale[some]
             along = (of_normed * normed).mean(-1, keepdim=True)
             torch.addcmul(gradient[some], of_normed - normed * along, size, out=of_x[some])
-        return of_x, of_scale, of_w1, of_w2, None, None
+        return of_x, of_scale, of_w1, of_w2, None, None, None
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from kvfuse.errors import PairError
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
-from kvfuse.fusers.grouped import PARTS, from_groups, to_groups, write_groups
+from kvfuse.fusers.grouped import PARTS, GroupedFFN, from_groups, to_groups, write_groups
 from kvfuse.fusers.lanes import cut, has_lanes, is_watched, runs
 from kvfuse.kv_cache import KV, concatenate
 
@@ -54,6 +54,19 @@ class GatedFuser(Fuser):
 
     gate: Gate | None
     parts: Sequence[str] = PARTS
+    _recompute = False
+
+    @property
+    def recompute(self) -> bool:
+        """See :class:`Fuser`."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        self._recompute = wanted
+        for part in self.modules():
+            if isinstance(part, GroupedFFN):
+                part.recompute = wanted
 
     def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
         """The residual as it is behind an open gate.

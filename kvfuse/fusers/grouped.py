@@ -100,7 +100,13 @@ class GroupedSwiGLU(nn.Module):
 
 
 class GroupedFFN(nn.Module):
-    """Residual feed-forward block ``x + dropout(W2(gelu(W1(norm(x)))))`` per group, without biases (paper's code, fact 1.2)."""
+    """Residual feed-forward block ``x + dropout(W2(gelu(W1(norm(x)))))`` per group, without biases (paper's code, fact 1.2).
+
+    Attributes:
+        recompute: Whether training keeps the input alone, and computes what is inside again.
+    """
+
+    recompute = False
 
     def __init__(self, groups: int, features: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -121,7 +127,7 @@ class GroupedFFN(nn.Module):
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
         if torch.is_grad_enabled() and self._is_full and not torch.is_autocast_enabled(x.device.type):
             dropout = self.dropout.p if self.training else 0.0
-            return FeedForward.apply(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps)
+            return FeedForward.apply(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps, not self.recompute)
         return x + self.dropout(self.w2(self._inner(x)))
 
     def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
