@@ -44,17 +44,19 @@ class FeedForward(torch.autograd.Function):
         x, scale, w1, w2, inner, kept = ctx.saved_tensors
         of_x, of_scale, of_w1, of_w2 = map(torch.empty_like, (x, scale, w1, w2))
         for some in _at_once(x):
-            added = gradient[some] * kept[some] / (1 - ctx.dropout) if ctx.dropout else gradient[some]
             normed, size = _normed(x[some], ctx.eps)
             product = torch.bmm(normed * scale[some], w1[some]) if inner is None else inner[some]
+            added = gradient[some] * kept[some] / (1 - ctx.dropout) if ctx.dropout else gradient[some]
             torch.bmm(F.gelu(product).mT, added, out=of_w2[some])
             of_inner = torch.ops.aten.gelu_backward(torch.bmm(added, w2[some].mT), product)
+            del added, product  # what is alive at one time decides how large a batch may be
             torch.bmm((normed * scale[some]).mT, of_inner, out=of_w1[some])
             of_normed = torch.bmm(of_inner, w1[some].mT)
+            del of_inner
             torch.sum(of_normed * normed, dim=1, keepdim=True, out=of_scale[some])
             of_normed *= scale[some]
-            along = (of_normed * normed).mean(-1, keepdim=True)
-            torch.addcmul(gradient[some], of_normed - normed * along, size, out=of_x[some])
+            of_normed -= normed.mul_((of_normed * normed).mean(-1, keepdim=True))
+            torch.addcmul(gradient[some], of_normed, size, out=of_x[some])
         return of_x, of_scale, of_w1, of_w2, None, None, None
 
 
