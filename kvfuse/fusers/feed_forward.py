@@ -44,12 +44,14 @@ class FeedForward(torch.autograd.Function):
         x, scale, w1, w2, inner, kept = ctx.saved_tensors
         of_x, of_scale, of_w1, of_w2 = map(torch.empty_like, (x, scale, w1, w2))
         for some in _at_once(x):
-            normed, size = _normed(x[some], ctx.eps)
-            product = torch.bmm(normed * scale[some], w1[some]) if inner is None else inner[some]
+            product = torch.bmm(_normed(x[some], ctx.eps)[0] * scale[some], w1[some]) if inner is None else inner[some]
             added = gradient[some] * kept[some] / (1 - ctx.dropout) if ctx.dropout else gradient[some]
             torch.bmm(F.gelu(product).mT, added, out=of_w2[some])
-            of_inner = torch.ops.aten.gelu_backward(torch.bmm(added, w2[some].mT), product)
-            del added, product  # what is alive at one time decides how large a batch may be
+            of_inner = torch.bmm(added, w2[some].mT)
+            del added  # what is alive at one time decides how large a batch may be
+            torch.ops.aten.gelu_backward.grad_input(of_inner, product, grad_input=of_inner)
+            del product
+            normed, size = _normed(x[some], ctx.eps)
             torch.bmm((normed * scale[some]).mT, of_inner, out=of_w1[some])
             of_normed = torch.bmm(of_inner, w1[some].mT)
             del of_inner
