@@ -45,7 +45,7 @@ class FeedForward(torch.autograd.Function):
         of_x, of_scale, of_w1, of_w2 = map(torch.empty_like, (x, scale, w1, w2))
         for some in _at_once(x):
             product = torch.bmm(_normed(x[some], ctx.eps)[0] * scale[some], w1[some]) if inner is None else inner[some]
-            added = gradient[some] * kept[some] / (1 - ctx.dropout) if ctx.dropout else gradient[some]
+            added = (gradient[some] * kept[some]).div_(1 - ctx.dropout) if ctx.dropout else gradient[some]
             torch.bmm(F.gelu(product).mT, added, out=of_w2[some])
             of_inner = torch.bmm(added, w2[some].mT)
             del added  # what is alive at one time decides how large a batch may be
@@ -59,6 +59,7 @@ class FeedForward(torch.autograd.Function):
             of_normed *= scale[some]
             of_normed -= normed.mul_((of_normed * normed).mean(-1, keepdim=True))
             torch.addcmul(gradient[some], of_normed, size, out=of_x[some])
+            del normed, of_normed
         return of_x, of_scale, of_w1, of_w2, None, None, None
 
 
