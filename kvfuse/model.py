@@ -18,6 +18,7 @@ from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
 from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
+from kvfuse.packed import pack
 from kvfuse.phases import phase
 from kvfuse.prefill import beside, fork, prefill
 from kvfuse.prefix_store import PrefixStore
@@ -111,6 +112,19 @@ class CacheToCache:
     def fuse_response(self) -> bool:
         """Whether the last prompt token and what is generated are fused as well, as the fusers were trained to."""
         return self.fusers[0].config.fuse_response
+
+    def pack(self) -> Self:
+        """Lay out the weights of all models and fusers as this CPU multiplies them quickest, where it has a quicker way than torch's own.
+
+        For answering alone: prompts are read and fused faster at no cost in memory, but neither models nor fusers can be trained or
+        saved any more. On other devices, and in other precisions than float32, nothing changes.
+        """
+        for one in (self.receiver, *self.sharers):
+            _ = one.identity, one.kv_spec  # which read weights
+            pack(one.model)
+        for fuser in self.fusers:
+            pack(fuser.eval().requires_grad_(False))
+        return self
 
     def select(self, *sharers: int) -> Self:
         """The same models with only some of the sharers, named by their place; for one request, at no cost."""

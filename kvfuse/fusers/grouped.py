@@ -24,7 +24,10 @@ class GroupedLinear(Grouped):
     Attributes:
         weight: ``(G, in, out)``.
         bias: ``(G, 1, out)`` or None.
+        folded: Whether prompts see it multiplied with the next layer's weight alone (:meth:`GroupedFFN.into`).
     """
+
+    folded = False
 
     def __init__(self, groups: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class GroupedFFN(nn.Module):
 
     def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
         """``out(self(x))``; at inference, and for more tokens than ``out`` has outputs, ``w2`` and ``out`` are multiplied first."""
-        if self.training or not self._is_full or x.shape[1] <= out.weight.shape[2]:
+        if self.training or not isinstance(self.w2, GroupedLinear) or x.shape[1] <= out.weight.shape[2]:
             return out(self(x))
         return torch.baddbmm(out(x), self._inner(x), self.w2.weight @ out.weight)
 
