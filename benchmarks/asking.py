@@ -1,5 +1,6 @@
 """The same prompt answered by the receiver alone, by Cache-to-Cache and by text: to the first token, and to the eighth."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import in_turns, least, ratio, timed, total
 from kvfuse.fusers import Fuser
 from kvfuse.language_model import LanguageModel
+from kvfuse.packed import pack
 from kvfuse.phases import measured
 
 PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
@@ -80,6 +82,23 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
     yield case.row("arithmetic of a fuse", work.flops / 1e9, "GFLOP")
     yield case.row("bytes of a fuse", work.bytes / 1e6, "MB")
     yield case.timed_row("fuse, share of the roofline", [case.machine.seconds(work) / seconds for seconds in c2c.phases["fuse"]], "x")
+
+
+@torch.no_grad()
+def packed_rows(case: Case) -> Iterator[Row]:
+    """The same with packed weights, beside a receiver as transformers loads it; the pair stays packed."""
+    alone = LanguageModel(copy.deepcopy(case.pair.receiver.model), case.pair.receiver.tokenizer)
+    pack(case.low_rank)
+    case.pair.pack()
+    runs = {
+        "receiver": partial(timed, generate, alone, case.prompt.ids, 1),
+        "C2C": partial(timed, case.pair.answer, case.prompt, **greedy(1)),
+        "low-rank": partial(timed, case.pair.answer, case.prompt, [case.low_rank], **greedy(1)),
+    }
+    taken = in_turns(runs, case.repeats)
+    yield case.timed_row("first token, C2C, packed", taken["C2C"], "s")
+    yield case.timed_row("first token / receiver's, packed", ratio(taken["C2C"], taken["receiver"]), "x")
+    yield case.timed_row("first token / receiver's, low-rank, packed", ratio(taken["low-rank"], taken["receiver"]), "x")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import torch
 
-from benchmarks.asking import end_to_end_rows, first_token_rows, generate, greedy
+from benchmarks.asking import end_to_end_rows, first_token_rows, generate, greedy, packed_rows
 from benchmarks.case import Case
 from benchmarks.decoding import decode_rows
 from benchmarks.footprint import footprint_rows
@@ -47,23 +47,23 @@ QUICK = (
     Planned("true", 1, 256, 2, (fuse_rows, first_token_rows)),
     Planned("true", 1, 256, 1, (end_to_end_rows, footprint_rows)),
     Planned("true", 1, 4096, 1, (growth_rows,)),
+    Planned("true", 1, 256, 1, (packed_rows,)),
 )
 FULL = (
     *(Planned("embedded", batch, 64, 9, (first_token_rows, decode_rows)) for batch in (1, 8)),
-    *(Planned("mid", 1, tokens, 5) for tokens in (64, 256, 1024)),
-    *(Planned("mid", 8, tokens, 3) for tokens in (64, 256, 1024)),
-    Planned("mid", 1, 4096, 3, (first_token_rows, growth_rows)),
-    Planned("mid", 8, 4096, 1),
+    *(Planned("mid", batch, tokens, 3) for batch in (1, 8) for tokens in (64, 256)),
+    *(Planned("mid", 1, tokens, repeats) for tokens, repeats in ((1024, 3), (4096, 1))),
+    Planned("mid", 8, 1024, 1),
     Planned("mid", 1, 256, 5, (fuse_rows, decode_rows, end_to_end_rows, footprint_rows)),
     Planned("mid", 1, 512, 5, (training_rows,)),
-    *(Planned("true", 1, tokens, 5) for tokens in (64, 256)),
-    *(Planned("true", 1, tokens, repeats) for tokens, repeats in ((1024, 3), (4096, 1))),
-    *(Planned("true", 8, tokens, repeats) for tokens, repeats in ((64, 3), (256, 1))),
-    Planned("true", 1, 256, 9, (fuse_rows, decode_rows)),
-    Planned("true", 1, 256, 3, (end_to_end_rows,)),
-    *(Planned("true", 1, tokens, 3, (decode_rows,)) for tokens in (1024, 4096)),
+    *(Planned("true", 1, tokens, repeats) for tokens, repeats in ((64, 3), (256, 5), (1024, 2), (4096, 1))),
+    Planned("true", 8, 64, 1),
+    Planned("true", 1, 256, 5, (fuse_rows, decode_rows)),
+    Planned("true", 1, 256, 2, (end_to_end_rows,)),
+    Planned("true", 1, 1024, 3, (decode_rows,)),
     *(Planned("true", 1, tokens, 1, (footprint_rows,)) for tokens in (256, 1024, 4096)),
-    Planned("true", 1, 4096, 3, (growth_rows,)),
+    Planned("true", 1, 4096, 2, (growth_rows,)),
+    *(Planned("true", 1, tokens, repeats, (packed_rows,)) for tokens, repeats in ((256, 5), (1024, 2))),
 )
 GPU = (Planned("true", 1, 256, 20, (gpu_rows,)),)
 
