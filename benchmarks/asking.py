@@ -2,7 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -85,20 +86,21 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def packed_rows(case: Case) -> Iterator[Row]:
-    """The same with packed weights, beside a receiver as transformers loads it; the pair stays packed."""
-    alone = LanguageModel(copy.deepcopy(case.pair.receiver.model), case.pair.receiver.tokenizer)
-    pack(case.low_rank)
+def packed_rows(case: Case, times: Sequence[int] = (1,)) -> Iterator[Row]:
+    """With packed weights, beside a receiver as transformers loads it, for prompts so many times as long; the pair stays packed."""
+    alone, small = LanguageModel(copy.deepcopy(case.pair.receiver.model), case.pair.receiver.tokenizer), case.low_rank
+    pack(small)
     case.pair.pack()
-    runs = {
-        "receiver": partial(timed, generate, alone, case.prompt.ids, 1),
-        "C2C": partial(timed, case.pair.answer, case.prompt, **greedy(1)),
-        "low-rank": partial(timed, case.pair.answer, case.prompt, [case.low_rank], **greedy(1)),
-    }
-    taken = in_turns(runs, case.repeats)
-    yield case.timed_row("first token, C2C, packed", taken["C2C"], "s")
-    yield case.timed_row("first token / receiver's, packed", ratio(taken["C2C"], taken["receiver"]), "x")
-    yield case.timed_row("first token / receiver's, low-rank, packed", ratio(taken["low-rank"], taken["receiver"]), "x")
+    for one in (replace(case, tokens=many * case.tokens) for many in times):
+        runs = {
+            "receiver": partial(timed, generate, alone, one.prompt.ids, 1),
+            "C2C": partial(timed, one.pair.answer, one.prompt, **greedy(1)),
+            "low-rank": partial(timed, one.pair.answer, one.prompt, [small], **greedy(1)),
+        }
+        taken = in_turns(runs, one.repeats)
+        yield one.timed_row("first token, C2C, packed", taken["C2C"], "s")
+        yield one.timed_row("first token / receiver's, packed", ratio(taken["C2C"], taken["receiver"]), "x")
+        yield one.timed_row("first token / receiver's, low-rank, packed", ratio(taken["low-rank"], taken["receiver"]), "x")
 
 
 @torch.no_grad()

@@ -1,12 +1,11 @@
 """The benchmarks run on tiny models and tell what they promise; no time is held against anything."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from benchmarks.asking import end_to_end_rows, first_token_rows
+from benchmarks.asking import end_to_end_rows, first_token_rows, packed_rows
 from benchmarks.case import BARS
 from benchmarks.decoding import decode_rows
 from benchmarks.drawing import draw
@@ -62,7 +61,7 @@ def test_bars_are_told_where_they_hold(rows):
     bars = {(found["figure"], found["setting"]): found["bar"] for found in rows if found["bar"] is not None}
     here = {(figure, f"true, 1 x {tokens} tokens"): bar for figure, of_it in BARS.items() for tokens, bar in of_it.items()}
     assert all(here[case] == bar for case, bar in bars.items() if "training" not in case[1])
-    assert {figure for figure, setting in here.keys() - bars.keys() if setting == "true, 1 x 256 tokens"} <= {"fuse, int8 / fp32"}
+    assert all("packed" in figure for figure, setting in here.keys() - bars.keys() if setting == "true, 1 x 256 tokens")
     assert ("fuse per token, 4096 / 256", "true, 1 x 4096 tokens") in bars
 
 
@@ -79,12 +78,13 @@ def test_rows_are_drawn_and_made_a_table(rows, tmp_path):
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
 
 
-def test_a_missing_module_leaves_a_row_out_and_says_so(same_ids, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "kvfuse.fusers.quantized", None)
-    figures = [found["figure"] for found in fuse_rows(Case("tiny", same_ids, 1, 8, 1, MACHINE))]
-    assert "fuse / bare products" in figures
-    assert not any("int8" in figure for figure in figures)
-    assert "no figure of int8" in capsys.readouterr().err
+def test_packed_weights_have_rows_for_each_length(monkeypatch):
+    monkeypatch.setattr("kvfuse.packed.is_quicker", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    models = tiny_model("qwen3"), tiny_model("qwen2")
+    pair = CacheToCache(models[0], [models[1]], [tiny_fuser(*models)])
+    rows = list(packed_rows(Case("true", pair, 1, 16, 1, MACHINE), times=(1, 4)))
+    assert {found["setting"] for found in rows} == {"true, 1 x 16 tokens", "true, 1 x 64 tokens"}
+    assert len({found["figure"] for found in rows} & BARS.keys()) == 2
 
 
 def test_bare_products_are_those_of_the_fuser(same_ids):
