@@ -15,7 +15,7 @@ from benchmarks.fusing import bare_products
 from benchmarks.machine import Work
 from benchmarks.rows import Row
 from benchmarks.timing import in_turns, least, ratio, timed, total
-from kvfuse.fusers import Fuser
+from kvfuse.fusers import Fuser, quantize
 from kvfuse.language_model import LanguageModel
 from kvfuse.packed import pack
 from kvfuse.phases import measured
@@ -111,15 +111,19 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
     reads this request and the hint as two turns before the question.
     """
     pair, prompt = case.pair, case.prompt
+    smaller = {"low-rank": case.low_rank, "int8": quantize(pair.fusers[0], "int8")}
     runs = {
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
         "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
+        **{f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW)) for name, fuser in smaller.items()},
         "text-to-text": partial(timed, _text_to_text, case),
     }
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
         yield case.timed_row(f"{NEW} tokens, {name}", seconds, "s")
     yield case.timed_row(f"C2C to {NEW} tokens / text-to-text", ratio(taken["C2C"], taken["text-to-text"]), "x")
+    for name in smaller:
+        yield case.timed_row(f"C2C to {NEW} tokens / text-to-text, {name}", ratio(taken[f"C2C, {name}"], taken["text-to-text"]), "x")
     yield case.timed_row(f"C2C to {NEW} tokens / receiver alone", ratio(taken["C2C"], taken["receiver alone"]), "x")
 
 
