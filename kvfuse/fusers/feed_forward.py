@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CACHED_BYTES = 2**21  # of one tensor of all groups; several of them are alive at a time
+from kvfuse.fusers.lanes import CACHED_BYTES
 
 
 class FeedForward(torch.autograd.Function):

@@ -11,11 +11,10 @@ from kvfuse.errors import PairError
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.grouped import PARTS, GroupedFFN, from_groups, to_groups, write_groups
-from kvfuse.fusers.lanes import cut, has_lanes, is_watched, runs
+from kvfuse.fusers.lanes import CACHED_BYTES, cut, has_lanes, is_watched, runs
 from kvfuse.kv_cache import KV, concatenate
 
 RECOMPUTED_TOKENS = 1024
-CACHED_BYTES = 2**21  # of one tensor of all groups; several of them are alive at a time
 T = TypeVar("T")
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+CACHED_BYTES = 2**21  # that stay in a CPU's cache, of one tensor of all groups; several of them are alive at a time
 
 
 class Grouped(nn.Module):
