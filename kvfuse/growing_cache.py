@@ -30,6 +30,13 @@ class SideBySide:
         fits = (rooms.shape, rooms.dtype, rooms.device) == (shape, like.dtype, like.device)
         return rooms[place] if fits else None
 
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Lay down the first tokens of all layers ``(L, B, H, T, D)``, in one copy each."""
+        for part, tokens in zip(PARTS, (keys, values), strict=True):
+            *outer, length, dim = tokens.shape
+            self.rooms[part] = tokens.new_empty(*outer, length + self.more + ROOM, dim)
+            self.rooms[part][..., :length, :] = tokens
+
 
 class GrowingLayer(DynamicLayer):
     """transformers' layer of full attention, with room behind its keys and values.
@@ -37,13 +44,15 @@ class GrowingLayer(DynamicLayer):
     Args:
         beside: Where its first tokens are to lie.
         place: The layer's number there.
+        windowed: Whether transformers' own layer would keep the last tokens alone.
     """
 
-    def __init__(self, beside: SideBySide, place: int) -> None:
+    def __init__(self, beside: SideBySide, place: int, windowed: bool = False) -> None:
         super().__init__()
         self.beside: SideBySide | None = beside  # until it has moved out
-        self.place = place
+        self.place, self.windowed = place, windowed
         self._rooms: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # what was last given out of the rooms
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """transformers' hook: add ``(B, H, k, D)`` and give all there are."""
@@ -51,38 +60,57 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for part, new in zip(PARTS, (key_states, value_states), strict=True):
-            setattr(self, part, self._first(part, new) if first else self._more(part, new))
+            if first:
+                self._first(part, new)
+            else:
+                self._more(part, new)
         return self.keys, self.values
+
+    def take(self, tokens: int) -> None:
+        """Hold the first tokens that :meth:`SideBySide.fill` has laid down."""
+        assert self.beside is not None
+        self._rooms = {part: self.beside.rooms[part][self.place] for part in PARTS}
+        self.lazy_initialization(*self._rooms.values())
+        for part in PARTS:
+            self._hold(part, tokens)
 
     @property
     def is_at_home(self) -> bool:
         """Whether its tokens still lie beside those of the other layers."""
-        rooms = self.beside.rooms if self.beside is not None else {}
-        return bool(rooms) and all(rooms[part].numel() and _begins(getattr(self, part), rooms[part][self.place]) for part in PARTS)
+        return self.beside is not None and all(self._is_held(part) for part in PARTS)
 
-    def _first(self, part: str, new: Tensor) -> Tensor:
+    def _first(self, part: str, new: Tensor) -> None:
         room = None if self.beside is None else self.beside.room(part, self.place, new)
-        self._rooms[part] = new.new_empty(*new.shape[:2], new.shape[2] + ROOM, new.shape[3]) if room is None else room
-        return self._write(part, 0, new)
+        if room is None:
+            self.beside = None
+            room = new.new_empty(*new.shape[:2], new.shape[2] + ROOM, new.shape[3])
+        self._rooms[part] = room
+        self._write(part, 0, new)
 
-    def _more(self, part: str, new: Tensor) -> Tensor:
+    def _more(self, part: str, new: Tensor) -> None:
         held, room = getattr(self, part), self._rooms[part]
         length, total = held.shape[2], held.shape[2] + new.shape[2]
-        if total > room.shape[2] or not _begins(held, room):  # rows were chosen or interchanged, as by beams
+        if total > room.shape[2] or not self._is_held(part):  # rows were chosen or interchanged, as by beams
             self.beside = None
             self._rooms[part] = held.new_empty(*held.shape[:2], max(total, int(GROWTH * length)) + ROOM, held.shape[3])
             self._write(part, 0, held)
-        return self._write(part, length, new)
+        self._write(part, length, new)
 
-    def _write(self, part: str, start: int, tokens: Tensor) -> Tensor:
-        room, end = self._rooms[part], start + tokens.shape[2]
-        room[:, :, start:end] = tokens
-        return room[:, :, :end]
+    def _write(self, part: str, start: int, tokens: Tensor) -> None:
+        end = start + tokens.shape[2]
+        self._rooms[part][:, :, start:end] = tokens
+        self._hold(part, end)
 
+    def _hold(self, part: str, tokens: int) -> None:
+        self._held[part] = self._rooms[part][:, :, :tokens]
+        setattr(self, part, self._held[part])
 
-def _begins(held: Tensor, room: Tensor) -> bool:
-    """Whether ``held`` are the first tokens of ``room``."""
-    return held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2] and held.stride() == room.stride()
+    def _is_held(self, part: str) -> bool:
+        """Whether the layer's keys, or values, are the first tokens of its room, be it that the last ones were taken back."""
+        held, room = getattr(self, part), self._rooms.get(part)
+        if room is None or held is self._held[part]:
+            return room is not None
+        return held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2] and held.stride() == room.stride()
 
 
 def side_by_side(layers: list[Any]) -> tuple[Tensor, Tensor] | None:

@@ -91,7 +91,8 @@ class KV:
     def add_tokens_(self, rows: Tensor, positions: Tensor, residual: "KV") -> Self:
         """As :meth:`add_tokens`, in place; each token may be named once."""
         stretch = _stretch(rows, positions)
-        rows, positions = rows.to(self.key.device), positions.to(self.key.device)
+        if stretch is None:
+            rows, positions = rows.to(self.key.device), positions.to(self.key.device)
         for part, added in ((self.key, residual.key), (self.value, residual.value)):
             if stretch is not None:
                 part[:, stretch[0], :, stretch[1]] += added.to(part)
@@ -137,7 +138,7 @@ def empty_cache(config: PreTrainedConfig, more: int = 0) -> DynamicCache:
     attention = [i for i, layer in enumerate(cache.layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
     beside = SideBySide(len(attention), more)
     for place, i in enumerate(attention):
-        cache.layers[i] = GrowingLayer(beside, place)
+        cache.layers[i] = GrowingLayer(beside, place, windowed=type(cache.layers[i]) is not DynamicLayer)
     return cache
 
 
@@ -168,6 +169,15 @@ def start_cache(config: PreTrainedConfig, layers: Layers, tokens: int, more: int
     cache = empty_cache(config, more)
     for place, (key, value) in enumerate(layers):
         cache.update(key[:, :, :tokens], value[:, :, :tokens], place)
+    return cache
+
+
+def copy_side_by_side(config: PreTrainedConfig, kv: KV) -> DynamicCache:
+    """A copy of ``kv`` ``(L, B, H, T, D)`` as :func:`empty_cache` would hold it, for a model of plain layers; not layer by layer."""
+    cache = empty_cache(config)
+    cache.layers[0].beside.fill(kv.key, kv.value)
+    for layer in cache.layers:
+        layer.take(kv.key.shape[3])
     return cache
 
 
@@ -203,6 +213,8 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
         max_cache_len: Make it a static cache with room for so many positions; by default it grows.
         take_over: Nobody needs ``prefilled`` any more: layers that hold ``kv``, because it was changed in place, go on without a copy.
     """
+    if take_over and max_cache_len is None and _is_in_place(prefilled, kv):
+        return prefilled
     cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
     cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
     for i, layer in enumerate(prefilled.layers):
@@ -212,15 +224,19 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
             cache.layers[i] = layer
     for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
         layer, own = cache.layers[i], prefilled.layers[i]
-        if take_over and type(layer) is DynamicLayer and own.keys.data_ptr() == key.data_ptr():
-            cache.layers[i] = own
-            continue
-        key, value = key.to(prefilled.layers[i].keys.device), value.to(prefilled.layers[i].keys.device)
+        key, value = key.to(own.keys.device), value.to(own.keys.device)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.keys, layer.values = key, value
         else:
             layer.update(key, value)  # a windowed layer keeps what it needs
     return cache
+
+
+def _is_in_place(prefilled: Cache, kv: KV) -> bool:
+    """Whether a cache holds ``kv`` itself, in layers that all keep every position, as transformers' own do."""
+    plain = all(type(layer) is GrowingLayer and not layer.windowed for layer in prefilled.layers)
+    together = side_by_side(prefilled.layers) if plain else None
+    return together is not None and together[0].data_ptr() == kv.key.data_ptr() and together[0].shape == kv.key.shape
 
 
 def read_only_cache(prefilled: Cache, kv: KV) -> Cache:

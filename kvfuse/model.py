@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from torch import nn
-from transformers import Cache
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 
+from kvfuse.captured import CapturedPrefill
 from kvfuse.chat import Prompt, as_chat
 from kvfuse.checkpoint import load_fuser
 from kvfuse.decode import decode, static_length, stream
@@ -20,7 +21,7 @@ from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.packed import pack
 from kvfuse.phases import phase
-from kvfuse.prefill import beside, fork, prefill
+from kvfuse.prefill import Prefill, beside, fork, prefill
 from kvfuse.prefix_store import PrefixStore
 from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
 
@@ -64,6 +65,7 @@ class CacheToCache:
         if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
             raise PairError("expected fusers that fuse the same positions, got fusers for different ones; train them alike")
         self.receiver, self.sharers, self.fusers, self.fusion, self.store = receiver, list(sharers), list(fusers), fusion, store
+        self.prefiller: Prefill = prefill
         removed = [fuser.config.rope == "removed" for fuser in fusers]
         self.rotations = [(receiver.rotation, one.rotation) if turned else None for one, turned in zip(sharers, removed, strict=True)]
 
@@ -114,10 +116,10 @@ class CacheToCache:
         return self.fusers[0].config.fuse_response
 
     def pack(self) -> Self:
-        """Lay out the weights of all models and fusers as this CPU multiplies them quickest, where it has a quicker way than torch's own.
+        """Change the weights of all models and fusers in place to those that are multiplied quickest (:mod:`kvfuse.packed`).
 
         For answering alone: prompts are read and fused faster at no cost in memory, but neither models nor fusers can be trained or
-        saved any more. On other devices, and in other precisions than float32, nothing changes.
+        saved any more. Models change on CPUs in float32 alone, and there where it was measured to be quicker.
         """
         for one in (self.receiver, *self.sharers):
             _ = one.identity, one.kv_spec  # which read weights
@@ -126,12 +128,23 @@ class CacheToCache:
             pack(fuser.eval().requires_grad_(False))
         return self
 
+    def capture(self) -> Self:
+        """Read prompts without padding through CUDA graphs (:mod:`kvfuse.captured`); on a CPU nothing changes.
+
+        A length is recorded when it is first read, which takes as long as reading it some times and keeps a cache of its size. The models
+        must stay on their devices.
+        """
+        self.prefiller = CapturedPrefill()
+        return self
+
     def select(self, *sharers: int) -> Self:
         """The same models with only some of the sharers, named by their place; for one request, at no cost."""
         if not sharers or not all(0 <= place < len(self.sharers) for place in sharers):
             raise PairError(f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them")
         chosen = [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers]
-        return type(self)(self.receiver, *chosen, self.fusion, self.store)
+        pair = type(self)(self.receiver, *chosen, self.fusion, self.store)
+        pair.prefiller = self.prefiller
+        return pair
 
     @torch.no_grad()
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
@@ -289,8 +302,10 @@ class CacheToCache:
             options["position_ids"] = prompt.positions.to(self.receiver.model.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
 
-    def _prefill(self, *what: Any) -> Cache:
-        return prefill(*what) if self.store is None else self.store.prefill(*what)
+    def _prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Cache:
+        if self.store is None:
+            return self.prefiller(model, ids, mask, positions)
+        return self.store.prefill(model, ids, mask, positions, self.prefiller)
 
 
 def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:

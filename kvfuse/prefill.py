@@ -1,6 +1,6 @@
 """Read a prompt with a frozen model and keep nothing but its KV-cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -11,7 +11,11 @@ from transformers.cache_utils import DynamicLayer
 
 from kvfuse.errors import PairError
 from kvfuse.growing_cache import GrowingLayer
-from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, read_cache
+from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
+
+Prefill = Callable[..., Cache]
+"""Whatever is called as :func:`prefill` is."""
+STRETCHING = ("dynamic", "longrope")  # rotary embeddings that turn a token otherwise once a prompt is long
 
 
 @torch.no_grad()
@@ -66,6 +70,16 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
         yield
     if stream is not None:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def can_go_on(model: PreTrainedModel) -> bool:
+    """Whether a model's cache of a prompt begins as its cache of every longer one.
+
+    A recurrent state cannot be taken back to an earlier token, and keys that are turned by the length of the prompt are others in
+    a longer one. Such models read all prompts as ever.
+    """
+    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
+    return is_plain(model.config) and not any(word in kind for kind in kinds for word in STRETCHING)
 
 
 class _LastLayerRead(Exception):

@@ -20,14 +20,14 @@ from transformers import Cache, PreTrainedModel
 from kvfuse.fuse import Rotations, fuse
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.lanes import is_watched
-from kvfuse.kv_cache import KV, Layers, copy_layers, is_plain, read_layers, start_cache
-from kvfuse.prefill import prefill
+from kvfuse.fusers.versions import version_of
+from kvfuse.kv_cache import KV, Layers, copy_layers, read_layers, start_cache
+from kvfuse.prefill import Prefill, can_go_on, prefill
 from kvfuse.token_alignment import AlignedPrompt
 
 MAX_BYTES = 2**31
 USEFUL = 16  # tokens; to read fewer takes no longer than to look for them
 SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
-STRETCHING = ("dynamic", "longrope")  # rotary embeddings that turn a token otherwise once a prompt is long
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,17 @@ class PrefixStore:
             self._exact.clear()
             self._fused.clear()
 
-    def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Cache:
-        """As :func:`kvfuse.prefill.prefill`, of which only what is new is run. The cache is the caller's own."""
+    def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, prefiller: Prefill = prefill) -> Cache:
+        """As ``prefiller``, by which only what is new is run. The cache is the caller's own."""
         if not (_is_one_prompt(mask) and self._can_go_on(model)):
-            return prefill(model, ids, mask, positions)
+            return prefiller(model, ids, mask, positions)
         maker, text = self._name(model), _Text(torch.stack([ids[0], positions[0]]))
         entry, known = self._find(self._exact, maker, text)
         self._count(prompts=1, hits=int(known > 0), tokens=len(text), tokens_saved=known)
         cache = None if entry is None else start_cache(model.config, entry.layers, known, len(text) - known)
         if cache is not None and known == len(text):
             return cache
-        cache = prefill(model, ids[:, known:], mask, positions[:, known:], cache)
+        cache = prefiller(model, ids[:, known:], mask, positions[:, known:], cache)
         self._keep(self._exact, maker, text, read_layers(cache))
         return cache
 
@@ -176,11 +176,11 @@ class PrefixStore:
         with self._lock:
             number, seen = self._names.get(module, (-1, []))
             same = len(seen) == len(parameters) and all(
-                ref() is one and state == _state(one) for (ref, state), one in zip(seen, parameters, strict=True)
+                ref() is one and state == version_of(one) for (ref, state), one in zip(seen, parameters, strict=True)
             )
             if number < 0 or not same:
                 number = next(self._numbers)
-                self._names[module] = number, [(weakref.ref(one), _state(one)) for one in parameters]
+                self._names[module] = number, [(weakref.ref(one), version_of(one)) for one in parameters]
             return number
 
     def _can_go_on(self, model: PreTrainedModel) -> bool:
@@ -230,16 +230,6 @@ class PrefixStore:
             self._stats = replace(self._stats, **{name: getattr(self._stats, name) + added for name, added in more.items()})
 
 
-def can_go_on(model: PreTrainedModel) -> bool:
-    """Whether a model's cache of a prompt begins as its cache of every longer one.
-
-    A recurrent state cannot be taken back to an earlier token, and keys that are turned by the length of the prompt are others in
-    a longer one. Such models read all prompts as ever.
-    """
-    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
-    return is_plain(model.config) and not any(word in kind for kind in kinds for word in STRETCHING)
-
-
 def _is_one_prompt(mask: Tensor) -> bool:
     """Whether there is one prompt, without padding, and no gradient is wanted.
 
@@ -258,11 +248,6 @@ def _fingerprint(fuser: nn.Module) -> bytes:
     """Of a fuser's gates and some of its other weights, for ``parameter.data`` may be written to without a trace."""
     some = [one.detach().flatten()[:: -(-one.numel() // SAMPLES)].float() for one in fuser.parameters()]
     return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).digest()
-
-
-def _state(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
-    """What tells whether somebody has written to a parameter, cast it or moved it."""
-    return 0 if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device
 
 
 def _text_of(prompt: AlignedPrompt, num_sharers: int) -> _Text:

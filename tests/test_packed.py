@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from test_fusers import random_kv
 
 from kvfuse import packed
 from kvfuse.errors import PairError
 from kvfuse.fusers import gated
+from kvfuse.fusers.grouped import GroupedRMSNorm
 from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.packed import PackedGroups, PackedLinear, pack
@@ -67,6 +69,28 @@ def test_weights_come_back_and_gradients_flow_to_inputs():
             x = torch.randn(len(part.packed), 3, before[name].shape[1], requires_grad=True)
             part(x).sum().backward()
             torch.testing.assert_close(x.grad, before[name].sum(-1)[:, None].expand_as(x))
+
+
+@pytest.mark.parametrize("kind", ["c2c", "low-rank", "c2c-complex"])
+def test_norms_lose_their_weights_on_every_device(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(packed, "is_quicker", lambda: False)
+    receiver, sharer = tiny_model("qwen3"), tiny_model("llama")
+    fuser = tiny_fuser(receiver, sharer, kind).requires_grad_(False)
+    norms = [part for part in fuser.modules() if isinstance(part, GroupedRMSNorm)]
+    for norm in norms:
+        norm.weight.uniform_(0.5, 2)
+    inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
+    expected = fuser(*inputs)
+    pack(fuser)
+    pack(fuser)  # once more changes nothing
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fuser(*inputs).key, expected.key, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(fuser(*inputs).value, expected.value, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(part, GroupedRMSNorm) for part in fuser.modules())
+    if norms:
+        with pytest.raises(PairError, match="load it again"):
+            fuser.save_pretrained(tmp_path)
 
 
 def test_packed_models_and_fusers_are_not_saved(tmp_path):

@@ -1,11 +1,13 @@
 """The learned switch of a layer, or of one of its heads: open or closed at inference, a noisy slope while training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvfuse.fusers.lanes import Grouped
+from kvfuse.fusers.versions import version_of
 
 GATE_NOISES = ("logistic", "logistic-per-token", "gumbel")
 
@@ -29,7 +31,7 @@ class Gate(Grouped):
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.temperature = initial_temperature
         self.noise = noise
-        self._opened: tuple[tuple[int, int], list[int]] | None = None
+        self._opened: tuple[tuple[Any, ...], list[int]] | None = None
 
     def reset_parameters(self, logit: float) -> None:
         nn.init.constant_(self.logit, logit)
@@ -41,9 +43,9 @@ class Gate(Grouped):
 
     def opened(self) -> list[int]:
         """The groups of which at least one head is open; another device than the CPU is not asked again until a logit changes."""
-        changed = self.logit._version, self.logit.data_ptr()
-        if self.logit.device.type == "cpu" or self._opened is None or self._opened[0] != changed:
-            self._opened = changed, (self.logit > 0).flatten(1).any(1).nonzero().flatten().tolist()
+        version = version_of(self.logit)
+        if self.logit.device.type == "cpu" or self._opened is None or self._opened[0] != version:
+            self._opened = version, (self.logit > 0).flatten(1).any(1).nonzero().flatten().tolist()
         return self._opened[1]
 
     def by_part(self, parts: Sequence[str]) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ or ``G = L`` where it fuses keys or values alone.
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from kvfuse.fusers.feed_forward import FeedForward
 from kvfuse.fusers.lanes import Grouped
+from kvfuse.fusers.versions import version_of
 from kvfuse.kv_cache import KV
 
 PARTS = ("key", "value")
@@ -117,6 +120,7 @@ class GroupedFFN(nn.Module):
         self.w1 = GroupedLinear(groups, features, hidden, bias=False)
         self.w2 = GroupedLinear(groups, hidden, features, bias=False)
         self.dropout = nn.Dropout(dropout)
+        self._kept: tuple[Any, Tensor] | None = None
 
     def reset_parameters(self) -> None:
         for part in (self.norm, self.w1, self.w2):
@@ -137,12 +141,21 @@ class GroupedFFN(nn.Module):
         """``out(self(x))``; at inference, and for more tokens than ``out`` has outputs, ``w2`` and ``out`` are multiplied first."""
         if self.training or not isinstance(self.w2, GroupedLinear) or x.shape[1] <= out.weight.shape[2]:
             return out(self(x))
-        return torch.baddbmm(out(x), self._inner(x), self.w2.weight @ out.weight)
+        return torch.baddbmm(out(x), self._inner(x), self._product(out))
+
+    def _product(self, out: GroupedLinear) -> Tensor:
+        """``w2 @ out``, ``(G, I, O)``; on other devices than the CPU it is not computed again until one of the two changes."""
+        if torch.is_grad_enabled() or self.w2.weight.device.type == "cpu":
+            return self.w2.weight @ out.weight
+        version = version_of(self.w2.weight), version_of(out.weight)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = version, self.w2.weight @ out.weight
+        return self._kept[1]
 
     @property
     def _is_full(self) -> bool:
-        """Whether weights can be had without making them anew (:mod:`kvfuse.fusers.quantized`)."""
-        return isinstance(self.w1, GroupedLinear) and isinstance(self.w2, GroupedLinear)
+        """Whether all weights are there as they were trained, neither quantised nor packed."""
+        return isinstance(self.norm, GroupedRMSNorm) and isinstance(self.w1, GroupedLinear) and isinstance(self.w2, GroupedLinear)
 
     def _inner(self, x: Tensor) -> Tensor:
         return F.gelu(self.w1(self.norm(x)))
@@ -169,8 +182,8 @@ def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PA
         ``(G, B * T, H * D)``.
     """
     layers = list(range(len(kv.key))) if layers is None else layers
-    chosen = [_select(getattr(kv, part), some) for part, some in _by_part([layers] * len(parts), parts, groups)]
-    return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).transpose(2, 3).flatten(3).flatten(1, 2)
+    chosen = [_select(getattr(kv, part), some).transpose(2, 3) for part, some in _by_part([layers] * len(parts), parts, groups)]
+    return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).flatten(3).flatten(1, 2)
 
 
 def from_groups(projected: Tensor, weight: Tensor | None, like: KV, parts: Sequence[str] = PARTS) -> KV:
@@ -216,4 +229,10 @@ def _by_part(layers: list[list[int]], parts: Sequence[str], groups: Sequence[int
 def _select(part: Tensor, layers: list[int]) -> Tensor:
     """Some layers of ``(L, B, H, T, D)``: neighbours without a copy."""
     first, last = layers[0], layers[-1]
-    return part[first : last + 1] if layers == list(range(first, last + 1)) else part[layers]
+    return part[first : last + 1] if layers == list(range(first, last + 1)) else part[_index(tuple(layers), part.device)]
+
+
+@cache
+def _index(layers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sent to a device once, for a GPU waits for what it is sent."""
+    return torch.tensor(layers, device=device)
