@@ -54,7 +54,8 @@ def decode(
         _reorder_together(cache, follower)
     if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
         cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
-    options["cache_implementation"] = None
+    options["cache_implementation"] = None  # there is a cache already, of the kind and length that were asked for
+    options.pop("max_cache_len", None)
     if follower is not None or drafted:
         model = _fed_only_new_tokens(model, follower)
     with generation(phase, options) as options:
@@ -112,7 +113,10 @@ def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, ca
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
-    """How many positions a static cache must hold where ``options`` ask for one; None for one that grows.
+    """How many positions a static cache is to hold where ``options`` ask for one; None for one that grows.
+
+    As transformers has it: one less than there will be tokens, for the last is not read, or ``max_cache_len`` where that is more. A
+    receiver is compiled anew for every length.
 
     Raises:
         PromptError: They ask for a cache that fused keys and values cannot be written into.
@@ -121,8 +125,8 @@ def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str,
     if kind not in (None, "dynamic", "static"):
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
     new = _option(model, options, "max_new_tokens")
-    room = _option(model, options, "max_length") or model.generation_config.max_length if new is None else prompt_length + new
-    return room if kind == "static" else None
+    total = _option(model, options, "max_length") or model.generation_config.max_length if new is None else prompt_length + new
+    return max(total - 1, _option(model, options, "max_cache_len") or 0) if kind == "static" else None
 
 
 def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:

@@ -132,6 +132,17 @@ def test_a_static_cache_holds_what_a_growing_one_holds(any_pair):
     assert isinstance(any_pair.prefill(prompt, max_cache_len=64), StaticCache)
 
 
+def test_a_static_cache_is_as_long_as_transformers_own(pair):
+    """Or longer, by ``max_cache_len``: a compiled receiver serves one length alone."""
+    static = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
+    prompt, lengths = stack([pair.align(QUESTION)]), {}
+    for name, run in (("ours", pair.answer), ("theirs", lambda _, **options: receiver_alone(pair, QUESTION, **options))):
+        for longer in ({}, {"max_cache_len": 100}):
+            said = run(prompt, **static, **longer, return_dict_in_generate=True)
+            lengths.setdefault(name, []).append(said[CACHE].layers[0].max_cache_len)
+    assert lengths["ours"] == lengths["theirs"]
+
+
 def test_a_cache_that_cannot_be_written_into_is_refused(pair):
     with pytest.raises(PromptError, match="dynamic or static, got 'quantized'"):
         pair.generate([QUESTION], cache_implementation="quantized", **GREEDY)
