@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from kvfuse import __version__
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.training.pace import Pace
 from kvfuse.training.prepare import Prepared
 from kvfuse.training.validation import Gain
 
-VERSIONS_OF = ("kvfuse", "torch", "transformers", "accelerate")
+VERSIONS_OF = ("torch", "transformers", "accelerate")
 
 
 def record(gain: Gain, pace: Pace | None, pair: CacheToCache, prepared: Prepared, processes: int) -> str:
@@ -38,7 +39,7 @@ def record(gain: Gain, pace: Pace | None, pair: CacheToCache, prepared: Prepared
 
 def versions() -> dict[str, str]:
     """Of the libraries that decide a run's figures."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    return {"kvfuse": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS_OF}}
 
 
 def _describe(model: LanguageModel) -> dict[str, Any]:
