@@ -29,9 +29,12 @@ BARS: dict[str, dict[int, float]] = {
 GPU_BARS: dict[str, dict[int, float]] = {
     "fuse": {256: 5.0},
     "fuse / roofline": {256: 3.0},
+    "fuse, queued behind other work / roofline": {256: 3.0},
+    "fuse, queued behind other work, packed / roofline": {256: 3.0},
     "kernel launches of a fuse": {256: 40},
     "device-to-host copies of a fuse": {256: 0},
     "first token / receiver's": {256: 1.5},
+    "first token / receiver's, captured": {256: 1.5},
 }
 """The same on a GPU in bfloat16."""
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from kvfuse.follow import Streams
 from kvfuse.fusers import Fuser, make_fuser
+from kvfuse.kv_cache import KV, copy_side_by_side
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_tokenizer
@@ -74,8 +75,9 @@ def random_pair(
 def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **options: Any) -> Fuser:
     """A fuser with open gates, in the receiver's dtype and beside it; by default models read the same ids."""
     options = {"gate_init": 1.0, "token_alignment": "identity", **options}
-    fuser = make_fuser(kind, receiver=receiver.identity.to_dict(), sharer=sharer.identity.to_dict(), **options)
-    return fuser.to(receiver.model.device, receiver.model.dtype).eval()
+    with receiver.model.device:
+        fuser = make_fuser(kind, receiver=receiver.identity.to_dict(), sharer=sharer.identity.to_dict(), **options)
+    return fuser.to(receiver.model.dtype).eval()
 
 
 def prompt_for(pair: CacheToCache, batch: int, tokens: int) -> AlignedPrompt:
@@ -100,17 +102,15 @@ def random_streams(pair: CacheToCache, prompt: AlignedPrompt) -> Streams:
 
 def _random_cache(model: LanguageModel, batch: int, tokens: int) -> DynamicCache:
     spec, like = model.kv_spec, {"dtype": model.model.dtype, "device": model.model.device}
-    cache = DynamicCache(config=model.model.config)
-    for layer in range(spec.num_layers):
-        key, value = (torch.randn(batch, spec.num_kv_heads, tokens, dim, **like) for dim in (spec.key_dim, spec.value_dim))
-        cache.update(key, value, layer)
-    return cache
+    parts = (torch.randn(spec.num_layers, batch, spec.num_kv_heads, tokens, dim, **like) for dim in (spec.key_dim, spec.value_dim))
+    return copy_side_by_side(model.model.config, KV(*parts))
 
 
 def _model(family: str, sizes: dict[str, Any], dtype: torch.dtype, device: str | torch.device) -> LanguageModel:
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(family, **sizes, **CONTEXT, eos_token_id=None, bos_token_id=None, pad_token_id=0)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return LanguageModel(model, tokenizer)

@@ -12,7 +12,7 @@ from benchmarks.case import Case
 from benchmarks.decoding import decode_rows
 from benchmarks.footprint import footprint_rows
 from benchmarks.fusing import fuse_rows, growth_rows
-from benchmarks.gpu import gpu_rows
+from benchmarks.gpu import gpu_first_token_rows, gpu_fuse_rows, gpu_packed_rows, static_rows
 from benchmarks.machine import Machine, grouped_weights
 from benchmarks.pairs import prompt_for, random_pair
 from benchmarks.rows import Row
@@ -66,7 +66,14 @@ FULL = (
     Planned("true", 1, 4096, 2, (growth_rows,)),
     Planned("true", 1, 256, 3, (partial(packed_rows, times=(1, 4)),)),
 )
-GPU = (Planned("true", 1, 256, 20, (gpu_rows,)),)
+GPU = (
+    Planned("true", 1, 256, 20, (gpu_fuse_rows,)),
+    *(Planned("true", batch, tokens, 20, (gpu_first_token_rows,)) for batch, tokens in ((1, 256), (1, 64), (1, 1024), (1, 4096), (8, 256))),
+    Planned("true", 1, 1024, 20, (gpu_fuse_rows,)),
+    Planned("true", 1, 256, 3, (end_to_end_rows,)),
+    Planned("true", 1, 256, 5, (static_rows,)),
+    Planned("true", 1, 256, 20, (gpu_packed_rows,)),
+)
 
 
 def build_pair(shapes: str, device: str = "cpu") -> CacheToCache:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.asking import end_to_end_rows, first_token_rows, packed_rows
 from benchmarks.case import BARS
 from benchmarks.decoding import decode_rows
@@ -14,7 +15,7 @@ from benchmarks.fusing import bare_products, fuse_rows, growth_rows
 from benchmarks.machine import Machine, Work, grouped_weights
 from benchmarks.pairs import prompt_for, random_streams
 from benchmarks.rows import line, markdown, report
-from benchmarks.suite import FULL, QUICK, Case, Planned, measure, training_rows
+from benchmarks.suite import FULL, GPU, QUICK, Case, Planned, measure, training_rows
 from benchmarks.timing import in_turns, least, ratio, total
 from kvfuse.demo import load_pair
 from kvfuse.kv_cache import read_cache
@@ -85,6 +86,20 @@ def test_packed_weights_have_rows_for_each_length(monkeypatch):
     rows = list(packed_rows(Case("true", pair, 1, 16, 1, MACHINE), times=(1, 4)))
     assert {found["setting"] for found in rows} == {"true, 1 x 16 tokens", "true, 1 x 64 tokens"}
     assert len({found["figure"] for found in rows} & BARS.keys()) == 2
+
+
+def test_answers_on_a_gpu_have_rows_wherever_they_run(same_ids, monkeypatch):
+    monkeypatch.setattr(gpu, "ANSWER", 3)
+    case = Case("true", same_ids, 1, 20, 2, MACHINE)
+    figures = [found["figure"] for group in (gpu.gpu_first_token_rows, gpu.static_rows) for found in group(case)]
+    assert "first token / receiver's, captured" in figures
+    assert "3 tokens, C2C, static, captured" in figures
+    assert len(set(figures)) == len(figures)
+
+
+def test_every_bar_of_a_gpu_is_measured():
+    measured = {group for one in GPU for group in one.groups if one.tokens == 256 and one.batch == 1}
+    assert {gpu.gpu_fuse_rows, gpu.gpu_packed_rows, gpu.gpu_first_token_rows} <= measured
 
 
 def test_bare_products_are_those_of_the_fuser(same_ids):
