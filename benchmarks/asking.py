@@ -86,9 +86,16 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def packed_rows(case: Case, times: Sequence[int] = (1,)) -> Iterator[Row]:
-    """With packed weights, beside a receiver as transformers loads it, for prompts so many times as long; the pair stays packed."""
-    alone, small = LanguageModel(copy.deepcopy(case.pair.receiver.model), case.pair.receiver.tokenizer), case.low_rank
+def packed_rows(case: Case, times: Sequence[int] = (1,), to_text: bool = False) -> Iterator[Row]:
+    """With packed weights, beside models as transformers loads them; the pair stays packed.
+
+    Args:
+        case: The shortest prompt.
+        times: How many times as long prompts are.
+        to_text: Whether the shortest is answered by text-to-text as well.
+    """
+    alone, sharer = (LanguageModel(copy.deepcopy(one.model), one.tokenizer) for one in (case.pair.receiver, case.pair.sharers[0]))
+    small = case.low_rank
     pack(small)
     case.pair.pack()
     for one in (replace(case, tokens=many * case.tokens) for many in times):
@@ -101,6 +108,13 @@ def packed_rows(case: Case, times: Sequence[int] = (1,)) -> Iterator[Row]:
         yield one.timed_row("first token, C2C, packed", taken["C2C"], "s")
         yield one.timed_row("first token / receiver's, packed", ratio(taken["C2C"], taken["receiver"]), "x")
         yield one.timed_row("first token / receiver's, low-rank, packed", ratio(taken["low-rank"], taken["receiver"]), "x")
+    if to_text:
+        eighth = {
+            "C2C": partial(timed, case.pair.answer, case.prompt, **greedy(NEW)),
+            "text": partial(timed, _text_to_text, alone, sharer, case),
+        }
+        taken = in_turns(eighth, case.repeats)
+        yield case.timed_row(f"C2C to {NEW} tokens / text-to-text, packed", ratio(taken["C2C"], taken["text"]), "x")
 
 
 @torch.no_grad()
@@ -116,7 +130,7 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
         "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
         **{f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW)) for name, fuser in smaller.items()},
-        "text-to-text": partial(timed, _text_to_text, case),
+        "text-to-text": partial(timed, _text_to_text, pair.receiver, pair.sharers[0], case),
     }
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
@@ -127,8 +141,8 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
     yield case.timed_row(f"C2C to {NEW} tokens / receiver alone", ratio(taken["C2C"], taken["receiver alone"]), "x")
 
 
-def _text_to_text(case: Case) -> Tensor:
+def _text_to_text(receiver: LanguageModel, sharer: LanguageModel, case: Case) -> Tensor:
     question = case.prompt.ids
     asked = torch.cat([question[:, :REQUEST], question], dim=1)
-    with_hint = generate(case.pair.sharers[0], asked, HINT).cpu()
-    return generate(case.pair.receiver, torch.cat([with_hint, question], dim=1), NEW)
+    with_hint = generate(sharer, asked, HINT).cpu()
+    return generate(receiver, torch.cat([with_hint, question], dim=1), NEW)

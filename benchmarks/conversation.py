@@ -7,9 +7,6 @@ Both ways take turns in one process, each conversation with a store of its own; 
 that is new, and 5% for copies of caches, for attention to what is not, and for the token.
 """
 
-import json
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +14,10 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.asking import greedy
 from benchmarks.pairs import random_pair
-from benchmarks.training import Row, row
+from benchmarks.rows import Row, report, row, spread_row
+from benchmarks.timing import ratio, timed
 from kvfuse.model import CacheToCache
 from kvfuse.prefix_store import PrefixStore
 from kvfuse.token_alignment import from_ids
@@ -29,10 +28,7 @@ FIRST, MORE = 512, 256
 @torch.no_grad()
 def seconds_to_first_token(pair: CacheToCache, ids: torch.Tensor) -> float:
     """Read a prompt ``(1, T)`` that both models read alike, fuse and generate one token."""
-    prompt = from_ids(ids)
-    start = time.perf_counter()
-    pair.answer(prompt, do_sample=False, min_new_tokens=1, max_new_tokens=1)
-    return time.perf_counter() - start
+    return timed(pair.answer, from_ids(ids), **greedy(1))
 
 
 def conversation_rows(shapes: str, turns: int, repeats: int) -> Iterator[Row]:
@@ -49,11 +45,11 @@ def conversation_rows(shapes: str, turns: int, repeats: int) -> Iterator[Row]:
             for runs, pair.store in zip(taken, (None, store), strict=True):
                 runs.append(seconds_to_first_token(pair, ids[:, :length]))
         setting = f"{shapes}, {'last turn again' if turn == turns else f'turn {turn + 1}'}, {length} tokens"
-        without, kept = map(statistics.median, taken)
+        without, kept = taken
         new = [1.0, *(MORE / longer for longer in lengths[1:turns]), 0.0][turn]  # share of the prompt
-        yield row("first token without a store", setting, without, None, "s")
-        yield row("first token with a store", setting, kept, None, "s")
-        yield row("with / without", setting, kept / without, new + 0.05, "x")
+        yield spread_row("first token without a store", setting, without, None, "s")
+        yield spread_row("first token with a store", setting, kept, None, "s")
+        yield spread_row("with / without", setting, ratio(kept, without), new + 0.05, "x")
     yield row("held by the store", f"{shapes}, {ids.shape[1]} tokens", stores[0].stats.nbytes / 2**20, None, "MiB")
 
 
@@ -65,13 +61,7 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    rows = []
-    for found in conversation_rows(shapes, turns, repeats):
-        rows.append(found)
-        bar = "" if found["bar"] is None else f"bar {found['bar']:.2f}"
-        print(f"{found['figure']:30} {found['setting']:40} {found['value']:10.4g} {found['unit']:5} {bar}", flush=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1))
+    report(conversation_rows(shapes, turns, repeats), json_file)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,27 @@ Random models on the CPU, one thread. A token needs three passes instead of one,
 about three times the receiver's own time is its price; it must not grow with the prompt faster than the receiver's does.
 """
 
-import json
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import nn
 
+from benchmarks.asking import greedy
 from benchmarks.pairs import text_of
+from benchmarks.rows import Row, report, spread_row
+from benchmarks.timing import in_turns, ratio, timed
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import stack
+from kvfuse.token_alignment import AlignedPrompt, stack
 
 LENGTHS = (64, 256, 1024, 4096)
 NEW, REPEATS = 16, 5
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "max_position_embeddings": 8192}
-ROW = "{tokenizers:8} {prompt_tokens:6} {receiver_ms:12.2f} {fused_prompt_ms:12.2f} {fused_response_ms:14.2f} {ratio:7.2f}"
 
 
 def pairs(own_tokenizer: bool) -> tuple[CacheToCache, CacheToCache]:
@@ -39,47 +40,33 @@ def pairs(own_tokenizer: bool) -> tuple[CacheToCache, CacheToCache]:
 
 
 @torch.no_grad()
-def milliseconds_per_token(pair: CacheToCache, prompt: str, fusers: Sequence[nn.Module] | None = None) -> float:
-    """Median over some runs of what all tokens but the first take; ``fusers`` as in :meth:`CacheToCache.answer`."""
-    aligned = stack([pair.align(prompt)])
-    runs = []
-    for _ in range(REPEATS):
-        seconds = []
-        for new in (1, 1 + NEW):
-            start = time.perf_counter()
-            pair.answer(aligned, fusers, do_sample=False, min_new_tokens=new, max_new_tokens=new)
-            seconds.append(time.perf_counter() - start)
-        runs.append((seconds[1] - seconds[0]) / NEW * 1000)
-    return statistics.median(runs)
+def seconds_per_token(pair: CacheToCache, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> float:
+    """What all tokens but the first take, each; ``fusers`` as in :meth:`CacheToCache.answer`."""
+    first, all_of_them = (timed(pair.answer, prompt, fusers, **greedy(new)) for new in (1, 1 + NEW))
+    return (all_of_them - first) / NEW
 
 
-def measure(length: int, own_tokenizer: bool) -> dict[str, Any]:
-    """One row."""
+def follow_rows(length: int, own_tokenizer: bool) -> Iterator[Row]:
+    """The receiver alone, over a fused prompt, and with its response fused."""
     prompt_only, followed = pairs(own_tokenizer)
-    prompt = text_of(prompt_only.receiver.tokenizer, length)
-    alone = milliseconds_per_token(prompt_only, prompt, fusers=[])
-    fused, response = (milliseconds_per_token(pair, prompt) for pair in (prompt_only, followed))
-    return {
-        "tokenizers": "two" if own_tokenizer else "one",
-        "prompt_tokens": length,
-        "receiver_ms": alone,
-        "fused_prompt_ms": fused,
-        "fused_response_ms": response,
-        "ratio": response / alone,
+    prompt = stack([prompt_only.align(text_of(prompt_only.receiver.tokenizer, length))])
+    setting = f"{'two tokenizers' if own_tokenizer else 'one tokenizer'}, {length} tokens"
+    runs = {
+        "receiver": partial(seconds_per_token, prompt_only, prompt, []),
+        "fused prompt": partial(seconds_per_token, prompt_only, prompt),
+        "fused response": partial(seconds_per_token, followed, prompt),
     }
+    in_turns(runs, 1)
+    taken = in_turns(runs, REPEATS)
+    for name, seconds in taken.items():
+        yield spread_row(f"per token, {name}", setting, [1e3 * one for one in seconds], None, "ms")
+    yield spread_row("per token, fused response / receiver", setting, ratio(taken["fused response"], taken["receiver"]), None, "x")
 
 
 def main(file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None) -> None:
-    """Print a row per prompt length, for one tokenizer and for two."""
+    """For prompts of several lengths, with one tokenizer and with two."""
     torch.set_num_threads(1)
-    typer.echo("tokenizers prompt  receiver ms  fused prompt  fused response  ratio")
-    rows = []
-    for own_tokenizer in (False, True):
-        for length in LENGTHS:
-            rows.append(measure(length, own_tokenizer))
-            typer.echo(ROW.format(**rows[-1]))
-    if file:
-        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    report(chain.from_iterable(follow_rows(length, own) for own in (False, True) for length in LENGTHS), file)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.case import Case
 from benchmarks.machine import grouped_weights
 from benchmarks.rows import Row
-from benchmarks.timing import in_turns, least, ratio, timed
+from benchmarks.timing import Runs, in_turns, least, ratio, timed
 from kvfuse.fusers import Fuser, quantize
 
 SHORT = 256
@@ -22,7 +22,7 @@ def fuse_once(case: Case, fuser: Fuser | None = None) -> float:
     return timed(case.pair.fuse, case.prompt, case.new_streams(), [fuser or case.pair.fusers[0]], use_up=True)
 
 
-def bare_products(case: Case) -> dict[str, Callable[[], float]]:
+def bare_products(case: Case) -> Runs:
     """The matrix products of the pair's fuser and nothing else, in two ways, of which the quicker one counts."""
     weights = grouped_weights(case.pair.fusers[0])
     groups, inputs, _ = weights[0].shape
@@ -50,7 +50,7 @@ def _chain(x: Tensor, weights: Sequence[Tensor], multiply: Callable[[Tensor, Ten
 def fuse_rows(case: Case) -> Iterator[Row]:
     """A fuse against its products, and against the same fuser in int8."""
     bare, int8 = bare_products(case), quantize(case.pair.fusers[0], "int8")
-    runs = {"fuse alone": partial(fuse_once, case), **bare, "fuse alone, int8": partial(fuse_once, case, int8)}
+    runs: Runs = {"fuse alone": partial(fuse_once, case), **bare, "fuse alone, int8": partial(fuse_once, case, int8)}
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
         yield case.timed_row(name, seconds, "s")

@@ -1,8 +1,7 @@
 """On a GPU, short prompts are bound by what Python queues and by waiting for the device, so launches and copies are counted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from benchmarks.case import Case
 from benchmarks.fusing import fuse_once
 from benchmarks.machine import Work
 from benchmarks.rows import Row
-from benchmarks.timing import in_turns, ratio, timed
+from benchmarks.timing import Runs, in_turns, ratio, timed
 from kvfuse.captured import CapturedPrefill
 from kvfuse.fusers import quantize
 from kvfuse.model import CacheToCache
@@ -100,9 +99,12 @@ def gpu_first_token_rows(case: Case) -> Iterator[Row]:
 
 def _prefill_rows(case: Case) -> Iterator[Row]:
     """Reading alone, by each model: its kernels queued one by one, or at once."""
-    captured, reads = CapturedPrefill(), (case.prompt, case.prompt.sharers[0])
-    for name, one, read in zip(("receiver", "sharer"), (case.pair.receiver, case.pair.sharers[0]), reads, strict=True):
-        what = one.model, read.ids, torch.ones_like(read.ids), read.positions
+    captured, prompt, reads = CapturedPrefill(), case.prompt, case.prompt.sharers[0]
+    for name, one, ids, positions in (
+        ("receiver", case.pair.receiver, prompt.ids, prompt.positions),
+        ("sharer", case.pair.sharers[0], reads.ids, reads.positions),
+    ):
+        what = one.model, ids, torch.ones_like(ids), positions
         runs = {"": partial(timed, case.pair.prefiller, *what), ", captured": partial(timed, captured, *what)}
         yield case.row(f"{name} prefill, captured, recording", 1e3 * runs[", captured"](), "ms")
         for how, seconds in _warm_turns(case, runs).items():
@@ -131,7 +133,7 @@ def _captured(pair: CacheToCache) -> CacheToCache:
     return CacheToCache(pair.receiver, pair.sharers, pair.fusers).capture()
 
 
-def _warm_turns(case: Case, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+def _warm_turns(case: Case, runs: Runs) -> dict[str, list[float]]:
     in_turns(runs, WARM)
     return in_turns(runs, case.repeats)
 

@@ -7,9 +7,9 @@ question by question. Residual, size and time: the paper's fuser in the widths o
 normal caches, float32 on the CPU, one thread; the three take turns, times are medians.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ import typer
 from torch import Tensor
 
 from benchmarks.pairs import QWEN2_5_0_5B, QWEN3_0_6B
-from benchmarks.training import Row, row, seconds_of
+from benchmarks.rows import Row, report, row, spread_row
+from benchmarks.timing import in_turns, ratio, timed
 from kvfuse.checkpoint import load_fuser, size_of
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question
@@ -82,12 +83,12 @@ def time_rows(layers: int, repeats: int) -> Iterator[Row]:
     fusers = variants(true_fuser(layers))
     for tokens in TOKENS:
         inputs, setting = caches(layers, tokens), f"true widths, {layers} layers, {tokens} tokens"
-        calls = {name: partial(fuser, *inputs) for name, fuser in fusers.items()}
-        seconds_of(calls, 1)
-        taken = seconds_of(calls, repeats)
-        yield row(FULL, setting, 1000 * taken[FULL], None, "ms")
+        calls = {name: partial(timed, fuser.__call__, *inputs) for name, fuser in fusers.items()}
+        in_turns(calls, 1)
+        taken = in_turns(calls, repeats)
+        yield spread_row(FULL, setting, [1e3 * seconds for seconds in taken[FULL]], None, "ms")
         for name in FORMATS:
-            yield row(f"{name} / {FULL}", setting, taken[name] / taken[FULL], BARS.get((name, tokens)), "x")
+            yield spread_row(f"{name} / {FULL}", setting, ratio(taken[name], taken[FULL]), BARS.get((name, tokens)), "x")
 
 
 def true_fuser(layers: int) -> Fuser:
@@ -98,9 +99,10 @@ def true_fuser(layers: int) -> Fuser:
 
 def caches(layers: int, tokens: int) -> tuple[KV, KV]:
     """Standard normal caches of both models."""
-    return tuple(
+    mine, theirs = (
         KV(*(torch.randn(spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim) for _ in range(2))) for spec in _specs(layers)
     )
+    return mine, theirs
 
 
 def _specs(layers: int) -> tuple[KVSpec, KVSpec]:
@@ -124,13 +126,7 @@ def _ask(pair: PairFolder, fuser: Fuser, questions: Sequence[Question]) -> list[
 
 def _with_interval(figure: str, setting: str, measured: tuple[float, Interval], unit: str = "%") -> Row:
     mean, interval = measured
-    return {**row(figure, setting, 100 * mean, None, unit), "interval": [100 * end for end in interval]}
-
-
-def _line(found: Row) -> str:
-    interval = f" [{found['interval'][0]:.2f}, {found['interval'][1]:.2f}]" if "interval" in found else ""
-    bar = "" if found["bar"] is None else f" (bar {found['bar']})"
-    return f"| {found['figure']} | {found['setting']} | {found['value']:.4g} {found['unit']}{interval}{bar} |"
+    return {**row(figure, setting, 100 * mean, None, unit), "low": 100 * interval[0], "high": 100 * interval[1]}
 
 
 @torch.no_grad()
@@ -140,18 +136,10 @@ def main(
     repeats: Annotated[int, typer.Option(help="Of each time; 0 leaves them out.")] = 5,
     file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
-    """Measure, and print a table."""
+    """Measure and print."""
     torch.set_num_threads(1)
-    rows = []
     shipped = [PairFolder().path / f"fuser-{seed}" for seed in PairFolder().seeds]
-    parts = [answer_rows(fuser or shipped), residual_rows(), *([time_rows(layers, repeats)] if repeats else [])]
-    typer.echo("| figure | of | value |\n| --- | --- | ---: |")
-    for part in parts:
-        for found in part:
-            rows.append(found)
-            typer.echo(_line(found))
-    if file:
-        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    report(chain(answer_rows(fuser or shipped), residual_rows(), time_rows(layers, repeats) if repeats else ()), file)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ FULL = (
     Planned("true", 1, 1024, 3, (decode_rows,)),
     *(Planned("true", 1, tokens, 1, (footprint_rows,)) for tokens in (256, 1024, 4096)),
     Planned("true", 1, 4096, 2, (growth_rows,)),
-    Planned("true", 1, 256, 3, (partial(packed_rows, times=(1, 4)),)),
+    Planned("true", 1, 256, 3, (partial(packed_rows, times=(1, 4), to_text=True),)),
 )
 GPU = (
     Planned("true", 1, 256, 20, (gpu_fuse_rows,)),

@@ -6,6 +6,9 @@ from typing import Any
 
 from kvfuse.phases import synchronize
 
+Runs = Mapping[str, Callable[[], float]]
+"""By name, what says how many seconds it took."""
+
 
 def timed(work: Callable[..., Any], *args: Any, **options: Any) -> float:
     """Seconds of one call; what it is given is made before the clock starts."""
@@ -16,7 +19,7 @@ def timed(work: Callable[..., Any], *args: Any, **options: Any) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turns(runs: Runs, repeats: int) -> dict[str, list[float]]:
     """What each run says it took, as often as there are rounds; one round is every run once."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

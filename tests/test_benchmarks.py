@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import follow, gpu
 from benchmarks.asking import end_to_end_rows, first_token_rows, packed_rows
 from benchmarks.case import BARS
 from benchmarks.decoding import decode_rows
@@ -83,9 +83,17 @@ def test_packed_weights_have_rows_for_each_length(monkeypatch):
     monkeypatch.setattr("kvfuse.packed.is_quicker", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
     models = tiny_model("qwen3"), tiny_model("qwen2")
     pair = CacheToCache(models[0], [models[1]], [tiny_fuser(*models)])
-    rows = list(packed_rows(Case("true", pair, 1, 16, 1, MACHINE), times=(1, 4)))
+    rows = list(packed_rows(Case("true", pair, 1, 16, 1, MACHINE), times=(1, 4), to_text=True))
     assert {found["setting"] for found in rows} == {"true, 1 x 16 tokens", "true, 1 x 64 tokens"}
-    assert len({found["figure"] for found in rows} & BARS.keys()) == 2
+    assert len({found["figure"] for found in rows} & BARS.keys()) == 3
+
+
+def test_followed_responses_have_rows(monkeypatch):
+    monkeypatch.setattr(follow, "SIZES", {"max_position_embeddings": 512})
+    monkeypatch.setattr(follow, "NEW", 2)
+    monkeypatch.setattr(follow, "REPEATS", 1)
+    for own_tokenizer in (False, True):
+        assert [found["unit"] for found in follow.follow_rows(20, own_tokenizer)] == ["ms", "ms", "ms", "x"]
 
 
 def test_answers_on_a_gpu_have_rows_wherever_they_run(same_ids, monkeypatch):
