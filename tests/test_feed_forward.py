@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 from benchmarks.memory import peak_bytes
 from kvfuse.fusers import feed_forward as blocks
-from kvfuse.fusers.feed_forward import feed_forward
+from kvfuse.fusers.feed_forward import DRAWS, feed_forward
 from kvfuse.fusers.grouped import GroupedFFN
 
 SHAPES = ((3, 5, 8), (3, 1, 8), (3, 8, 6), (3, 6, 8))
 EPS = 1e-6
+LEFT_OUT = 6554  # of 2^16, for a dropout of 0.1
 
 
 @pytest.fixture(params=[0, 2**40], ids=["one by one", "at once"])
@@ -24,8 +25,13 @@ def plain(x, scale, w1, w2, mask=1.0):
     return x + mask * (F.gelu((F.rms_norm(x, x.shape[-1:], eps=EPS) * scale) @ w1) @ w2)
 
 
+def mask_of(count, left_out, seed=0):
+    torch.manual_seed(seed)
+    return blocks._draw(torch.empty(count, dtype=torch.uint8), left_out)
+
+
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (0.1, 0.9)])
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (0.1, 1 - LEFT_OUT / DRAWS)])
 def test_value_and_gradients_are_those_of_the_plain_formula(tensors, dropout, kept, keep):
     got = feed_forward(*tensors, dropout, EPS, keep)
     mask = (got - tensors[0]).detach() != 0  # rounding aside, nothing that is added is zero
@@ -56,6 +62,26 @@ def test_dropout_leaves_out_and_scales_up_and_the_gradient_knows_what(tensors):
     (gradient,) = torch.autograd.grad(some.sum(), tensors[3], retain_graph=True)
     (expected,) = torch.autograd.grad((2 * whole)[~left_out].sum(), tensors[3])
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("left_out", [1, LEFT_OUT, DRAWS // 2, DRAWS - 1])
+def test_a_mask_keeps_the_share_that_it_says(left_out):
+    mask, share = mask_of(1_000_003, left_out), 1 - left_out / DRAWS
+    assert set(mask.unique().tolist()) <= {0, 1}
+    assert abs(float(mask.double().mean()) - share) < 4 * (share * (1 - share) / len(mask)) ** 0.5
+
+
+def test_a_seed_decides_the_mask():
+    assert torch.equal(mask_of(1001, LEFT_OUT), mask_of(1001, LEFT_OUT))
+    assert not torch.equal(mask_of(1001, LEFT_OUT), mask_of(1001, LEFT_OUT, seed=1))
+
+
+@pytest.mark.parametrize("apart", [1, 2, 3, 4, 8, 512])
+def test_elements_of_a_mask_know_nothing_of_each_other(apart):
+    """Four of them are of one draw."""
+    mask = mask_of(1_000_000, LEFT_OUT).double()
+    both = torch.corrcoef(torch.stack([mask[apart:], mask[:-apart]]))[0, 1]
+    assert abs(float(both)) < 4 / len(mask) ** 0.5
 
 
 @pytest.mark.parametrize("keep", [True, False])
