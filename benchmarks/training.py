@@ -100,6 +100,7 @@ class Step:
         model.base_model(ids, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
 
     def _fuse(self) -> None:
+        self.fuser.recompute = False  # whatever ran before
         residual = self.fuser(self.mine, self.theirs)
         torch.autograd.backward([residual.key, residual.value], self.gradient)
 
