@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvfuse.fusers.feed_forward import FeedForward
+from kvfuse.fusers.feed_forward import feed_forward
 from kvfuse.fusers.lanes import Grouped
 from kvfuse.fusers.versions import version_of
 from kvfuse.kv_cache import KV
@@ -134,7 +134,7 @@ class GroupedFFN(nn.Module):
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
         if torch.is_grad_enabled() and self._is_full and not torch.is_autocast_enabled(x.device.type):
             dropout = self.dropout.p if self.training else 0.0
-            return FeedForward.apply(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps, not self.recompute)
+            return feed_forward(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps, not self.recompute)
         return x + self.dropout(self.w2(self._inner(x)))
 
     def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
