@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from benchmarks.memory import peak_bytes
 from kvfuse.fusers import feed_forward as blocks
+from kvfuse.fusers import lanes
 from kvfuse.fusers.feed_forward import DRAWS, feed_forward
 from kvfuse.fusers.grouped import GroupedFFN
 
@@ -16,7 +17,7 @@ LEFT_OUT = 6554  # of 2^16, for a dropout of 0.1
 
 @pytest.fixture(params=[0, 2**40], ids=["one by one", "at once"])
 def tensors(request, monkeypatch):
-    monkeypatch.setattr(blocks, "CACHED_BYTES", request.param)
+    monkeypatch.setattr(lanes, "CACHED_BYTES", request.param)
     torch.manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
 

@@ -6,7 +6,7 @@ from test_fusers import random_kv
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfuse.fusers import FUSERS, gated
+from kvfuse.fusers import FUSERS, lanes
 from kvfuse.fusers.grouped import GroupedLinear
 from kvfuse.fusers.lanes import cut, has_lanes, runs
 from kvfuse.kv_cache import KV
@@ -40,9 +40,9 @@ class Dispatched(TorchDispatchMode):
 def both_ways(fuser, inputs, monkeypatch):
     """The residual with as many lanes at once as there are, and one by one."""
     with torch.no_grad():
-        monkeypatch.setattr(gated, "CACHED_BYTES", 2**40)
+        monkeypatch.setattr(lanes, "CACHED_BYTES", 2**40)
         together = fuser(*inputs)
-        monkeypatch.setattr(gated, "CACHED_BYTES", 0)
+        monkeypatch.setattr(lanes, "CACHED_BYTES", 0)
         return together, fuser(*inputs)
 
 
@@ -81,7 +81,7 @@ def test_few_tokens_weigh_their_heads_alike(receiver, sharer, monkeypatch):
 
 @pytest.mark.parametrize("budget", [0, 2**40])
 def test_what_is_behind_closed_gates_is_not_computed(receiver, sharer, monkeypatch, budget):
-    monkeypatch.setattr(gated, "CACHED_BYTES", budget)
+    monkeypatch.setattr(lanes, "CACHED_BYTES", budget)
     fuser = tiny_fuser(receiver, sharer)
     with torch.no_grad():
         fuser.gate.logit[[0, 3, 4]] = -1.0
@@ -136,7 +136,7 @@ def test_runs_are_neighbours(chosen, expected):
 
 def test_all_layers_at_once_are_a_few_operations_and_no_device_is_asked(receiver, sharer, monkeypatch):
     """Each is a kernel launch on a GPU, where an RMSNorm is one, not the five that it is here."""
-    monkeypatch.setattr(gated, "CACHED_BYTES", 2**40)
+    monkeypatch.setattr(lanes, "CACHED_BYTES", 2**40)
     for layers in (3, 9):
         deep = tiny_model("qwen3", num_hidden_layers=layers)
         fuser = tiny_fuser(deep, sharer)

@@ -6,7 +6,7 @@ from test_fusers import random_kv
 
 from kvfuse import packed
 from kvfuse.errors import PairError
-from kvfuse.fusers import gated
+from kvfuse.fusers import lanes
 from kvfuse.fusers.grouped import GroupedRMSNorm
 from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
@@ -37,7 +37,7 @@ def new_pair(family="qwen3", kind="c2c", **options):
 )
 @torch.no_grad()
 def test_a_packed_pair_answers_as_before(options, budget, monkeypatch):
-    monkeypatch.setattr(gated, "CACHED_BYTES", budget)
+    monkeypatch.setattr(lanes, "CACHED_BYTES", budget)
     pair = new_pair(**options)
     pair.fusers[0].gate.logit[1] = -1.0
     prompt = stack([pair.align(QUESTION)])

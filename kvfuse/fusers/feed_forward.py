@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kvfuse.fusers.lanes import CACHED_BYTES
+from kvfuse.fusers.lanes import fits
 
 DRAWS = 2**16  # of which an element of a dropout mask is one
 
@@ -114,5 +114,5 @@ def _draw(kept: Tensor, left_out: int) -> Tensor:
 
 def _at_once(x: Tensor) -> list[slice]:
     """Which groups to compute at a time."""
-    step = 1 if x.device.type == "cpu" and x.nbytes > CACHED_BYTES else len(x)
+    step = len(x) if fits(x.device, x.nbytes) else 1
     return [slice(first, first + step) for first in range(0, len(x), step)]

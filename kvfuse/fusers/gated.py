@@ -11,7 +11,7 @@ from kvfuse.errors import PairError
 from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.grouped import PARTS, GroupedFFN, from_groups, to_groups, write_groups
-from kvfuse.fusers.lanes import CACHED_BYTES, cut, has_lanes, is_watched, runs
+from kvfuse.fusers.lanes import cut, fits, has_lanes, is_watched, runs
 from kvfuse.kv_cache import KV, concatenate
 
 RECOMPUTED_TOKENS = 1024
@@ -125,7 +125,7 @@ class GatedFuser(Fuser):
         (the groups of several lanes of two groups each do so only if they are all there are).
         """
         opened = list(range(of)) if self.gate is None else self.gate.opened()
-        large = receiver.key.device.type == "cpu" and receiver.key.nbytes + receiver.value.nbytes > CACHED_BYTES
+        large = not fits(receiver.key.device, receiver.key.nbytes + receiver.value.nbytes)
         apart = groups > of and len(opened) < of
         return [slice(lane, lane + 1) for lane in opened] if large or apart else runs(opened)
 

@@ -7,6 +7,7 @@ after another, so that what is between two products stays in a processor's cache
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,6 +22,11 @@ class Grouped(nn.Module):
     """
 
     per_group: tuple[str, ...] = ()
+
+
+def fits(device: torch.device, nbytes: int) -> bool:
+    """Whether one tensor of so many bytes is best computed as a whole, not group by group: on a CPU, where it stays in the cache."""
+    return device.type != "cpu" or nbytes <= CACHED_BYTES
 
 
 def has_lanes(module: nn.Module) -> bool:
