@@ -60,6 +60,7 @@ class CapturedPrefill:
 class _Recording:
     """A model's run over ``(B, T)`` tokens; its cache is overwritten by the next run."""
 
+    @torch.inference_mode(False)  # what is made under it could not be written to elsewhere
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         self.config = model.config
