@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from kvfuse.errors import PairError
 from kvfuse.growing_cache import GrowingLayer
 from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
+from kvfuse.products import quick_products
 
 Prefill = Callable[..., Cache]
 """Whatever is called as :func:`prefill` is."""
@@ -38,7 +39,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
         PairError: The model keeps no KV-cache.
     """
     cache = empty_cache(model.config) if cache is None else cache
-    with suppress(_LastLayerRead):
+    with suppress(_LastLayerRead), quick_products(ids.numel()):
         model.base_model(
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvfuse"
 LAYERS = [
     {"errors"},
-    {"plugins", "phases", "recipe", "processes", "growing_cache", "spans", "layer_alignment", "reencode"},
+    {"plugins", "phases", "recipe", "processes", "growing_cache", "spans", "layer_alignment", "reencode", "products"},
     {"kv_cache"},
     {"chat"},
     {"reading"},

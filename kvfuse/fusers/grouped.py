@@ -17,6 +17,7 @@ from kvfuse.fusers.feed_forward import feed_forward
 from kvfuse.fusers.lanes import Grouped
 from kvfuse.fusers.versions import version_of
 from kvfuse.kv_cache import KV
+from kvfuse.products import linear
 
 PARTS = ("key", "value")
 
@@ -51,6 +52,8 @@ class GroupedLinear(Grouped):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(G, N, in)`` to ``(G, N, out)``."""
+        if len(x) == 1:
+            return linear(x[0], self.weight[0].T, None if self.bias is None else self.bias[0, 0])[None]
         return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
 
 

@@ -1,0 +1,100 @@
+"""Products by oneDNN are torch's own but for rounding, and are taken only where they are meant to be."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvfuse import products
+from kvfuse.fusers.grouped import GroupedLinear
+from kvfuse.kv_cache import read_cache
+from kvfuse.prefill import prefill
+from kvfuse.products import ROWS, linear, quick_products
+from kvfuse.testing import tiny_model
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+X, WEIGHT, BIAS = torch.randn(2, ROWS, 512), torch.randn(640, 512), torch.randn(640)
+
+
+@pytest.fixture(autouse=True)
+def _quicker(monkeypatch):
+    monkeypatch.setattr(products, "is_quicker", lambda: True)
+
+
+class Counted(TorchDispatchMode):
+    """How many products are oneDNN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_linear_pointwise" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run):
+    with Counted() as mode:
+        run()
+    return mode.count
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("x", [X, X[0], X.transpose(0, 1), X[:, ::2].repeat(2, 1, 1), torch.randn(512, ROWS).T])
+def test_it_is_torchs_own_product(x, bias):
+    assert counted(lambda: linear(x, WEIGHT, bias)) == 1
+    for weight in (WEIGHT, WEIGHT.T.contiguous().T):
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, WEIGHT, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (X[:1, : ROWS - 1], WEIGHT),
+        (X, WEIGHT[:100]),
+        (X.bfloat16(), WEIGHT.bfloat16()),
+        (X.double(), WEIGHT.double()),
+        (X.clone().requires_grad_(), WEIGHT),
+        (X, WEIGHT.clone().requires_grad_()),
+    ],
+    ids=["few rows", "small", "bfloat16", "float64", "gradient of x", "gradient of the weight"],
+)
+def test_all_else_is_left_to_torch(inputs):
+    assert counted(lambda: linear(*inputs)) == 0
+    assert torch.equal(linear(*inputs), F.linear(*inputs))
+
+
+def test_autocast_is_left_to_torch():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(X, WEIGHT).dtype == torch.bfloat16
+
+
+def test_gradients_of_what_is_frozen_cost_nothing():
+    frozen = X.clone().requires_grad_()
+    with torch.no_grad():
+        assert counted(lambda: linear(frozen, WEIGHT)) == 1
+
+
+def test_models_multiply_so_within_and_not_after(monkeypatch):
+    model = tiny_model("qwen3", hidden_size=512, intermediate_size=640).model
+    ids = torch.randint(5, 250, (1, ROWS))
+    what = model, ids, torch.ones_like(ids), torch.arange(ROWS)[None]
+    assert counted(lambda: prefill(*what)) > 3
+    quick = read_cache(prefill(*what))
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), quick_products(ROWS):
+        raise ZeroDivisionError
+    with torch.no_grad():
+        assert counted(lambda: model(ids)) == 0
+    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    assert counted(lambda: prefill(*what)) == 0
+    plain = read_cache(prefill(*what))
+    torch.testing.assert_close(quick.key, plain.key, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(quick.value, plain.value, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_lane_of_a_fuser_multiplies_so():
+    layer, x = GroupedLinear(1, 512, 640), X[:1]
+    layer.reset_parameters()
+    assert counted(lambda: layer(x)) == 1
+    torch.testing.assert_close(layer(x), torch.baddbmm(layer.bias, x, layer.weight), rtol=1e-4, atol=1e-4)
