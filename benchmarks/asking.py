@@ -1,9 +1,7 @@
 """The same prompt answered by the receiver alone, by Cache-to-Cache and by text: to the first token, and to the eighth."""
 
-import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +15,6 @@ from benchmarks.rows import Row
 from benchmarks.timing import in_turns, least, ratio, timed, total
 from kvfuse.fusers import Fuser, quantize
 from kvfuse.language_model import LanguageModel
-from kvfuse.packed import pack
 from kvfuse.phases import measured
 
 PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
@@ -83,38 +80,6 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
     yield case.row("arithmetic of a fuse", work.flops / 1e9, "GFLOP")
     yield case.row("bytes of a fuse", work.bytes / 1e6, "MB")
     yield case.timed_row("fuse, share of the roofline", [case.machine.seconds(work) / seconds for seconds in c2c.phases["fuse"]], "x")
-
-
-@torch.no_grad()
-def packed_rows(case: Case, times: Sequence[int] = (1,), to_text: bool = False) -> Iterator[Row]:
-    """With packed weights, beside models as transformers loads them; the pair stays packed.
-
-    Args:
-        case: The shortest prompt.
-        times: How many times as long prompts are.
-        to_text: Whether the shortest is answered by text-to-text as well.
-    """
-    alone, sharer = (LanguageModel(copy.deepcopy(one.model), one.tokenizer) for one in (case.pair.receiver, case.pair.sharers[0]))
-    small = case.low_rank
-    pack(small)
-    case.pair.pack()
-    for one in (replace(case, tokens=many * case.tokens) for many in times):
-        runs = {
-            "receiver": partial(timed, generate, alone, one.prompt.ids, 1),
-            "C2C": partial(timed, one.pair.answer, one.prompt, **greedy(1)),
-            "low-rank": partial(timed, one.pair.answer, one.prompt, [small], **greedy(1)),
-        }
-        taken = in_turns(runs, one.repeats)
-        yield one.timed_row("first token, C2C, packed", taken["C2C"], "s")
-        yield one.timed_row("first token / receiver's, packed", ratio(taken["C2C"], taken["receiver"]), "x")
-        yield one.timed_row("first token / receiver's, low-rank, packed", ratio(taken["low-rank"], taken["receiver"]), "x")
-    if to_text:
-        eighth = {
-            "C2C": partial(timed, case.pair.answer, case.prompt, **greedy(NEW)),
-            "text": partial(timed, _text_to_text, alone, sharer, case),
-        }
-        taken = in_turns(eighth, case.repeats)
-        yield case.timed_row(f"C2C to {NEW} tokens / text-to-text, packed", ratio(taken["C2C"], taken["text"]), "x")
 
 
 @torch.no_grad()

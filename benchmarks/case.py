@@ -19,11 +19,8 @@ BARS: dict[str, dict[int, float]] = {
     "first token / (receiver + sharer prefills + bare products)": {256: 1.1},
     "first token / receiver's": {256: 2.4, 1024: 2.4},
     "first token / receiver's, low-rank": {256: 1.85, 1024: 1.85},
-    "first token / receiver's, packed": {256: 2.4, 1024: 2.4},
-    "first token / receiver's, low-rank, packed": {256: 1.85, 1024: 1.85},
     "decode per token / receiver's": {256: 1.03},
     "C2C to 8 tokens / text-to-text": {256: 0.35},
-    "C2C to 8 tokens / text-to-text, packed": {256: 0.35},
     "peak memory of a fused prefill / (models + caches + fuser)": {256: 1.15, 1024: 1.15, 4096: 1.15},
 }
 """Figure -> prompt tokens -> what it should be at most: at true shapes, one prompt at a time, one thread of a CPU in float32."""
@@ -31,7 +28,7 @@ GPU_BARS: dict[str, dict[int, float]] = {
     "fuse": {256: 5.0},
     "fuse / roofline": {256: 3.0},
     "fuse, queued behind other work / roofline": {256: 3.0},
-    "fuse, queued behind other work, packed / roofline": {256: 3.0},
+    "fuse, queued behind other work, folded / roofline": {256: 3.0},
     "kernel launches of a fuse": {256: 40},
     "device-to-host copies of a fuse": {256: 0},
     "first token / receiver's": {256: 1.5},

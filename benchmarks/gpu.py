@@ -15,8 +15,8 @@ from benchmarks.rows import Row
 from benchmarks.timing import Runs, in_turns, ratio, timed
 from kvfuse.captured import CapturedPrefill
 from kvfuse.fusers import quantize
+from kvfuse.fusers.folded import fold
 from kvfuse.model import CacheToCache
-from kvfuse.packed import pack
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 COPY = "Memcpy DtoH"
@@ -70,13 +70,13 @@ def _events(case: Case) -> list[str]:
 
 
 @torch.no_grad()
-def gpu_packed_rows(case: Case) -> Iterator[Row]:
-    """The fuse once more, after the fuser was packed; it stays so."""
-    pack(case.pair.fusers[0])
+def gpu_folded_rows(case: Case) -> Iterator[Row]:
+    """The fuse once more, after the fuser was folded; it stays so."""
+    fold(case.pair.fusers[0])
     queued = _warm_turns(case, {"queued": partial(_queued, case)})["queued"]
     least = case.machine.seconds(Work.of_fusing(case.pair, case.prompt))
-    yield case.timed_row("fuse, queued behind other work, packed", _ms(queued), "ms")
-    yield case.timed_row("fuse, queued behind other work, packed / roofline", [seconds / least for seconds in queued], "x")
+    yield case.timed_row("fuse, queued behind other work, folded", _ms(queued), "ms")
+    yield case.timed_row("fuse, queued behind other work, folded / roofline", [seconds / least for seconds in queued], "x")
 
 
 @torch.no_grad()

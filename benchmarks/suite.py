@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import torch
 
-from benchmarks.asking import end_to_end_rows, first_token_rows, generate, greedy, packed_rows
+from benchmarks.asking import end_to_end_rows, first_token_rows, generate, greedy
 from benchmarks.case import Case
 from benchmarks.decoding import decode_rows
 from benchmarks.footprint import footprint_rows
 from benchmarks.fusing import fuse_rows, growth_rows
-from benchmarks.gpu import gpu_first_token_rows, gpu_fuse_rows, gpu_packed_rows, static_rows
+from benchmarks.gpu import gpu_first_token_rows, gpu_folded_rows, gpu_fuse_rows, static_rows
 from benchmarks.machine import Machine, grouped_weights
 from benchmarks.pairs import prompt_for, random_pair
 from benchmarks.rows import Row
@@ -48,7 +47,6 @@ QUICK = (
     Planned("true", 1, 256, 2, (fuse_rows, first_token_rows)),
     Planned("true", 1, 256, 1, (end_to_end_rows, footprint_rows)),
     Planned("true", 1, 4096, 1, (growth_rows,)),
-    Planned("true", 1, 256, 1, (packed_rows,)),
 )
 FULL = (
     *(Planned("embedded", batch, 64, 9, (first_token_rows, decode_rows)) for batch in (1, 8)),
@@ -64,7 +62,6 @@ FULL = (
     Planned("true", 1, 1024, 3, (decode_rows,)),
     *(Planned("true", 1, tokens, 1, (footprint_rows,)) for tokens in (256, 1024, 4096)),
     Planned("true", 1, 4096, 2, (growth_rows,)),
-    Planned("true", 1, 256, 3, (partial(packed_rows, times=(1, 4), to_text=True),)),
 )
 GPU = (
     Planned("true", 1, 256, 20, (gpu_fuse_rows,)),
@@ -72,7 +69,7 @@ GPU = (
     Planned("true", 1, 1024, 20, (gpu_fuse_rows,)),
     Planned("true", 1, 256, 3, (end_to_end_rows,)),
     Planned("true", 1, 256, 5, (static_rows,)),
-    Planned("true", 1, 256, 20, (gpu_packed_rows,)),
+    Planned("true", 1, 256, 20, (gpu_folded_rows,)),
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import follow, gpu
-from benchmarks.asking import end_to_end_rows, first_token_rows, packed_rows
+from benchmarks.asking import end_to_end_rows, first_token_rows
 from benchmarks.case import BARS
 from benchmarks.decoding import decode_rows
 from benchmarks.drawing import draw
@@ -62,7 +62,7 @@ def test_bars_are_told_where_they_hold(rows):
     bars = {(found["figure"], found["setting"]): found["bar"] for found in rows if found["bar"] is not None}
     here = {(figure, f"true, 1 x {tokens} tokens"): bar for figure, of_it in BARS.items() for tokens, bar in of_it.items()}
     assert all(here[case] == bar for case, bar in bars.items() if "training" not in case[1])
-    assert all("packed" in figure for figure, setting in here.keys() - bars.keys() if setting == "true, 1 x 256 tokens")
+    assert {setting for _, setting in here.keys() - bars.keys()} <= {"true, 1 x 1024 tokens", "true, 1 x 4096 tokens"}
     assert ("fuse per token, 4096 / 256", "true, 1 x 4096 tokens") in bars
 
 
@@ -77,15 +77,6 @@ def test_rows_are_drawn_and_made_a_table(rows, tmp_path):
     save(draw(rows), tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
-
-
-def test_packed_weights_have_rows_for_each_length(monkeypatch):
-    monkeypatch.setattr("kvfuse.packed.is_quicker", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-    models = tiny_model("qwen3"), tiny_model("qwen2")
-    pair = CacheToCache(models[0], [models[1]], [tiny_fuser(*models)])
-    rows = list(packed_rows(Case("true", pair, 1, 16, 1, MACHINE), times=(1, 4), to_text=True))
-    assert {found["setting"] for found in rows} == {"true, 1 x 16 tokens", "true, 1 x 64 tokens"}
-    assert len({found["figure"] for found in rows} & BARS.keys()) == 3
 
 
 def test_followed_responses_have_rows(monkeypatch):
@@ -107,7 +98,7 @@ def test_answers_on_a_gpu_have_rows_wherever_they_run(same_ids, monkeypatch):
 
 def test_every_bar_of_a_gpu_is_measured():
     measured = {group for one in GPU for group in one.groups if one.tokens == 256 and one.batch == 1}
-    assert {gpu.gpu_fuse_rows, gpu.gpu_packed_rows, gpu.gpu_first_token_rows} <= measured
+    assert {gpu.gpu_fuse_rows, gpu.gpu_folded_rows, gpu.gpu_first_token_rows} <= measured
 
 
 def test_bare_products_are_those_of_the_fuser(same_ids):

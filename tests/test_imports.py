@@ -16,7 +16,7 @@ LAYERS = [
     {"reading"},
     {"message_axis"},
     {"prefill", "token_alignment", "fusers"},
-    {"rotation", "response", "packed", "captured"},
+    {"rotation", "response", "captured"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint", "prefix_store"},
     {"decode"},

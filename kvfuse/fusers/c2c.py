@@ -74,8 +74,6 @@ class C2CFuser(GatedFuser):
         self.projection_out = GroupedLinear(groups, hidden, width)
         self.weighting = block(hidden) if config.weighting else None
         self.weighting_out = GroupedLinear(groups, hidden, receiver.num_kv_heads) if config.weighting else None
-        if self.weighting is not None:
-            self.weighting.w2.folded = True
         self.head_weights = HeadWeights()
         heads = receiver.num_kv_heads if config.gate == "head" else 1
         self.gate = None if config.gate == "none" else config.new_gate(groups, heads)

@@ -28,10 +28,7 @@ class GroupedLinear(Grouped):
     Attributes:
         weight: ``(G, in, out)``.
         bias: ``(G, 1, out)`` or None.
-        folded: Whether prompts see it multiplied with the next layer's weight alone (:meth:`GroupedFFN.into`).
     """
-
-    folded = False
 
     def __init__(self, groups: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
@@ -157,7 +154,7 @@ class GroupedFFN(nn.Module):
 
     @property
     def _is_full(self) -> bool:
-        """Whether all weights are there as they were trained, neither quantised nor packed."""
+        """Whether all weights are there as they were trained, neither quantised nor folded."""
         return isinstance(self.norm, GroupedRMSNorm) and isinstance(self.w1, GroupedLinear) and isinstance(self.w2, GroupedLinear)
 
     def _inner(self, x: Tensor) -> Tensor:

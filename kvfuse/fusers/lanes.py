@@ -15,13 +15,7 @@ CACHED_BYTES = 2**21  # that stay in a CPU's cache, of one tensor of all groups;
 
 
 class Grouped(nn.Module):
-    """Base of modules whose parameters and buffers have the groups for their first axis, and whose groups do not mix.
-
-    Attributes:
-        per_group: Names of lists with one entry for each group.
-    """
-
-    per_group: tuple[str, ...] = ()
+    """Base of modules whose parameters and buffers have the groups for their first axis, and whose groups do not mix."""
 
 
 def fits(device: torch.device, nbytes: int) -> bool:
@@ -51,9 +45,6 @@ def cut(module: M, lanes: slice, of: int) -> M:
     part._parameters = {name: _cut(tensor, lanes, of) for name, tensor in module._parameters.items()}
     part._buffers = {name: _cut(tensor, lanes, of) for name, tensor in module._buffers.items()}
     part._modules = {name: None if child is None else cut(child, lanes, of) for name, child in module._modules.items()}
-    for name in getattr(module, "per_group", ()):
-        held = getattr(module, name)
-        setattr(part, name, [one for first in range(0, len(held), of) for one in held[first : first + of][lanes]])
     return part
 
 
