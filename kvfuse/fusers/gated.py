@@ -14,7 +14,7 @@ from kvfuse.fusers.grouped import PARTS, GroupedFFN, from_groups, to_groups, wri
 from kvfuse.fusers.lanes import cut, fits, has_lanes, is_watched, runs
 from kvfuse.kv_cache import KV, concatenate
 
-RECOMPUTED_TOKENS = 1024
+RECOMPUTED_TOKENS = 2048  # of one piece, whose insides are then as large as the gradient that a second piece would keep twice
 T = TypeVar("T")
 
 
