@@ -95,7 +95,7 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
         "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
         **{f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW)) for name, fuser in smaller.items()},
-        "text-to-text": partial(timed, _text_to_text, pair.receiver, pair.sharers[0], case),
+        "text-to-text": partial(timed, _text_to_text, case),
     }
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
@@ -106,8 +106,8 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
     yield case.timed_row(f"C2C to {NEW} tokens / receiver alone", ratio(taken["C2C"], taken["receiver alone"]), "x")
 
 
-def _text_to_text(receiver: LanguageModel, sharer: LanguageModel, case: Case) -> Tensor:
+def _text_to_text(case: Case) -> Tensor:
     question = case.prompt.ids
     asked = torch.cat([question[:, :REQUEST], question], dim=1)
-    with_hint = generate(sharer, asked, HINT).cpu()
-    return generate(receiver, torch.cat([with_hint, question], dim=1), NEW)
+    with_hint = generate(case.pair.sharers[0], asked, HINT).cpu()
+    return generate(case.pair.receiver, torch.cat([with_hint, question], dim=1), NEW)

@@ -20,6 +20,12 @@ def random_kv(spec: KVSpec, batch=2, tokens=5):
     return KV(torch.randn(*shape, spec.key_dim), torch.randn(*shape, spec.value_dim))
 
 
+def inputs_of(fuser):
+    """Caches of nine tokens, the same each time."""
+    torch.manual_seed(1)
+    return random_kv(fuser.config.receiver_kv, tokens=9), random_kv(fuser.config.sharer_kv, tokens=9)
+
+
 @pytest.fixture(params=KINDS)
 def fuser(request, receiver, sharer):
     return tiny_fuser(receiver, sharer, request.param)

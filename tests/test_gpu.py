@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_fusers import random_kv
+from test_fusers import inputs_of, random_kv
 from torch.profiler import ProfilerActivity, profile
 
 from kvfuse.fusers import FUSERS, quantize
@@ -35,8 +35,7 @@ def fuser(request, receiver, sharer):
 
 @pytest.fixture
 def inputs(fuser):
-    torch.manual_seed(1)
-    return random_kv(fuser.config.receiver_kv, tokens=9), random_kv(fuser.config.sharer_kv, tokens=9)
+    return inputs_of(fuser)
 
 
 @pytest.mark.parametrize("closed", [[], [1], [0, 2]])
