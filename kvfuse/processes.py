@@ -1,5 +1,6 @@
 """One run in several processes, as ``torchrun`` and ``accelerate launch`` start them; alone, the only one is the first."""
 
+import atexit
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,13 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first encodes, which
 def processes() -> PartialState:
     """Which of how many this one is, and what to wait for the others with; who asks first joins them."""
     return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+
+
+@atexit.register
+def leave() -> None:
+    """Leave the others: gloo's threads, where they still run as the interpreter ends, now and then abort the process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def on_cpu() -> bool:
