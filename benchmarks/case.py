@@ -20,7 +20,7 @@ BARS: dict[str, dict[int, float]] = {
     "first token / receiver's": {256: 2.4, 1024: 2.4},
     "first token / receiver's, low-rank": {256: 1.85, 1024: 1.85},
     "decode per token / receiver's": {256: 1.03},
-    "C2C to 8 tokens / text-to-text": {256: 0.35},
+    "C2C to 8 tokens / text-to-text": {64: 0.35, 256: 0.35},
     "peak memory of a fused prefill / (models + caches + fuser)": {256: 1.15, 1024: 1.15, 4096: 1.15},
 }
 """Figure -> prompt tokens -> what it should be at most: at true shapes, one prompt at a time, one thread of a CPU in float32."""

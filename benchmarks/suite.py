@@ -58,7 +58,7 @@ FULL = (
     *(Planned("true", 1, tokens, repeats) for tokens, repeats in ((64, 3), (256, 5), (1024, 2), (4096, 1))),
     Planned("true", 8, 64, 1),
     Planned("true", 1, 256, 5, (fuse_rows, decode_rows)),
-    Planned("true", 1, 256, 2, (end_to_end_rows,)),
+    *(Planned("true", 1, tokens, 2, (end_to_end_rows,)) for tokens in (64, 256)),
     Planned("true", 1, 1024, 3, (decode_rows,)),
     *(Planned("true", 1, tokens, 1, (footprint_rows,)) for tokens in (256, 1024, 4096)),
     Planned("true", 1, 4096, 2, (growth_rows,)),
