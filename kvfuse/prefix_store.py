@@ -1,13 +1,13 @@
 """What was read once is not read again: caches of prompts, kept for those that begin alike, as the next turn of a conversation does.
 
-Exact caches, which a model made of tokens alone, and fused ones, which fusers changed, lie on shelves of their own: a fused cache
-is no model's cache of its tokens. So what a receiver generates over a fused prompt is not kept either, for its keys and values have
+Exact caches, which a model made of tokens alone, are never taken for fused ones, which fusers changed: a fused cache is no model's
+cache of its tokens. So what a receiver generates over a fused prompt is not kept either, for its keys and values have
 attended to fused ones; the next turn reads it again.
 """
 
 import hashlib
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
@@ -21,12 +21,12 @@ from kvfuse.fuse import Rotations, fuse
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.lanes import is_watched
 from kvfuse.fusers.versions import version_of
-from kvfuse.kv_cache import KV, Layers, copy_layers, read_layers, start_cache
+from kvfuse.kv_cache import KV, Layers, read_layers, start_cache
 from kvfuse.prefill import Prefill, can_go_on, prefill
+from kvfuse.shelf import Shelf, exact_text, fused_text
 from kvfuse.token_alignment import AlignedPrompt
 
 MAX_BYTES = 2**31
-USEFUL = 16  # tokens; to read fewer takes no longer than to look for them
 SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
 
 
@@ -53,43 +53,6 @@ class Stats:
     nbytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Text:
-    """All that a cache of one prompt depends on, beside who made it.
-
-    Attributes:
-        own: ``(k, T)`` int64: ids and positions; of a fused cache also whether each is fused.
-        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and which of it each position reads, ``(T,)`` int64.
-    """
-
-    own: Tensor
-    sharers: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    def __len__(self) -> int:
-        return self.own.shape[1]
-
-    def common(self, other: "_Text") -> int:
-        """At how many first positions a cache of the one holds what a cache of the other does."""
-        same = _equal(self.own, other.own)
-        for (read, index), (their_read, their_index) in zip(self.sharers, other.sharers, strict=True):
-            mine, theirs = index[: len(same)], their_index[: len(same)]
-            same = same & (mine == theirs) & (mine < _leading(_equal(read, their_read)))
-        return _leading(same)
-
-
-@dataclass(eq=False)
-class _Entry:
-    """Copies of keys and values, which nobody writes to, and when they were last asked for."""
-
-    text: _Text
-    layers: Layers
-    nbytes: int
-    used: int
-
-
-_Shelf = dict[Hashable, list[_Entry]]
-
-
 class PrefixStore:
     """Caches of prompts, by who made them; the least recently used ones leave. Threads may share one.
 
@@ -102,39 +65,34 @@ class PrefixStore:
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self._exact: _Shelf = {}
-        self._fused: _Shelf = {}
+        self._shelf = Shelf(max_bytes)
         self._names = WeakIdKeyDictionary()
         self._plain = WeakIdKeyDictionary()
-        self._numbers, self._clock = count(), count()
+        self._numbers = count()
         self._stats = Stats()
         self._lock = Lock()
 
     @property
     def stats(self) -> Stats:
-        with self._lock:
-            entries = self._entries()
-            return replace(self._stats, entries=len(entries), nbytes=sum(entry.nbytes for _, _, entry in entries))
+        entries = self._shelf.entries()
+        return replace(self._stats, entries=len(entries), nbytes=sum(entry.nbytes for entry in entries))
 
     def clear(self) -> None:
         """Forget all caches."""
-        with self._lock:
-            self._exact.clear()
-            self._fused.clear()
+        self._shelf.clear()
 
     def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, prefiller: Prefill = prefill) -> Cache:
         """As ``prefiller``, by which only what is new is run. The cache is the caller's own."""
         if not (_is_one_prompt(mask) and self._can_go_on(model)):
             return prefiller(model, ids, mask, positions)
-        maker, text = self._name(model), _Text(torch.stack([ids[0], positions[0]]))
-        entry, known = self._find(self._exact, maker, text)
+        maker, text = ("exact", self._name(model)), exact_text(ids, positions)
+        entry, known = self._shelf.find(maker, text)
         self._count(prompts=1, hits=int(known > 0), tokens=len(text), tokens_saved=known)
         cache = None if entry is None else start_cache(model.config, entry.layers, known, len(text) - known)
         if cache is not None and known == len(text):
             return cache
         cache = prefiller(model, ids[:, known:], mask, positions[:, known:], cache)
-        self._keep(self._exact, maker, text, read_layers(cache))
+        self._shelf.keep(maker, text, read_layers(cache))
         return cache
 
     def fuse(
@@ -157,9 +115,9 @@ class PrefixStore:
         if not (_is_one_prompt(prompt.mask) and all(map(self._can_go_on, models)) and fusers and all(map(_is_settled, fusers))):
             return fuse(receiver, sharers, fusers, prompt, fusion, rotations, in_place)
         turned = tuple(rotations[place] is not None for place in places)
-        maker = (fusion, turned, *map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
-        text = _text_of(prompt, len(places))
-        entry, known = self._find(self._fused, maker, text)
+        names = (*map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
+        maker, text = ("fused", fusion, turned, *names), fused_text(prompt, len(places))
+        entry, known = self._shelf.find(maker, text)
         self._count(positions_saved=known)
         fused = receiver if in_place else receiver.clone()
         if entry is not None:
@@ -167,7 +125,7 @@ class PrefixStore:
         new = prompt.fuse_mask & (torch.arange(prompt.fuse_mask.shape[1]) >= known)
         fused = fuse(fused, sharers, fusers, replace(prompt, fuse_mask=new), fusion, rotations, in_place=True)
         if known < len(text):
-            self._keep(self._fused, maker, text, _layers_of(fused))
+            self._shelf.keep(maker, text, _layers_of(fused))
         return fused
 
     def _name(self, module: nn.Module) -> int:
@@ -188,42 +146,6 @@ class PrefixStore:
         if model not in self._plain:
             self._plain[model] = can_go_on(model)
         return self._plain[model]
-
-    def _find(self, shelf: _Shelf, maker: Hashable, text: _Text) -> tuple[_Entry | None, int]:
-        """The entry that begins as the text for longest, and for how many positions."""
-        with self._lock:
-            found = [(text.common(entry.text), entry) for entry in shelf.get(maker, ())]
-            known, entry = max(found, key=lambda one: one[0], default=(0, None))
-            if entry is None or known < min(USEFUL, len(text)):
-                return None, 0
-            entry.used = next(self._clock)
-            return entry, known
-
-    def _keep(self, shelf: _Shelf, maker: Hashable, text: _Text, layers: Layers) -> None:
-        """Copy a cache, in place of those of the text's beginnings."""
-        nbytes = sum(part.nbytes for layer in layers for part in layer)
-        if nbytes > self.max_bytes:
-            return
-        entry = _Entry(text, copy_layers(layers), nbytes, 0)
-        with self._lock:
-            entry.used = next(self._clock)
-            longer = [other for other in shelf.get(maker, ()) if text.common(other.text) < len(other.text)]
-            shelf[maker] = [*longer, entry]
-            self._make_room()
-
-    def _make_room(self) -> None:
-        entries = sorted(self._entries(), key=lambda one: one[2].used)
-        excess = sum(entry.nbytes for _, _, entry in entries) - self.max_bytes
-        for shelf, maker, entry in entries:
-            if excess <= 0:
-                return
-            excess -= entry.nbytes
-            shelf[maker] = [other for other in shelf[maker] if other is not entry]
-            if not shelf[maker]:
-                del shelf[maker]
-
-    def _entries(self) -> list[tuple[_Shelf, Hashable, _Entry]]:
-        return [(shelf, maker, entry) for shelf in (self._exact, self._fused) for maker, some in shelf.items() for entry in some]
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -250,14 +172,6 @@ def _fingerprint(fuser: nn.Module) -> bytes:
     return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).digest()
 
 
-def _text_of(prompt: AlignedPrompt, num_sharers: int) -> _Text:
-    """All positions but the last, whose sharers count where they are fused."""
-    fused = prompt.fuse_mask[0, :-1]
-    own = torch.stack([prompt.ids[0, :-1], prompt.positions[0, :-1], fused.long()])
-    reads = prompt.sharers[:num_sharers]
-    return _Text(own, tuple((torch.stack([one.ids[0], one.positions[0]]), one.index[0, :-1].where(fused, -1)) for one in reads))
-
-
 def _layers_of(kv: KV) -> Layers:
     return list(zip(kv.key, kv.value, strict=True))
 
@@ -267,14 +181,3 @@ def _overwrite(layers: Layers, known: Layers, tokens: int) -> None:
     for mine, theirs in zip(layers, known, strict=True):
         for part, other in zip(mine, theirs, strict=True):
             part[:, :, :tokens] = other[:, :, :tokens]
-
-
-def _equal(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Which columns of ``(k, T)`` and ``(k, U)`` are the same, as far as both go: bool."""
-    length = min(mine.shape[1], theirs.shape[1])
-    return (mine[:, :length] == theirs[:, :length]).all(0)
-
-
-def _leading(same: Tensor) -> int:
-    """How many are true before the first that is not."""
-    return int(same.long().cumprod(0).sum())

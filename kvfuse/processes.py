@@ -4,6 +4,7 @@ import atexit
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first encodes, which takes longer than the half hour of torch
@@ -16,9 +17,12 @@ def processes() -> PartialState:
 
 @atexit.register
 def leave() -> None:
-    """Leave the others: gloo's threads, where they still run as the interpreter ends, now and then abort the process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the others: gloo's threads, where they still run as the interpreter ends, now and then abort the process.
+
+    NCCL has none such, and would have one that failed wait for the others.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        dist.destroy_process_group()
 
 
 def on_cpu() -> bool:

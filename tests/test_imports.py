@@ -16,7 +16,7 @@ LAYERS = [
     {"reading"},
     {"message_axis"},
     {"prefill", "token_alignment", "fusers"},
-    {"rotation", "response", "captured"},
+    {"rotation", "response", "captured", "shelf"},
     {"language_model", "fuse", "published"},
     {"follow", "checkpoint", "prefix_store"},
     {"decode"},

@@ -13,7 +13,9 @@ from kvfuse.kv_cache import KV, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
-from kvfuse.prefix_store import USEFUL, PrefixStore, can_go_on
+from kvfuse.prefill import can_go_on
+from kvfuse.prefix_store import PrefixStore
+from kvfuse.shelf import USEFUL
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.token_alignment import stack
 
@@ -245,7 +247,7 @@ WAYS = {
 
 
 def held(store):
-    return [part for _, _, entry in store._entries() for layer in entry.layers for part in layer]
+    return [part for entry in store._shelf.entries() for layer in entry.layers for part in layer]
 
 
 @pytest.mark.parametrize("fuse_response", [False, True])
@@ -300,10 +302,11 @@ def test_the_least_recently_used_leave(pair):
         one.prefill(prompt)
         sizes.append(one.store.stats.nbytes)
         assert (one.store.stats.entries, sizes[-1]) == (3, sum(part.nbytes for part in held(one.store)))
-    kept = with_store(pair, PrefixStore(max_bytes=max(sizes[0] + sizes[1], sizes[0] + sizes[2])))
+    most = max(sizes[0] + sizes[1], sizes[0] + sizes[2])
+    kept = with_store(pair, PrefixStore(max_bytes=most))
     for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):
         kept.prefill(prompt)
-        assert kept.store.stats.nbytes <= kept.store.max_bytes
+        assert kept.store.stats.nbytes <= most
     with counted(kept) as fed:
         kept.prefill(prompts[0])
         assert fed == [[], []], "it was asked for in between"
@@ -325,7 +328,7 @@ def test_a_conversation_is_held_once(pair):
         kept.chat(messages, **GREEDY)
     length = len(pair.align(messages).receiver.ids) - 1
     assert max(part.shape[2] for part in held(kept.store)) >= length
-    assert sum(entry.text.own.shape[1] == length for _, _, entry in kept.store._entries()) >= 2
+    assert sum(entry.text.own.shape[1] == length for entry in kept.store._shelf.entries()) >= 2
 
 
 def test_threads_share_a_store(pair):
