@@ -6,13 +6,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvfuse import products
+from kvfuse.fusers import lanes
 from kvfuse.fusers.grouped import GroupedLinear
 from kvfuse.kv_cache import read_cache
+from kvfuse.model import CacheToCache
 from kvfuse.prefill import prefill
-from kvfuse.products import ROWS, linear, quick_products
-from kvfuse.testing import tiny_model
+from kvfuse.products import ROWS, bmm, linear, quick_products
+from kvfuse.testing import tiny_fuser, tiny_model
+from kvfuse.training.batches import collate
+from kvfuse.training.encoding import Encoder
+from kvfuse.training.examples import Example
+from kvfuse.training.loss import response_loss
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them, and of no others") for i in range(4)]
 X, WEIGHT, BIAS = torch.randn(2, ROWS, 512), torch.randn(640, 512), torch.randn(640)
 
 
@@ -54,10 +61,10 @@ def test_it_is_torchs_own_product(x, bias):
         (X, WEIGHT[:100]),
         (X.bfloat16(), WEIGHT.bfloat16()),
         (X.double(), WEIGHT.double()),
-        (X.clone().requires_grad_(), WEIGHT),
         (X, WEIGHT.clone().requires_grad_()),
+        (X, WEIGHT, BIAS.clone().requires_grad_()),
     ],
-    ids=["few rows", "small", "bfloat16", "float64", "gradient of x", "gradient of the weight"],
+    ids=["few rows", "small", "bfloat16", "float64", "a weight that learns", "a bias that learns"],
 )
 def test_all_else_is_left_to_torch(inputs):
     assert counted(lambda: linear(*inputs)) == 0
@@ -67,6 +74,23 @@ def test_all_else_is_left_to_torch(inputs):
 def test_autocast_is_left_to_torch():
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(X, WEIGHT).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_gradients_go_through_what_is_frozen(bias):
+    inputs, gradients = [X.clone().requires_grad_() for _ in range(2)], torch.randn(2, ROWS, 640)
+    assert counted(lambda: linear(inputs[0], WEIGHT, bias).backward(gradients)) == 2
+    F.linear(inputs[1], WEIGHT, bias).backward(gradients)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_products_are_torchs_own(groups):
+    a, b = torch.randn(groups, ROWS, 512), torch.randn(groups, 512, 640)
+    out = torch.empty(groups, ROWS, 640)
+    assert counted(lambda: bmm(a, b, out=out)) == int(groups == 1)
+    for product in (out, bmm(a, b), bmm(a, b.mT.contiguous().mT)):
+        torch.testing.assert_close(product, torch.bmm(a, b), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_what_is_frozen_cost_nothing():
@@ -98,3 +122,25 @@ def test_a_lane_of_a_fuser_multiplies_so():
     layer.reset_parameters()
     assert counted(lambda: layer(x)) == 1
     torch.testing.assert_close(layer(x), torch.baddbmm(layer.bias, x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_step_multiplies_so_and_learns_the_same(monkeypatch, sharer):
+    receiver = tiny_model("qwen3", hidden_size=512, intermediate_size=640)
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, hidden_dim=512, intermediate_dim=512)])
+    monkeypatch.setattr(lanes, "CACHED_BYTES", 0)  # group by group, as large fusers are
+    fuser = pair.fusers[0].train()
+
+    def step(recompute=False):
+        fuser.zero_grad()
+        torch.manual_seed(0)  # of dropout and gates
+        loss = response_loss(pair, collate(list(map(Encoder.of(pair).encode, EXAMPLES))), recompute=recompute)
+        multiplied.append(counted(loss.backward))
+        return [loss.detach(), *(parameter.grad.clone() for parameter in fuser.parameters())]
+
+    multiplied = []
+    quick, recomputed = step(), step(recompute=True)
+    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    plain = step()
+    assert multiplied[0] > multiplied[1] > multiplied[2] == 0, "what is computed again is computed as it was"
+    torch.testing.assert_close(quick, plain, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(recomputed, plain, rtol=1e-3, atol=1e-4)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kvfuse.fusers.lanes import fits
+from kvfuse.products import bmm
 
 DRAWS = 2**16  # of which an element of a dropout mask is one
 
@@ -41,7 +42,7 @@ class _First(torch.autograd.Function):
         """torch's hook."""
         inner = x.new_empty(*x.shape[:2], w1.shape[2])
         for some in _at_once(x):
-            torch.bmm(_normed(x[some], eps)[0] * scale[some], w1[some], out=inner[some])
+            bmm(_normed(x[some], eps)[0] * scale[some], w1[some], out=inner[some])
         ctx.save_for_backward(x, scale, w1)
         ctx.eps = eps
         return inner, x
@@ -55,7 +56,7 @@ class _First(torch.autograd.Function):
         for some in _at_once(x):
             normed, size = _normed(x[some], ctx.eps)
             torch.bmm((normed * scale[some]).mT, of_inner[some], out=of_w1[some])
-            of_normed = torch.bmm(of_inner[some], w1[some].mT)
+            of_normed = bmm(of_inner[some], w1[some].mT)
             torch.sum(of_normed * normed, dim=1, keepdim=True, out=of_scale[some])
             of_normed *= scale[some]
             of_normed -= normed.mul_((of_normed * normed).mean(-1, keepdim=True))
@@ -73,7 +74,7 @@ class _Second(torch.autograd.Function):
         out, kept = torch.empty_like(x), torch.empty(x.shape if left_out else (len(x), 0), dtype=torch.uint8, device=x.device)
         ctx.eps, ctx.scale_up = eps, DRAWS / (DRAWS - left_out)
         for some in _at_once(x):
-            added = torch.bmm(F.gelu(inner[some]), w2[some])
+            added = bmm(F.gelu(inner[some]), w2[some])
             if left_out:
                 added *= _draw(kept[some], left_out)
             torch.add(x[some], added, alpha=ctx.scale_up, out=out[some])
@@ -87,12 +88,12 @@ class _Second(torch.autograd.Function):
         w2, kept, inner, x, scale, w1 = ctx.saved_tensors
         of_w2, of_inner = torch.empty_like(w2), gradient.new_empty(*gradient.shape[:2], w2.shape[1])
         for some in _at_once(gradient):
-            product = torch.bmm(_normed(x[some], ctx.eps)[0] * scale[some], w1[some]) if inner is None else inner[some]
+            product = bmm(_normed(x[some], ctx.eps)[0] * scale[some], w1[some]) if inner is None else inner[some]
             added = (gradient[some] * kept[some]).mul_(ctx.scale_up) if kept.numel() else gradient[some]
             torch.bmm(F.gelu(product).mT, added, out=of_w2[some])
-            torch.bmm(added, w2[some].mT, out=of_inner[some])
-            torch.ops.aten.gelu_backward.grad_input(of_inner[some], product, grad_input=of_inner[some])
-            del product, added
+            of_gelu = bmm(added, w2[some].mT)
+            torch.ops.aten.gelu_backward.grad_input(of_gelu, product, grad_input=of_inner[some])
+            del product, added, of_gelu
         return gradient, of_inner, None, None, of_w2, None, None, None
 
 

@@ -9,6 +9,7 @@ from transformers import Cache
 
 from kvfuse.kv_cache import CACHE, cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
+from kvfuse.products import quick_products
 from kvfuse.training.batches import Kept, TrainingBatch
 from kvfuse.training.recompute import recomputed_layers
 
@@ -36,7 +37,7 @@ def response_loss(
     mask = torch.cat([past, batch.tail.mask], dim=1)
     options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
     options[CACHE] = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
-    with recomputed_layers(receiver, recompute):
+    with recomputed_layers(receiver, recompute), quick_products(0 if recompute else batch.tail.ids.numel()):
         output = receiver(
             input_ids=batch.tail.ids.to(receiver.device),
             attention_mask=mask.to(receiver.device),
