@@ -28,7 +28,7 @@ def quick_products(rows: int) -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` but for rounding: ``(…, in)``, ``(out, in)`` and ``(out,)`` to ``(…, out)``."""
+    """``F.linear`` but for rounding: ``(…, in)``, ``(out, in)`` and ``(out,)`` to ``(…, out)``; itself where the layer learns."""
     if not (is_quicker() and _is_worth_it(x, weight)) or _is_learnt(weight, bias):
         return F.linear(x, weight, bias)
     return _Frozen.apply(x, weight, bias) if torch.is_grad_enabled() else _multiply(x, weight, bias)

@@ -76,9 +76,12 @@ def test_autocast_is_left_to_torch():
         assert linear(X, WEIGHT).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "gradients", [torch.randn(2, ROWS, 640), torch.ones(1).expand(2, ROWS, 640), torch.randn(640, ROWS, 2).transpose(0, 2)]
+)
 @pytest.mark.parametrize("bias", [None, BIAS])
-def test_gradients_go_through_what_is_frozen(bias):
-    inputs, gradients = [X.clone().requires_grad_() for _ in range(2)], torch.randn(2, ROWS, 640)
+def test_gradients_go_through_what_is_frozen(bias, gradients):
+    inputs = [X.clone().requires_grad_() for _ in range(2)]
     assert counted(lambda: linear(inputs[0], WEIGHT, bias).backward(gradients)) == 2
     F.linear(inputs[1], WEIGHT, bias).backward(gradients)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-4)
