@@ -31,14 +31,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` but for rounding: ``(…, in)``, ``(out, in)`` and ``(out,)`` to ``(…, out)``; itself where the layer learns."""
     if not (is_quicker() and _is_worth_it(x, weight)) or _is_learnt(weight, bias):
         return F.linear(x, weight, bias)
-    return _Frozen.apply(x, weight, bias) if torch.is_grad_enabled() else _multiply(x, weight, bias)
+    return _Frozen.apply(x, weight, bias)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``torch.bmm`` but for rounding, one group at a time: ``(1, N, K)`` and ``(1, K, M)`` to ``(1, N, M)``; without a gradient."""
     if len(a) > 1 or not (is_quicker() and _is_worth_it(a, b)):
         return torch.bmm(a, b, out=out)
-    product = _multiply(a[0], b[0].mT, None)[None]
+    product = linear(a[0], b[0].mT)[None]
     return product if out is None else out.copy_(product)
 
 
@@ -61,10 +61,6 @@ def _is_learnt(*parameters: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in parameters)
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class _Frozen(torch.autograd.Function):
     """A linear layer that has no gradients of its own, but hands on its input's."""
 
@@ -72,13 +68,13 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's hook."""
         ctx.save_for_backward(weight)
-        return _multiply(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """torch's hook."""
-        return _multiply(gradient, ctx.saved_tensors[0].mT, None), None, None
+        return linear(gradient, ctx.saved_tensors[0].mT), None, None
 
 
 class _LinearLayers(TorchFunctionMode):

@@ -57,11 +57,8 @@ class Entry:
 
     text: Text
     layers: Layers
+    nbytes: int
     used: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers for part in layer)
 
 
 class Shelf:
@@ -96,14 +93,13 @@ class Shelf:
 
     def keep(self, maker: Hashable, text: Text, layers: Layers) -> None:
         """Copy a cache, in place of those of the text's beginnings; one larger than the shelf is not kept."""
-        entry = Entry(text, layers, 0)
-        if entry.nbytes > self.max_bytes:
+        nbytes = sum(part.nbytes for layer in layers for part in layer)
+        if nbytes > self.max_bytes:
             return
-        entry.layers = copy_layers(layers)
+        copies = copy_layers(layers)
         with self._lock:
-            entry.used = next(self._clock)
             longer = [other for other in self._by_maker.get(maker, ()) if text.common(other.text) < len(other.text)]
-            self._by_maker[maker] = [*longer, entry]
+            self._by_maker[maker] = [*longer, Entry(text, copies, nbytes, next(self._clock))]
             self._make_room()
 
     def _make_room(self) -> None:

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_processes import IN_TWO
 
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.run import train
@@ -67,8 +67,8 @@ def folder(saved_models, tmp_path, monkeypatch):
 
 
 def two_processes(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*IN_TWO, "run.py", *words], capture_output=True, text=True, env=env, timeout=300)
 
 
 def weights(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_processes import IN_TWO
 
 pytest.importorskip("lm_eval")
 
@@ -171,8 +172,8 @@ def test_timings_are_of_questions_spread_over_the_task(recipe, tmp_path):
 def test_two_processes_give_the_same_predictions(recipe, tmp_path):
     words = [str(recipe), "evaluation.timed=0"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for out, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        command = [sys.executable, *launch, "-m", "kvfuse.cli", "eval", *words, "--out", str(tmp_path / out)]
+    for out, start in (("one", [sys.executable]), ("two", IN_TWO)):
+        command = [*start, "-m", "kvfuse.cli", "eval", *words, "--out", str(tmp_path / out)]
         subprocess.run(command, env=env, check=True, capture_output=True, text=True, cwd=ROOT)
     one, two = ({row.key: row for row in read_predictions(tmp_path / name / PREDICTIONS)} for name in ("one", "two"))
     assert one == two

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_processes import IN_TWO
 
 pytest.importorskip("lm_eval")
 from lm_eval import evaluate as harness_evaluate
@@ -233,8 +234,7 @@ def test_two_processes_share_the_questions_with_the_same_result(tmp_path):
     script.write_text(SHARED_RUN)
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": str(here.parent), "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
+    for name, start in (("one", [sys.executable]), ("two", IN_TWO)):
         subprocess.run([*start, str(script), str(here), str(tmp_path / name)], env=env, check=True, capture_output=True, text=True)
     assert json.loads((tmp_path / "one").read_text()) == json.loads((tmp_path / "two").read_text())
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from test_lanes import Dispatched
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvfuse import products
 from kvfuse.fusers import lanes
@@ -28,22 +28,11 @@ def _quicker(monkeypatch):
     monkeypatch.setattr(products, "is_quicker", lambda: True)
 
 
-class Counted(TorchDispatchMode):
-    """How many products are oneDNN's."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "_linear_pointwise" in func.name()
-        return func(*args, **(kwargs or {}))
-
-
 def counted(run):
-    with Counted() as mode:
+    """How many products are oneDNN's."""
+    with Dispatched() as seen:
         run()
-    return mode.count
+    return sum("_linear_pointwise" in name for name in seen.names)
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])

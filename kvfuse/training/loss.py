@@ -37,7 +37,8 @@ def response_loss(
     mask = torch.cat([past, batch.tail.mask], dim=1)
     options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
     options[CACHE] = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
-    with recomputed_layers(receiver, recompute), quick_products(0 if recompute else batch.tail.ids.numel()):
+    rows = 0 if recompute else batch.tail.ids.numel()  # what is computed again, outside of this, must come out as it was
+    with recomputed_layers(receiver, recompute), quick_products(rows):
         output = receiver(
             input_ids=batch.tail.ids.to(receiver.device),
             attention_mask=mask.to(receiver.device),
