@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 
 from kvfuse.errors import RecipeError
 from kvfuse.testing import TEMPLATES, tiny_tokenizer
+from kvfuse.training import encoding
 from kvfuse.training.batches import collate
 from kvfuse.training.columns import from_columns, to_columns
 from kvfuse.training.encoding import Encoder, Reader
@@ -83,6 +85,29 @@ def test_a_recipes_encoder_is_that_of_its_pair(pair, saved_models, tmp_path):
     assert (loaded.fuse, loaded.fuse_response, loaded.sharers[0][1]) == ("messages", True, "span")
     plain = Encoder.load(recipe.model_copy(update={"fuser": recipe.fuser.model_validate({})}))
     assert plain.fingerprint() == Encoder.of(pair).fingerprint() != loaded.fingerprint()
+
+
+@pytest.mark.parametrize("module", encoding.ENCODING_MODULES)
+def test_an_edit_of_what_encodes_changes_the_fingerprint(module, tmp_path, monkeypatch):
+    encoder, source_of = encoder_of(), encoding.source_of
+    before, edited = encoder.fingerprint(), tmp_path / "edited.py"
+    edited.write_bytes(source_of(module).read_bytes() + b"# another line")
+    monkeypatch.setattr(encoding, "source_of", lambda name: edited if name == module else source_of(name))
+    assert encoder.fingerprint() != before
+
+
+def test_the_fingerprint_reads_nothing_but_what_encodes(monkeypatch):
+    """So an edit of a picture or of the command line encodes nobody's data again."""
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    encoder_of().fingerprint()
+    assert read == [encoding.source_of(name) for name in encoding.ENCODING_MODULES]
+
+
+def test_a_module_that_moved_is_not_left_out_of_the_fingerprint(monkeypatch):
+    monkeypatch.setattr(encoding, "ENCODING_MODULES", (*encoding.ENCODING_MODULES, "kvfuse.no_such_module"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        encoder_of().fingerprint()
 
 
 def test_every_kind_of_bad_row_is_counted_and_placed(chats):

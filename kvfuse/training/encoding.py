@@ -1,6 +1,7 @@
 """Examples -> what the models read of them, from their tokenizers alone."""
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-import kvfuse
 from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
@@ -21,6 +21,23 @@ from kvfuse.token_alignment import AlignedReading, align, natural_alignment
 from kvfuse.training.columns import EncodedExample
 from kvfuse.training.examples import Example
 from kvfuse.training.recipe import Recipe
+
+ENCODING_MODULES = (
+    "kvfuse.chat",
+    "kvfuse.spans",
+    "kvfuse.reading",
+    "kvfuse.message_axis",
+    "kvfuse.token_alignment",
+    "kvfuse.reencode",
+    "kvfuse.response",
+    "kvfuse.training.columns",
+    "kvfuse.training.encoding",
+    "kvfuse.training.examples",
+    "kvfuse.training.prepare",
+    "kvfuse.training.shapes",
+    "kvfuse.training.sources",
+)
+"""The code that decides what encoded rows are: an edit to any of them encodes a data set again, an edit elsewhere does not."""
 
 
 class TooLongError(PromptError):
@@ -110,14 +127,21 @@ class Encoder:
             sharer.require_room(length, "prompt and response" if responses else "the prompt", self.max_tokens)
 
     def fingerprint(self, *others: Any) -> str:
-        """32 hex digits that change with anything that decides the encoded rows: tokenizers, templates, options, this code."""
+        """32 hex digits that change with anything that decides the encoded rows: tokenizers, templates, options, code."""
         readers = [self.receiver.identify(), *([*sharer.identify(), how] for sharer, how in self.sharers)]
         options = [self.fuse, self.fuse_response, self.max_tokens, *others, transformers.__version__, tokenizers.__version__]
         digest = hashlib.sha256(json.dumps([readers, options], sort_keys=True, default=str).encode())
-        folder = Path(kvfuse.__file__).parent
-        for file in sorted([*folder.glob("*.py"), *folder.glob("training/*.py")]):
-            digest.update(file.read_bytes())
+        for module in ENCODING_MODULES:
+            digest.update(source_of(module).read_bytes())
         return digest.hexdigest()[:32]
+
+
+def source_of(module: str) -> Path:
+    """The file of a module. Raises ModuleNotFoundError where it has moved, so that no fingerprint leaves it out unnoticed."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"expected a module {module!r}, got none; correct ENCODING_MODULES")
+    return Path(spec.origin)
 
 
 def token_alignment(recipe: Recipe, identical: bool) -> str:
