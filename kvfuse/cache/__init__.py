@@ -1,0 +1,1 @@
+"""KV-caches as tensors, and transformers' caches that hold them."""

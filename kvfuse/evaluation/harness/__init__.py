@@ -1,0 +1,1 @@
+"""Methods as models of lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""Figures -> pictures, tables and a verdict."""

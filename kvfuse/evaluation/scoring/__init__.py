@@ -1,0 +1,1 @@
+"""Replies -> right or wrong -> figures with intervals."""

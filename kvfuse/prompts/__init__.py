@@ -1,0 +1,1 @@
+"""A prompt, from messages to the aligned token ids of every model."""

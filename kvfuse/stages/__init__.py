@@ -1,0 +1,1 @@
+"""The steps of an answer: read with every model, fuse, decode."""

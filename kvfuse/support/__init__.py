@@ -1,0 +1,1 @@
+"""What every part uses: plugins, recipes, processes, pictures."""

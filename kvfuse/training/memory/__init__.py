@@ -1,0 +1,1 @@
+"""Caches kept on disk, and activations computed again."""
