@@ -17,7 +17,7 @@ import typer
 from benchmarks.drawing import draw
 from benchmarks.rows import markdown, report
 from benchmarks.suite import FULL, GPU, QUICK, build_pair, measure
-from kvfuse.plots import save
+from kvfuse.support.plots import save
 
 
 def main(

@@ -13,7 +13,7 @@ import typer
 from transformers import logging
 
 from kvfuse.language_model import load_tokenizer
-from kvfuse.token_alignment import align
+from kvfuse.prompts.alignment import align
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 ROW = "{how:16} {characters:10,} {tokens:8,} {tokenizer_seconds:12.4f} {alignment_seconds:11.5f} {tokens_per_second:10,}"

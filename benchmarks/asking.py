@@ -15,10 +15,10 @@ from benchmarks.rows import Row
 from benchmarks.timing import in_turns, least, ratio, timed, total
 from kvfuse.fusers import Fuser, quantize
 from kvfuse.language_model import LanguageModel
-from kvfuse.phases import measured
+from kvfuse.stages.phases import measured
 
 PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
-"""Phase of :mod:`kvfuse.phases` -> figure, of everything up to the first token."""
+"""Phase of :mod:`kvfuse.stages.phases` -> figure, of everything up to the first token."""
 NEW, HINT, REQUEST = 8, 64, 48  # tokens: of an answer, of a hint, and of the words in which it is asked for
 BARE_TOKENS = 256
 """Bare products of longer prompts say the same and take minutes."""

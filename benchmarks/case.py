@@ -7,10 +7,10 @@ from functools import cached_property
 from benchmarks.machine import Machine
 from benchmarks.pairs import prompt_for, random_fuser, random_streams
 from benchmarks.rows import Row, row, spread_row
-from kvfuse.follow import Streams
 from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.stages.response_fusion import Streams
 
 BARS: dict[str, dict[int, float]] = {
     "fuse / bare products": {256: 1.25},

@@ -19,8 +19,8 @@ from benchmarks.pairs import random_pair
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import ratio, timed
 from kvfuse.model import CacheToCache
-from kvfuse.prefix_store import PrefixStore
-from kvfuse.token_alignment import from_ids
+from kvfuse.prompts.alignment import from_ids
+from kvfuse.stages.prefix_store import PrefixStore
 
 FIRST, MORE = 512, 256
 

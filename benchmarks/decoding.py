@@ -15,8 +15,8 @@ from benchmarks.asking import generate, greedy
 from benchmarks.case import Case
 from benchmarks.rows import Row
 from benchmarks.timing import in_turns, ratio
-from kvfuse.kv_cache import CACHE
-from kvfuse.phases import synchronize
+from kvfuse.cache.transformers_cache import CACHE
+from kvfuse.stages.phases import synchronize
 
 TOKENS = 4
 """Of one turn, after the first: few, so that turns are short and the machine is the same for both."""

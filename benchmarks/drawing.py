@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.asking import PHASES
 from benchmarks.rows import Row
-from kvfuse.plots import COLOURS, INK, name_lines, new_panels, styled
+from kvfuse.support.plots import COLOURS, INK, name_lines, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

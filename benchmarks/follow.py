@@ -21,8 +21,8 @@ from benchmarks.pairs import text_of
 from benchmarks.rows import Row, report, spread_row
 from benchmarks.timing import in_turns, ratio, timed
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import AlignedPrompt, stack
 
 LENGTHS = (64, 256, 1024, 4096)
 NEW, REPEATS = 16, 5

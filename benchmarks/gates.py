@@ -23,14 +23,14 @@ from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question, all_questions
 from kvfuse.demo.score import as_prompt, ask_all, is_right, sample
 from kvfuse.methods import Fused, Single
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.prepare import split
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.data.prepare import split
+from kvfuse.training.loop.trainer import FuserTrainer
+from kvfuse.training.loop.validation import Validation
 from kvfuse.training.recipe import Recipe, load_recipe
-from kvfuse.training.record import versions
 from kvfuse.training.run import new_pair, prepare_data
-from kvfuse.training.trainer import FuserTrainer
-from kvfuse.training.validation import Validation
+from kvfuse.training.run_metadata import versions
 
 RECIPE = "recipes/embedded.yaml"
 PER_TOKEN, PER_GATE, GUMBEL = (f"fuser.gate_noise={noise}" for noise in ("logistic-per-token", "logistic", "gumbel"))

@@ -13,9 +13,9 @@ from benchmarks.fusing import fuse_once
 from benchmarks.machine import Work
 from benchmarks.rows import Row
 from benchmarks.timing import Runs, in_turns, ratio, timed
-from kvfuse.captured import CapturedPrefill
+from kvfuse.backends.cuda_graphs import CapturedPrefill
 from kvfuse.fusers import quantize
-from kvfuse.fusers.folded import fold
+from kvfuse.fusers.execution.fold_norms import fold
 from kvfuse.model import CacheToCache
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")

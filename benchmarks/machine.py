@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from benchmarks.rows import Row, row
 from benchmarks.timing import timed
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.grouped import GroupedLinear
+from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.prompts.alignment import AlignedPrompt
 
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 COPIED, TRIES = 2**28, 5  # bytes: more than any cache holds

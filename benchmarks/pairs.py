@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
-from kvfuse.follow import Streams
+from kvfuse.cache.transformers_cache import KV, copy_side_by_side
 from kvfuse.fusers import Fuser, make_fuser
-from kvfuse.kv_cache import KV, copy_side_by_side
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import AlignedPrompt, from_ids, stack
+from kvfuse.stages.response_fusion import Streams
 from kvfuse.testing import tiny_tokenizer
-from kvfuse.token_alignment import AlignedPrompt, from_ids, stack
 
 CONTEXT = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 QWEN3_0_6B = {

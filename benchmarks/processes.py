@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from benchmarks.pairs import random_pair
 from benchmarks.rows import report, row
 from benchmarks.training import TOKENS, random_example
-from kvfuse.processes import processes
-from kvfuse.training.columns import to_columns
+from kvfuse.support.processes import processes
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.trainer import FuserTrainer
 
 
 class _StepClock(TrainerCallback):

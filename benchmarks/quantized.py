@@ -21,14 +21,14 @@ from torch import Tensor
 from benchmarks.pairs import QWEN2_5_0_5B, QWEN3_0_6B
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed
+from kvfuse.cache.transformers_cache import KV, KVSpec
 from kvfuse.checkpoint import load_fuser, size_of
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question
 from kvfuse.demo.score import ask_all, held_out, is_right
-from kvfuse.evaluation.statistics import Interval, bootstrap_mean
+from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
 from kvfuse.fusers import Fuser, make_fuser, quantize
-from kvfuse.fusers.quantized import FORMATS, FULL
-from kvfuse.kv_cache import KV, KVSpec
+from kvfuse.fusers.execution.quantized import FORMATS, FULL
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvfuse.phases import synchronize
+from kvfuse.stages.phases import synchronize
 
 Runs = Mapping[str, Callable[[], float]]
 """By name, what says how many seconds it took."""

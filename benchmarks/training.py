@@ -25,16 +25,16 @@ from benchmarks.memory import peak_bytes
 from benchmarks.pairs import random_pair
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed, total
-from kvfuse.chat import RenderedPrompt
-from kvfuse.kv_cache import CACHE, KV, cache_of, read_cache
+from kvfuse.cache.transformers_cache import CACHE, KV, cache_of, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.reading import Reading
-from kvfuse.token_alignment import AlignedReading
-from kvfuse.training.batches import TrainingBatch, collate
-from kvfuse.training.columns import EncodedExample, to_columns
-from kvfuse.training.loss import response_loss
+from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.chat import RenderedPrompt
+from kvfuse.prompts.tokenized import Reading
+from kvfuse.training.data.columns import EncodedExample, to_columns
+from kvfuse.training.loop.batches import TrainingBatch, collate
+from kvfuse.training.loop.loss import response_loss
+from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.trainer import FuserTrainer
 
 TOKENS, RESPONSE = 512, 154
 

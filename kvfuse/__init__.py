@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheToCache": "model",
-    "KV": "kv_cache",
+    "KV": "cache.transformers_cache",
     "KVFuseError": "errors",
-    "KVSpec": "kv_cache",
+    "KVSpec": "cache.transformers_cache",
     "LanguageModel": "language_model",
-    "PrefixStore": "prefix_store",
+    "PrefixStore": "stages.prefix_store",
     "load_fuser": "checkpoint",
     "save_fuser": "checkpoint",
 }

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import Fuser, fuser_class
 from kvfuse.fusers import quantize as quantized
-from kvfuse.fusers.quantized import FULL
+from kvfuse.fusers.execution.quantized import FULL
 from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import write_published

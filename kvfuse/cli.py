@@ -43,7 +43,7 @@ def chat(
     kvfuse chat -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser "Why is the sky blue?"
     """
     from kvfuse.model import CacheToCache
-    from kvfuse.prefix_store import PrefixStore
+    from kvfuse.stages.prefix_store import PrefixStore
 
     model = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
     if prompt is not None:
@@ -124,8 +124,8 @@ def report(
 
     kvfuse report runs/embedded-eval
     """
-    from kvfuse.evaluation.comparison import write_comparison
-    from kvfuse.evaluation.report import write_report
+    from kvfuse.evaluation.report.comparison import write_comparison
+    from kvfuse.evaluation.report.write import write_report
 
     if len(folders) == 1:
         write_report(folders[0])
@@ -154,8 +154,8 @@ def generate(
     kvfuse data generate teknium/OpenHermes-2.5 limit=1000 --model Qwen/Qwen3-0.6B --out own-words.jsonl
     """
     from kvfuse.language_model import LanguageModel
-    from kvfuse.training.generate import Sampling
-    from kvfuse.training.generate import generate as run
+    from kvfuse.training.data.generate import Sampling
+    from kvfuse.training.data.generate import generate as run
     from kvfuse.training.recipe import load_data
 
     data = load_data(source, overrides or [])
@@ -185,11 +185,11 @@ def align(
 
     kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct --html alignment.html
     """
-    from kvfuse.alignment_view import lines, load_chat, page, summary, view
     from kvfuse.checkpoint import write_file
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
-    from kvfuse.token_alignment import natural_alignment
+    from kvfuse.prompts.alignment import natural_alignment
+    from kvfuse.prompts.view import lines, load_chat, page, summary, view
 
     if (text is None) == (chat is None):
         raise PromptError(f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two")

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfuse.cache.transformers_cache import KVSpec
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KVSpec
-from kvfuse.prefill import probe
-from kvfuse.rotation import Rotation, measure_rotation
+from kvfuse.stages.prefill import probe
+from kvfuse.stages.rope import Rotation, measure_rotation
 
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 

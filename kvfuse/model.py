@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.captured import CapturedPrefill
-from kvfuse.chat import Prompt, as_chat
+from kvfuse.backends.cuda_graphs import CapturedPrefill
+from kvfuse.cache.transformers_cache import KV, has_state, read_cache, write_cache
 from kvfuse.checkpoint import load_fuser
-from kvfuse.decode import decode, static_length, stream
 from kvfuse.errors import PairError, PromptError
-from kvfuse.follow import Follower, Streams
-from kvfuse.fuse import FUSIONS, fuse
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.folded import fold
-from kvfuse.kv_cache import KV, has_state, read_cache, write_cache
+from kvfuse.fusers.execution.fold_norms import fold
 from kvfuse.language_model import LanguageModel, check_identity
-from kvfuse.phases import phase
-from kvfuse.prefill import Prefill, beside, fork, prefill
-from kvfuse.prefix_store import PrefixStore
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
+from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.stages.decode import decode, static_length, stream
+from kvfuse.stages.fuse import FUSIONS, fuse
+from kvfuse.stages.phases import phase
+from kvfuse.stages.prefill import Prefill, beside, fork, prefill
+from kvfuse.stages.prefix_store import PrefixStore
+from kvfuse.stages.response_fusion import Follower, Streams
 
 
 class CacheToCache:
@@ -33,7 +33,7 @@ class CacheToCache:
         receiver: The model that answers.
         sharers: The models that only read.
         fusers: One per sharer, trained for exactly this pair.
-        fusion: How several sharers come together, ``parallel`` or ``sequential`` (:func:`kvfuse.fuse.fuse`).
+        fusion: How several sharers come together, ``parallel`` or ``sequential`` (:func:`kvfuse.stages.fuse.fuse`).
         store: Where caches of prompts are kept for those that begin alike; by default they are not.
 
     Raises:
@@ -125,7 +125,7 @@ class CacheToCache:
         return self
 
     def capture(self) -> Self:
-        """Read prompts without padding through CUDA graphs (:mod:`kvfuse.captured`); on a CPU nothing changes.
+        """Read prompts without padding through CUDA graphs (:mod:`kvfuse.backends.cuda_graphs`); on a CPU nothing changes.
 
         A length is recorded when it is first read, which takes as long as reading it some times and keeps a cache of its size. The models
         must stay on their devices.
@@ -248,7 +248,7 @@ class CacheToCache:
     def fuse_kv(
         self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module], in_place: bool = False
     ) -> KV:
-        """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.fuse.fuse`."""
+        """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.stages.fuse.fuse`."""
         return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations, in_place)
 
     def read_along(self, streams: Streams, prompt: AlignedPrompt, tail: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> KV:

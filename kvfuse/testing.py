@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvfuse.fusers import Fuser, fuser_class, make_fuser
 from kvfuse.language_model import LanguageModel
-from kvfuse.token_alignment import natural_alignment
+from kvfuse.prompts.alignment import natural_alignment
 
 CORPUS = (
     "What is the capital of Norway? The capital of Norway is Oslo.",

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from kvfuse.cache.transformers_cache import CACHE, read_cache
 from kvfuse.checkpoint import load_fuser
-from kvfuse.decode import decode
-from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import from_ids
+from kvfuse.stages.decode import decode
 from kvfuse.testing import tiny_tokenizer
-from kvfuse.token_alignment import from_ids
 
 BAR = 1e-5
 

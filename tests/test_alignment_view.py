@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvfuse.alignment_view import COLOURS, lines, load_chat, page, summary, view
 from kvfuse.errors import PairError, PromptError
+from kvfuse.prompts.alignment import TOKEN_ALIGNMENTS
+from kvfuse.prompts.view import COLOURS, lines, load_chat, page, summary, view
 from kvfuse.testing import tiny_tokenizer
-from kvfuse.token_alignment import TOKEN_ALIGNMENTS
 
 FINE, COARSE = tiny_tokenizer(265), tiny_tokenizer(340, "lines")
 CHAT = [

@@ -6,7 +6,7 @@ import pytest
 from kvfuse.analysis.answering import ask, longest_answer
 from kvfuse.analysis.study import Study
 from kvfuse.methods import Fused, Method
-from kvfuse.methods.contract import OptionScore, Reply
+from kvfuse.methods.base import OptionScore, Reply
 
 
 class Parrot(Method):

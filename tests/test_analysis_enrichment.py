@@ -6,8 +6,8 @@ import torch
 
 from kvfuse.analysis.enrichment import enrich, kept_tokens, run
 from kvfuse.analysis.study import Study
-from kvfuse.chat import as_chat
 from kvfuse.errors import AnalysisError, PairError
+from kvfuse.prompts.chat import as_chat
 
 
 def behind_a_shot(question):

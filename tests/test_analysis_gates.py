@@ -3,9 +3,9 @@ import torch
 
 from kvfuse.analysis.gates import draw, run
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import AnalysisError
-from kvfuse.fusers.grouped import HeadWeights, to_groups
-from kvfuse.kv_cache import read_cache
+from kvfuse.fusers.layers import HeadWeights, to_groups
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 

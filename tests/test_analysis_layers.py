@@ -3,9 +3,9 @@ import torch
 
 from kvfuse.analysis.layers import SomeLayers, run
 from kvfuse.analysis.study import Study
-from kvfuse.kv_cache import read_cache
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.methods import Fused
-from kvfuse.token_alignment import stack
+from kvfuse.prompts.alignment import stack
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import torch
 
 from kvfuse.analysis.length import FILLER, _ask, _fill, fit_ridge, run, shift
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import AnalysisError
-from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.reading import read
+from kvfuse.prompts.alignment import stack
+from kvfuse.prompts.tokenized import read
 from kvfuse.testing import tiny_fuser
-from kvfuse.token_alignment import stack
 
 
 def with_rope(study, rope):

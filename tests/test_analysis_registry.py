@@ -7,12 +7,12 @@ import struct
 import pytest
 from typer.testing import CliRunner
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.registry import ANALYSES, analyze, module_of, parse_options, question
 from kvfuse.analysis.study import Study
 from kvfuse.cli import app
 from kvfuse.errors import AnalysisError
-from kvfuse.plots import new_axes
+from kvfuse.support.plots import new_axes
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from benchmarks.pairs import prompt_for, random_streams
 from benchmarks.rows import line, markdown, report
 from benchmarks.suite import FULL, GPU, QUICK, Case, Planned, measure, training_rows
 from benchmarks.timing import in_turns, least, ratio, total
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.demo import load_pair
-from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.plots import save
+from kvfuse.support.plots import save
 from kvfuse.testing import tiny_fuser, tiny_model
 
 PLAN = (

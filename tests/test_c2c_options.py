@@ -5,7 +5,7 @@ import torch
 from test_fusers import assert_gradients_reach_everything, random_kv
 
 from kvfuse.errors import CheckpointError, PairError
-from kvfuse.fusers.contract import describe_gates
+from kvfuse.fusers.base import describe_gates
 from kvfuse.fusers.gate import Gate
 from kvfuse.published.writer import write_published
 from kvfuse.testing import tiny_fuser

@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvfuse.captured import KEPT, MOST, SHORTEST, CapturedPrefill, captured_length
-from kvfuse.kv_cache import KV, copy_side_by_side, read_cache
+from kvfuse.backends.cuda_graphs import KEPT, MOST, SHORTEST, CapturedPrefill, captured_length
+from kvfuse.cache.transformers_cache import KV, copy_side_by_side, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import can_go_on, prefill
-from kvfuse.prefix_store import PrefixStore
+from kvfuse.prompts.alignment import stack
+from kvfuse.stages.prefill import can_go_on, prefill
+from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import stack
 
 TEXTS = ("What is the capital of Norway?", "Two models read the same question; one of them answers.", "Oslo")
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from templates import TEMPLATES, trimmed, verbatim, without_flags, without_thoughts
 from transformers import AutoTokenizer
 
-from kvfuse.chat import render
 from kvfuse.errors import PromptError
+from kvfuse.prompts.chat import render
 from kvfuse.testing import tiny_tokenizer
 
 REAL = {"qwen3": without_thoughts, "qwen2.5": verbatim, "llama-3.2": trimmed, "phi-4": verbatim, "mistral-v3": verbatim, "gpt2": verbatim}
@@ -242,7 +242,7 @@ def test_content_in_parts_is_refused_where_the_template_does_not_read_it(model, 
 
 
 def test_long_messages_use_marks_again(monkeypatch):
-    monkeypatch.setattr("kvfuse.spans.LAST_MARK", 0x40000 + 40)
+    monkeypatch.setattr("kvfuse.prompts.template_spans.LAST_MARK", 0x40000 + 40)
     check_messages(chat("a few " * 50, "<think>a</think>" + "words" * 10, "to mark"), tokenizer_like("thoughts dropped"), without_thoughts)
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import MethodError
-from kvfuse.kv_cache import read_cache
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Single, Zeroed
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import stack
 from kvfuse.testing import tiny_fuser, tiny_model
-from kvfuse.token_alignment import stack
 
 TEXTS = ("What is the capital of Norway?", "Two models read", "hi", "Which language do people speak there?")
 PROMPTS = [[{"role": "user", "content": text}] for text in TEXTS]

@@ -1,6 +1,6 @@
 import pytest
 
-from kvfuse.training.examples import Example, examples_of, turns, without_oldest_turn
+from kvfuse.training.data.examples import Example, examples_of, turns, without_oldest_turn
 from kvfuse.training.recipe import DataSection
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from kvfuse.evaluation.extraction import extract_option, strip_thoughts
+from kvfuse.evaluation.scoring.extraction import extract_option, strip_thoughts
 
 FRUIT = ["Apple", "Pear", "Pear tree", "a plum"]
 CASES = [

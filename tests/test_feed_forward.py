@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from benchmarks.memory import peak_bytes
 from kvfuse.fusers import feed_forward as blocks
 from kvfuse.fusers import lanes
-from kvfuse.fusers.feed_forward import DRAWS, feed_forward
-from kvfuse.fusers.grouped import GroupedFFN
+from kvfuse.fusers.execution.feed_forward import DRAWS, feed_forward
+from kvfuse.fusers.layers import GroupedFFN
 
 SHAPES = ((3, 5, 8), (3, 1, 8), (3, 8, 6), (3, 6, 8))
 EPS = 1e-6

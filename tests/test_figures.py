@@ -6,9 +6,9 @@ import matplotlib
 import numpy as np
 import pytest
 
-from kvfuse import plots
-from kvfuse.evaluation import figures
-from kvfuse.evaluation.circles import THREE, lens, middle, two_circles
+from kvfuse.evaluation.report import figures
+from kvfuse.evaluation.report.venn import THREE, lens, middle, two_circles
+from kvfuse.support import plots
 
 ESTIMATES = [("receiver", 0.34, (0.3, 0.38)), ("cache-to-cache", 0.9, (0.88, 0.93))]
 LATENCY = {

@@ -7,8 +7,8 @@ from test_lanes import Dispatched
 
 from kvfuse.errors import PairError
 from kvfuse.fusers import lanes, quantize
-from kvfuse.fusers.folded import FoldedRMSNorm, fold
-from kvfuse.fusers.grouped import GroupedRMSNorm
+from kvfuse.fusers.execution.fold_norms import FoldedRMSNorm, fold
+from kvfuse.fusers.layers import GroupedRMSNorm
 from kvfuse.testing import tiny_fuser
 
 QUESTION = "What is the capital of Norway?"

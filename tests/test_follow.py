@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import CACHE, read_cache
 from kvfuse.errors import PairError, PromptError
-from kvfuse.follow import Follower
-from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import prefill
+from kvfuse.prompts.alignment import count_positions, pad_left, stack
+from kvfuse.stages.prefill import prefill
+from kvfuse.stages.response_fusion import Follower
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import count_positions, pad_left, stack
-from kvfuse.training.batches import collate
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.trainer import response_loss
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.trainer import response_loss
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
 PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the same question"]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kvfuse import fuse as fuse_module
-from kvfuse.fuse import FUSIONS, fuse
-from kvfuse.kv_cache import KV, read_cache
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import stack
+from kvfuse.stages import fuse as fuse_module
+from kvfuse.stages.fuse import FUSIONS, fuse
 from kvfuse.testing import tiny_fuser, tiny_model
-from kvfuse.token_alignment import stack
 
 PROMPTS = ["What is the capital of Norway?", "Two models read", "Which language do people speak in Rotterdam?"]
 

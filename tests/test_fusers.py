@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import KV, KVSpec
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser, register_fuser
-from kvfuse.fusers.contract import describe_gates
+from kvfuse.fusers.base import describe_gates
 from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLayerNorm, GroupedLinear, GroupedRMSNorm, GroupedSwiGLU
-from kvfuse.kv_cache import KV, KVSpec
-from kvfuse.layer_alignment import align_layers
+from kvfuse.fusers.layer_alignment import align_layers
+from kvfuse.fusers.layers import GroupedFFN, GroupedLayerNorm, GroupedLinear, GroupedRMSNorm, GroupedSwiGLU
 from kvfuse.testing import tiny_fuser
 
 KINDS = list(FUSERS)

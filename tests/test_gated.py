@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_fusers import random_kv
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS
 from kvfuse.fusers.gated import GatedConfig
-from kvfuse.kv_cache import KV
 from kvfuse.testing import tiny_fuser
 
 KINDS = [kind for kind, cls in FUSERS.items() if issubclass(cls.config_class, GatedConfig)]

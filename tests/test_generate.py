@@ -5,9 +5,9 @@ from typer.testing import CliRunner
 
 from kvfuse.cli import app
 from kvfuse.errors import RecipeError
-from kvfuse.training.generate import Sampling, generate
+from kvfuse.training.data.generate import Sampling, generate
+from kvfuse.training.data.shapes import to_messages
 from kvfuse.training.recipe import DataSection, load_data
-from kvfuse.training.shapes import to_messages
 
 QUICK = Sampling(max_new_tokens=6, batch_size=2)
 QUESTIONS = ["What is Oslo?", "Which language?", "Who asks?", "Two models read", "What is Oslo?"]

@@ -7,11 +7,11 @@ import torch
 from test_fusers import inputs_of, random_kv
 from torch.profiler import ProfilerActivity, profile
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.fusers import FUSERS, quantize
-from kvfuse.kv_cache import KV
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import stack
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import stack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPTIONS = [{"gate": "head"}, {"gate": "none"}, {"parts": "values"}, {"replace": True}, {"layer_alignment": [0, 2, 3]}]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvfuse import growing_cache
-from kvfuse.growing_cache import GrowingLayer, side_by_side
-from kvfuse.kv_cache import empty_cache, read_cache
+from kvfuse.cache import preallocated as growing_cache
+from kvfuse.cache.preallocated import GrowingLayer, side_by_side
+from kvfuse.cache.transformers_cache import empty_cache, read_cache
 from kvfuse.testing import tiny_model
 
 LAYERS, SHAPE = 3, (2, 2, 5, 4)

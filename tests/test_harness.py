@@ -17,10 +17,10 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 
 from kvfuse.errors import EvaluationError, MethodError, PairError
-from kvfuse.evaluation.harness import NO_SCORE, HarnessModel
+from kvfuse.evaluation.harness.adapter import NO_SCORE, HarnessModel
 from kvfuse.evaluation.tasks import task_manager
 from kvfuse.methods import Fused, Method, Single
-from kvfuse.methods.contract import OptionScore, Reply
+from kvfuse.methods.base import OptionScore, Reply
 
 QUESTIONS = ["What is the capital of Norway?", "Two models read", "Which language do people speak in Rotterdam?", "def fuse", "6 7 8"]
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 from datasets import Dataset
 
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
-from kvfuse.kv_cache import read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser, tiny_model
-from kvfuse.training import kept_caches
-from kvfuse.training.batches import collate
-from kvfuse.training.columns import from_columns, to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.kept_caches import KeptCaches
-from kvfuse.training.loss import response_loss
+from kvfuse.training.data.columns import from_columns, to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import response_loss
+from kvfuse.training.memory import precomputed_caches as kept_caches
+from kvfuse.training.memory.precomputed_caches import KeptCaches
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.run import train
 

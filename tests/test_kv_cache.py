@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
+from kvfuse.cache.transformers_cache import CACHE, KV, KVSpec, read_cache, read_only_cache, stage, write_cache
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import CACHE, KV, KVSpec, read_cache, read_only_cache, stage, write_cache
-from kvfuse.prefill import prefill, probe
+from kvfuse.prompts.alignment import count_positions
+from kvfuse.stages.prefill import prefill, probe
 from kvfuse.testing import FAMILIES, tiny_model
-from kvfuse.token_alignment import count_positions
 
 IDS = torch.arange(5, 30).view(1, -1)
 

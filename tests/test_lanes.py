@@ -6,10 +6,10 @@ from test_fusers import inputs_of, random_kv
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.fusers import FUSERS, lanes
-from kvfuse.fusers.grouped import GroupedLinear
-from kvfuse.fusers.lanes import cut, has_lanes, runs
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.execution.by_group import cut, has_lanes, runs
+from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.testing import tiny_fuser, tiny_model
 
 OPTIONS = [

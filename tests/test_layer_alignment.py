@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfuse import layer_alignment
 from kvfuse.errors import PairError
-from kvfuse.layer_alignment import LAYER_ALIGNMENTS, align_layers
+from kvfuse.fusers import layer_alignment
+from kvfuse.fusers.layer_alignment import LAYER_ALIGNMENTS, align_layers
 
 depths = st.integers(1, 80)
 

@@ -211,7 +211,7 @@ def test_methods_of_packages_and_by_hand(pair, monkeypatch):
             return [Reply("", 0, 0) for _ in prompts]
 
     monkeypatch.setattr("kvfuse.methods.registry.METHODS", dict(METHODS))
-    monkeypatch.setattr("kvfuse.plugins.entry_points", lambda group: [Offer("silent", lambda setting: Silent())] if group == GROUP else [])
+    monkeypatch.setattr("kvfuse.support.plugins.entry_points", lambda group: [Offer("silent", lambda setting: Silent())] if group == GROUP else [])
     silent = make_method("silent", pair)
     assert texts(silent) == [""] * 4
     assert list(silent.stream(PROMPTS[0])) == [""]

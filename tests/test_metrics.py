@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from answers import answers, run_of, timings
 
-from kvfuse.evaluation.metrics import metrics
-from kvfuse.evaluation.statistics import bootstrap_mean, mcnemar, wilson
-from kvfuse.evaluation.verdict import difference
+from kvfuse.evaluation.report.verdict import difference
+from kvfuse.evaluation.scoring.metrics import metrics
+from kvfuse.evaluation.scoring.statistics import bootstrap_mean, mcnemar, wilson
 
 RECEIVER = [1, 1, 1, 0, 0, 0, 0, 0]
 SHARER = [1, 0, 0, 1, 1, 0, 0, 0]

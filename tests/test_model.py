@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import StaticCache, StoppingCriteria, TextStreamer
 
+from kvfuse.cache.transformers_cache import CACHE, is_filled, read_cache
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import PairError, PromptError
-from kvfuse.fuse import fuse
-from kvfuse.kv_cache import CACHE, is_filled, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import prefill
+from kvfuse.prompts.alignment import count_positions, stack
+from kvfuse.stages.fuse import fuse
+from kvfuse.stages.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import count_positions, stack
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
 PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the same question", "a"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import StopStringCriteria
 
-from kvfuse import phases
 from kvfuse.methods import Fused, Single, TextToText
 from kvfuse.model import CacheToCache
-from kvfuse.phases import PHASES, measured, phase
+from kvfuse.stages import phases
+from kvfuse.stages.phases import PHASES, measured, phase
 from kvfuse.testing import tiny_fuser
 
 PROMPT = [{"role": "user", "content": "What is the capital of Norway?"}]

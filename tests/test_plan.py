@@ -32,8 +32,8 @@ def planned(path, *overrides):
 
 @pytest.mark.parametrize("overrides", [[], ["train.epochs=2.5", "train.accumulation=2"], ["train.steps=3", "train.batch_size=2"]])
 def test_the_plan_is_what_the_trainer_does(recipe, overrides, tmp_path, monkeypatch):
+    from kvfuse.training.loop.trainer import FuserTrainer
     from kvfuse.training.run import train
-    from kvfuse.training.trainer import FuserTrainer
 
     made = []
     monkeypatch.setattr(FuserTrainer, "resume", lambda self: made.append(self.train()))

@@ -8,16 +8,16 @@ from itertools import takewhile
 import pytest
 import torch
 
+from kvfuse.cache.prefix_cache import USEFUL
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.checkpoint import save_fuser
-from kvfuse.kv_cache import KV, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import can_go_on
-from kvfuse.prefix_store import PrefixStore
-from kvfuse.shelf import USEFUL
+from kvfuse.prompts.alignment import stack
+from kvfuse.stages.prefill import can_go_on
+from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import stack
 
 QUESTIONS = ("What is the capital of Norway?", "Which language do people speak there?", "And in Rotterdam?")
 BRIEF = {"role": "system", "content": "Answer the question in one word."}

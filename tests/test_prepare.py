@@ -9,12 +9,12 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 
 from kvfuse.errors import RecipeError
 from kvfuse.testing import TEMPLATES, tiny_tokenizer
-from kvfuse.training import encoding
-from kvfuse.training.batches import collate
-from kvfuse.training.columns import from_columns, to_columns
-from kvfuse.training.encoding import Encoder, Reader
-from kvfuse.training.examples import Example
-from kvfuse.training.prepare import prepare, split
+from kvfuse.training.data import encoding
+from kvfuse.training.data.columns import from_columns, to_columns
+from kvfuse.training.data.encoding import Encoder, Reader
+from kvfuse.training.data.examples import Example
+from kvfuse.training.data.prepare import prepare, split
+from kvfuse.training.loop.batches import collate
 from kvfuse.training.recipe import DataSection, Recipe
 
 disable_progress_bars()

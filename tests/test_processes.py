@@ -9,7 +9,7 @@ IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 SCRIPT = """
 import atexit, torch.distributed as dist
 atexit.register(lambda: print(dist.is_initialized()))  # the first to be registered runs last
-from kvfuse.processes import processes
+from kvfuse.support.processes import processes
 if {joins}:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 print(processes().num_processes, dist.is_initialized())

@@ -5,18 +5,18 @@ import torch
 from test_lanes import Dispatched
 from torch.nn import functional as F
 
-from kvfuse import products
+from kvfuse.backends import onednn as products
+from kvfuse.backends.onednn import ROWS, bmm, linear, quick_products
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.fusers import lanes
-from kvfuse.fusers.grouped import GroupedLinear
-from kvfuse.kv_cache import read_cache
+from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import prefill
-from kvfuse.products import ROWS, bmm, linear, quick_products
+from kvfuse.stages.prefill import prefill
 from kvfuse.testing import tiny_fuser, tiny_model
-from kvfuse.training.batches import collate
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.loss import response_loss
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import response_loss
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
 EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them, and of no others") for i in range(4)]

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.checkpoint import convert, load_fuser, save_fuser
 from kvfuse.cli import app
 from kvfuse.errors import CheckpointError, PairError
 from kvfuse.fusers import FUSERS
-from kvfuse.kv_cache import KV
 from kvfuse.model import CacheToCache
 from kvfuse.published.pairs import PUBLISHED_PAIRS
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer

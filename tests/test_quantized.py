@@ -13,14 +13,14 @@ from kvfuse.checkpoint import convert, load_fuser, save_fuser, size_of
 from kvfuse.checkpoint import quantize as quantize_folder
 from kvfuse.errors import CheckpointError, PairError, RecipeError
 from kvfuse.fusers import FUSERS, FuserConfig, quantize
-from kvfuse.fusers.contract import Fuser
-from kvfuse.fusers.grouped import GroupedLinear
-from kvfuse.fusers.quantized import FORMATS, MIN_OUTPUTS, Int4Linear, Int8Linear, QuantizedLinear, cpu_multiplies_int8
+from kvfuse.fusers.base import Fuser
+from kvfuse.fusers.execution.quantized import FORMATS, MIN_OUTPUTS, Int4Linear, Int8Linear, QuantizedLinear, cpu_multiplies_int8
+from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
 from kvfuse.training.closed_form import fit, start_from_ridge
+from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import load_recipe
-from kvfuse.training.trainer import FuserTrainer
 
 needs_int8 = pytest.mark.skipif(not cpu_multiplies_int8(), reason="needs a CPU that multiplies int8")
 SHAPES = [(64, 16), (41, 17), (176, 48), (1, 20), (130, 33)]  # inputs, outputs: whole blocks, odd ones, a single input
@@ -41,7 +41,7 @@ def linear_of(inputs, outputs, weights, dtype=torch.float32, groups=3, bias=True
 
 
 def by_floats(monkeypatch):
-    monkeypatch.setattr("kvfuse.fusers.quantized.cpu_multiplies_int8", lambda: False)
+    monkeypatch.setattr("kvfuse.fusers.execution.quantized.cpu_multiplies_int8", lambda: False)
 
 
 def apart(one, other):
@@ -138,7 +138,7 @@ def test_the_way_is_chosen_by_device_processor_and_gradient(monkeypatch, weights
     taken = []
     monkeypatch.setattr(QuantizedLinear, "_by_integers", lambda self, x: taken.append("integers"))
     for able, gradient in ((True, False), (True, True), (False, False)):
-        monkeypatch.setattr("kvfuse.fusers.quantized.cpu_multiplies_int8", lambda able=able: able)
+        monkeypatch.setattr("kvfuse.fusers.execution.quantized.cpu_multiplies_int8", lambda able=able: able)
         small(torch.randn(3, 2, 32, requires_grad=gradient))
         taken.append("asked")
     small.to("meta")(torch.empty(3, 2, 32, device="meta"))
@@ -169,7 +169,7 @@ def test_it_makes_no_difference_how_many_groups_are_computed_at_once(monkeypatch
     _, small = linear_of(41, 17, weights)
     x = torch.randn(3, 5, 41)
     together = small._by_integers(x)
-    monkeypatch.setattr("kvfuse.fusers.quantized.AT_ONCE", 1)
+    monkeypatch.setattr("kvfuse.fusers.execution.quantized.AT_ONCE", 1)
     assert torch.equal(small._by_integers(x), together)
     assert small._by_integers(x[:, :0]).shape == (3, 0, 17)
 

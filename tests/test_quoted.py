@@ -4,9 +4,9 @@ import pytest
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
-from kvfuse.evaluation.quoted import as_rows, beside, select, sources
 from kvfuse.evaluation.recipe import EvaluationRecipe
-from kvfuse.recipe import check
+from kvfuse.evaluation.report.published_figures import as_rows, beside, select, sources
+from kvfuse.support.config import check
 
 TABLE = {
     "source": "paper",

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from kvfuse.errors import RecipeError
-from kvfuse.token_alignment import TOKEN_ALIGNMENTS
+from kvfuse.prompts.alignment import TOKEN_ALIGNMENTS
 from kvfuse.training.recipe import load_recipe
 
 GOOD = {"receiver": "a", "sharer": "b", "output": "out", "data": {"path": "data.jsonl"}}

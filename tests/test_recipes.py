@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import KVSpec
 from kvfuse.evaluation.recipe import load_evaluation
 from kvfuse.evaluation.tasks import task_names
 from kvfuse.fusers import fuser_class
-from kvfuse.kv_cache import KVSpec
 from kvfuse.published.pairs import PUBLISHED_PAIRS, REPOSITORY
 from kvfuse.training.recipe import load_recipe
 

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import KV, has_state
 from kvfuse.errors import PairError
 from kvfuse.fusers import gated
-from kvfuse.kv_cache import KV, has_state
 from kvfuse.model import CacheToCache
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
-from kvfuse.training.batches import collate
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.loss import response_loss
-from kvfuse.training.recompute import recomputed_layers, require_recomputable
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import response_loss
+from kvfuse.training.memory.recompute import recomputed_layers, require_recomputable
 
 EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(4)]
 

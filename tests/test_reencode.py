@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvfuse.message_axis import own_spans, places
 from kvfuse.model import CacheToCache
-from kvfuse.reading import read
-from kvfuse.reencode import REENCODINGS, common_positions, reencoding, splice
+from kvfuse.prompts.alignment import align, stack
+from kvfuse.prompts.message_axis import own_spans, places
+from kvfuse.prompts.reencode import REENCODINGS, common_positions, reencoding, splice
+from kvfuse.prompts.tokenized import read
 from kvfuse.testing import tiny_fuser, tiny_tokenizer
-from kvfuse.token_alignment import align, stack
 
 FINE, COARSE = tiny_tokenizer(265), tiny_tokenizer(340, "lines")
 texts = st.text(min_size=1, max_size=40).filter(str.strip)

@@ -7,11 +7,11 @@ import yaml
 from answers import answers, run_of, timings
 
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.comparison import comparison, write_comparison
-from kvfuse.evaluation.document import Code, Facts, Heading, Table, Text, to_html, to_markdown
-from kvfuse.evaluation.metrics import metrics
 from kvfuse.evaluation.predictions import append
-from kvfuse.evaluation.report import report, write_report
+from kvfuse.evaluation.report.comparison import comparison, write_comparison
+from kvfuse.evaluation.report.document import Code, Facts, Heading, Table, Text, to_html, to_markdown
+from kvfuse.evaluation.report.write import report, write_report
+from kvfuse.evaluation.scoring.metrics import metrics
 
 METHODS = ["receiver", "sharer", "text-to-text", "cache-to-cache", "mismatched"]
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png"> | *bold* [link](https://example.org)'
@@ -77,7 +77,7 @@ def folder(path, answer="A", config=None, **fields):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Where figures are not looked at: drawing them is what takes time."""
-    monkeypatch.setattr("kvfuse.evaluation.report.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("kvfuse.evaluation.report.write.svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_samples_are_where_methods_disagree(page, written, undrawn):
 @pytest.mark.parametrize(("number", "drawn"), [(12, METHODS), (13, ["receiver", "sharer", "cache-to-cache"])])
 def test_many_categories_are_drawn_for_three_methods(number, drawn, undrawn, monkeypatch):
     given = []
-    monkeypatch.setattr("kvfuse.evaluation.figures.by_category", lambda categories, axis: given.append(categories))
+    monkeypatch.setattr("kvfuse.evaluation.report.figures.by_category", lambda categories, axis: given.append(categories))
     names = [f"subject {i}" for i in range(number)]
     run = run_of(*(answers(name, [1.0] * (number - 1) + [0.0], category=names, seed=0) for name in METHODS))
     text = to_markdown(list(report(run, metrics(run))))

@@ -1,6 +1,6 @@
 import pytest
 
-from kvfuse.evaluation.results import extract_number, extract_result, same_result
+from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_result
 
 
 @pytest.mark.parametrize(

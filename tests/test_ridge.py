@@ -3,16 +3,16 @@ import torch
 from datasets import Dataset
 from test_fusers import random_kv
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import PairError
-from kvfuse.fusers.moments import Moments
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.normal_equations import Moments
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import stack
 from kvfuse.testing import tiny_fuser
-from kvfuse.token_alignment import stack
 from kvfuse.training.closed_form import fit, read_pairs
-from kvfuse.training.columns import to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import TrainSection
 
 

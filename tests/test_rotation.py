@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from kvfuse.cache.transformers_cache import CACHE, read_cache
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import CACHE, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.prefill import prefill
-from kvfuse.rotation import measure_rotation
+from kvfuse.prompts.alignment import stack
+from kvfuse.stages.prefill import prefill
+from kvfuse.stages.rope import measure_rotation
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
-from kvfuse.token_alignment import stack
 
 IDS = torch.arange(5, 45).view(2, 20)
 SCALED = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}}

@@ -16,12 +16,12 @@ from transformers import TrainerCallback
 from kvfuse.errors import RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
-from kvfuse.training.columns import to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.safeguards import WHOLE, last_whole_checkpoint
+from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.safeguards import WHOLE, last_whole_checkpoint
-from kvfuse.training.trainer import FuserTrainer
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys

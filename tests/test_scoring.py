@@ -5,13 +5,13 @@ import torch
 
 from kvfuse.methods import Fused, Single
 from kvfuse.model import CacheToCache
-from kvfuse.reading import read
-from kvfuse.response import follow_on
+from kvfuse.prompts.response import follow_on
+from kvfuse.prompts.tokenized import read
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
-from kvfuse.training.batches import collate
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.loss import response_loss
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import response_loss
 
 CHATS = [[{"role": "user", "content": text}] for text in ("What is the capital of Norway?", "hi", "Two models read")]
 PROMPTS = [*CHATS, "The capital of Norway is", "Q"]

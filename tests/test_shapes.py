@@ -4,8 +4,8 @@ from typing import get_args
 
 import pytest
 
+from kvfuse.training.data.shapes import ROLES, SHAPES, to_messages
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.shapes import ROLES, SHAPES, to_messages
 
 
 def chat(*turns):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfuse.shelf import USEFUL, Shelf, Text, exact_text
+from kvfuse.cache.prefix_cache import USEFUL, Shelf, Text, exact_text
 
 IDS = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 WHERE = st.lists(st.integers(-1, 3), min_size=6, max_size=6)

@@ -20,7 +20,7 @@ QUICK = "table-13"  # several pairs, several sharers
 @pytest.fixture
 def undrawn(monkeypatch):
     """Drawing is what takes the time."""
-    monkeypatch.setattr("kvfuse.evaluation.report.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("kvfuse.evaluation.report.write.svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from kvfuse.errors import RecipeError
+from kvfuse.training.data.sources import decode, load_rows, parse
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.sources import decode, load_rows, parse
 
 ROWS = [{"prompt": f"q{i}", "response": f"a{i} é\u2028"} for i in range(5)]
 

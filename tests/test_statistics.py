@@ -5,7 +5,7 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from kvfuse.evaluation.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar, wilson
+from kvfuse.evaluation.scoring.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar, wilson
 
 
 def each(number):

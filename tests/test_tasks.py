@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 from lm_eval import evaluate
 
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.harness import NO_SCORE, HarnessModel
+from kvfuse.evaluation.harness.adapter import NO_SCORE, HarnessModel
 from kvfuse.evaluation.tasks import load_task, made_up, task_manager, task_names
 from kvfuse.evaluation.tasks.longbench import (
     FAMILIES,
@@ -28,8 +28,8 @@ from kvfuse.evaluation.tasks.made_up import GPQA, REDUX
 from kvfuse.evaluation.tasks.readouts import likeliest
 from kvfuse.evaluation.tasks.sources import SOURCES
 from kvfuse.methods import Method
-from kvfuse.methods.contract import OptionScore, Reply
-from kvfuse.training.shapes import to_messages
+from kvfuse.methods.base import OptionScore, Reply
+from kvfuse.training.data.shapes import to_messages
 
 COUNTS = {"mmlu_redux": 5632, "openbookqa": 500, "arc_challenge": 1150, "ceval": 1346, "gsm8k": 1319}
 ROWS = {name.replace("-", "_"): row for name, row in made_up.ROWS.items()}

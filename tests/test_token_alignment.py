@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvfuse import message_axis
-from kvfuse.chat import render
 from kvfuse.errors import PairError
-from kvfuse.reading import read
+from kvfuse.prompts import message_axis
+from kvfuse.prompts.alignment import align, align_spans, stack
+from kvfuse.prompts.chat import render
+from kvfuse.prompts.tokenized import read
 from kvfuse.testing import tiny_tokenizer
-from kvfuse.token_alignment import align, align_spans, stack
 
 FINE, COARSE, PLAIN = tiny_tokenizer(265), tiny_tokenizer(340, "lines"), tiny_tokenizer(300, None)
 texts = st.text(min_size=1, max_size=60).filter(str.strip)

@@ -10,15 +10,15 @@ from kvfuse.errors import PromptError, RecipeError
 from kvfuse.fusers import describe_gates
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
-from kvfuse.training.batches import IGNORED, collate
-from kvfuse.training.columns import to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
-from kvfuse.training.loss import response_loss
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import IGNORED, collate
+from kvfuse.training.loop.loss import response_loss
+from kvfuse.training.loop.trainer import FuserTrainer
+from kvfuse.training.loop.validation import Validation
 from kvfuse.training.recipe import TrainSection, load_recipe
 from kvfuse.training.run import prepare_data, train
-from kvfuse.training.trainer import FuserTrainer
-from kvfuse.training.validation import Validation
 
 EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(8)]
 

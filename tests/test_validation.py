@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from kvfuse.errors import RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
-from kvfuse.training.columns import to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.trainer import FuserTrainer
+from kvfuse.training.loop.validation import Gain, Validation, mismatch
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.trainer import FuserTrainer
-from kvfuse.training.validation import Gain, Validation, mismatch
 
 RESPONSES = ["It is Oslo.", "They speak Dutch there.", "The receiver answers."]
 

@@ -3,8 +3,8 @@ import re
 import pytest
 from answers import answers, run_of
 
-from kvfuse.evaluation.metrics import metrics
-from kvfuse.evaluation.verdict import points
+from kvfuse.evaluation.report.verdict import points
+from kvfuse.evaluation.scoring.metrics import metrics
 
 
 def verdict_of(**scores):

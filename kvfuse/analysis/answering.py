@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvfuse.analysis.study import Study
-from kvfuse.evaluation.statistics import Interval, accuracy, bootstrap_mean
+from kvfuse.evaluation.scoring.statistics import Interval, accuracy, bootstrap_mean
 from kvfuse.methods import Method
 
 

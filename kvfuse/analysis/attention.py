@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import ROLES, Read, batches, eager, first_run, padded_roles, read, spread, told
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
-from kvfuse.kv_cache import KV
-from kvfuse.plots import COLOURS, INK, legend_above, name_lines, new_panels, styled
+from kvfuse.support.plots import COLOURS, INK, legend_above, name_lines, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
+from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

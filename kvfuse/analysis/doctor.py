@@ -9,17 +9,17 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvfuse.alignment_view import view
 from kvfuse.analysis.readout import spread
 from kvfuse.analysis.study import Study
-from kvfuse.chat import Prompt
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError, KVFuseError
 from kvfuse.fusers import describe_gates
-from kvfuse.kv_cache import KV
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.phases import measured
-from kvfuse.token_alignment import AlignedPrompt, stack
+from kvfuse.prompts.alignment import AlignedPrompt, stack
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.view import view
+from kvfuse.stages.phases import measured
 
 SAMPLE = 8
 NEW_TOKENS = 8

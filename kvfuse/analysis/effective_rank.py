@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
-from kvfuse.fusers.grouped import to_groups
-from kvfuse.kv_cache import KV, read_cache
-from kvfuse.plots import COLOURS, MARKERS, count_whole, legend_above, new_panels, styled
+from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.fusers.layers import to_groups
+from kvfuse.support.plots import COLOURS, MARKERS, count_whole, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kvfuse.model import CacheToCache
-    from kvfuse.token_alignment import AlignedPrompt
+    from kvfuse.prompts.alignment import AlignedPrompt
 
 PARTS = {"keys": "key", "values": "value"}
 

@@ -5,7 +5,7 @@ and the question, and ``oracle`` as well, but keeps of its cache only what belon
 informed. The context is a number of other questions with their answers (the paper's shots), or a hint that the sharer writes.
 
 The paper does not say at which positions the kept keys stand. Under ``moved`` they are turned back to where the same tokens stand in
-``direct`` (:mod:`kvfuse.rotation`). Under ``kept`` they stay where they were read, ``direct`` is read there too, and the answer goes on
+``direct`` (:mod:`kvfuse.stages.rope`). Under ``kept`` they stay where they were read, ``direct`` is read there too, and the answer goes on
 behind them. To a rotary model the two are the same as long as nothing is kept from before the context.
 """
 
@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import batches, judge, mix, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
-from kvfuse.chat import Message, as_chat
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.errors import AnalysisError
-from kvfuse.kv_cache import KV, read_cache
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import FewShot, Single, TextToText
-from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, styled
-from kvfuse.prefill import prefill
-from kvfuse.reading import Reading
-from kvfuse.reading import read as read_prompt
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, from_ids, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, from_ids, pad_left
+from kvfuse.prompts.chat import Message, as_chat
+from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import read as read_prompt
+from kvfuse.stages.prefill import prefill
+from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

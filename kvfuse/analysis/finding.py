@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.checkpoint import write_file
-from kvfuse.plots import save
+from kvfuse.support.plots import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

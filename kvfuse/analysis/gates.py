@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.hooks import Note, watching
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.grouped import PARTS, HeadWeights
-from kvfuse.kv_cache import KV
-from kvfuse.plots import INK, count_whole, new_panels, styled
+from kvfuse.fusers.layers import PARTS, HeadWeights
+from kvfuse.support.plots import INK, count_whole, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

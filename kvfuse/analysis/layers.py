@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from kvfuse.analysis.answering import ask
-from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.curves import curves
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import KV
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.plots import count_whole
+from kvfuse.support.plots import count_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

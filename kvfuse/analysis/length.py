@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import batches, judge, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
-from kvfuse.chat import Prompt, as_chat
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import AnalysisError
-from kvfuse.evaluation.statistics import Interval, bootstrap_mean
-from kvfuse.fuse import pick
+from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
 from kvfuse.fusers import Fuser, make_fuser
-from kvfuse.fusers.contract import ROPES
-from kvfuse.kv_cache import read_cache
+from kvfuse.fusers.base import ROPES
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
-from kvfuse.reading import read as read_prompt
-from kvfuse.response import read_response
-from kvfuse.token_alignment import AlignedPrompt, stack
+from kvfuse.prompts.alignment import AlignedPrompt, stack
+from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.response import read_response
+from kvfuse.prompts.tokenized import read as read_prompt
+from kvfuse.stages.fuse import pick
+from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

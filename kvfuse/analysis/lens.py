@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import ROLES, Read, answer_ids, first_run, mix, read, roles, show, spread, told
 from kvfuse.analysis.study import Question, Study
 from kvfuse.errors import AnalysisError
-from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, styled
+from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvfuse.fusers.moments import Moments
+from kvfuse.fusers.normal_equations import Moments
 
 Map = Callable[[Tensor], Tensor]
 NEIGHBOURS = 5

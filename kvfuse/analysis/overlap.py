@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.analysis.answering import ask
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
-from kvfuse.evaluation.figures import categories_height, draw_categories, draw_venn, shares
-from kvfuse.evaluation.metrics import task_figures
 from kvfuse.evaluation.predictions import Prediction, read_run
-from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER
+from kvfuse.evaluation.report.figures import categories_height, draw_categories, draw_venn, shares
+from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER
+from kvfuse.evaluation.scoring.metrics import task_figures
+from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 from kvfuse.methods import make_method
-from kvfuse.plots import COLOURS, name_lines, new_panels, styled
+from kvfuse.support.plots import COLOURS, name_lines, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfuse.analysis.answering import ask
-from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.curves import curves
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
-from kvfuse.chat import Prompt
 from kvfuse.errors import AnalysisError
-from kvfuse.message_axis import in_messages, own_spans
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.message_axis import in_messages, own_spans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

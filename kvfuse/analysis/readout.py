@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.analysis.study import Question, Study
-from kvfuse.decode import score
+from kvfuse.cache.transformers_cache import CACHE, KV, read_cache, read_only_cache
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import CACHE, KV, read_cache, read_only_cache
 from kvfuse.language_model import LanguageModel
-from kvfuse.message_axis import own_spans, places
 from kvfuse.model import CacheToCache
-from kvfuse.reading import Reading
-from kvfuse.response import read_response, stack_responses
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, pad_left, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, pad_left, stack
+from kvfuse.prompts.message_axis import own_spans, places
+from kvfuse.prompts.response import read_response, stack_responses
+from kvfuse.prompts.tokenized import Reading
+from kvfuse.stages.decode import score
 
 ROLES = ("template", "message", "last token")
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
-from kvfuse.plugins import nearest
-from kvfuse.recipe import override
+from kvfuse.support.config import override
+from kvfuse.support.plugins import nearest
 
 ANALYSES = {
     "enrichment": "kvfuse.analysis.enrichment",

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 import yaml
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.analysis.training_curve import train_and_ask
 from kvfuse.errors import AnalysisError
-from kvfuse.evaluation.metrics import paired
 from kvfuse.evaluation.predictions import CONFIG, PREDICTIONS, read_run
-from kvfuse.evaluation.statistics import accuracy
-from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, points
-from kvfuse.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
+from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, points
+from kvfuse.evaluation.scoring.metrics import paired
+from kvfuse.evaluation.scoring.statistics import accuracy
+from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
+from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,17 +7,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvfuse.chat import Prompt, as_chat
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import all_questions
 from kvfuse.demo.score import held_out, sample
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.alignment import AlignedPrompt, stack
+from kvfuse.prompts.chat import Prompt, as_chat
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
-from kvfuse.token_alignment import AlignedPrompt, stack
-from kvfuse.training.examples import examples_of
+from kvfuse.training.data.examples import examples_of
+from kvfuse.training.data.sources import decode, load_rows, parse
 from kvfuse.training.recipe import load_data
-from kvfuse.training.sources import decode, load_rows, parse
 
 FEW = 240
 """Of the embedded pair's questions, where a command is not told how many: enough to see, within a minute."""

@@ -8,19 +8,19 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kvfuse.analysis.answering import ask
-from kvfuse.analysis.contract import Finding
 from kvfuse.analysis.curves import curves
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
-from kvfuse.training.columns import to_columns
-from kvfuse.training.encoding import Encoder
-from kvfuse.training.examples import Example
+from kvfuse.training.data.columns import to_columns
+from kvfuse.training.data.encoding import Encoder
+from kvfuse.training.data.examples import Example
+from kvfuse.training.data.sources import import_datasets
+from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.sources import import_datasets
-from kvfuse.training.trainer import FuserTrainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

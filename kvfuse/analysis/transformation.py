@@ -1,7 +1,7 @@
 """Can one model's cache be mapped into the other's, and how much of the target's space does the map reach?
 
 The transformation oracle (paper, 3.2): a multilayer perceptron of three layers learns, from the sharer's keys and values of a token in
-one layer, those of the receiver, by mean squared error; ridge regression (:mod:`kvfuse.fusers.moments`) beside it. Prompts are split, not
+one layer, those of the receiver, by mean squared error; ridge regression (:mod:`kvfuse.fusers.normal_equations`) beside it. Prompts are split, not
 tokens. Two figures say where the mapped tokens lie: ``inside`` is the share of them within the balls around the target's tokens that
 reach to their k-th nearest neighbours (precision: Kynkäänniemi et al. 2019), ``reached`` the share of these balls that hold a mapped
 token (coverage: Naeem et al. 2020). The other half of the target itself shows what can be expected of either.
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvfuse.analysis.contract import Finding
+from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.hooks import watching
 from kvfuse.analysis.maps import NEIGHBOURS, Map, Standard, coverage, mean, perceptrons, ridge
 from kvfuse.analysis.readout import Read, batches, first_run, read, spread
 from kvfuse.analysis.study import Study
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.errors import AnalysisError
-from kvfuse.fuse import Picked, pick
-from kvfuse.kv_cache import KV, read_cache
-from kvfuse.plots import COLOURS, MARKERS, legend_above, new_panels, styled
+from kvfuse.stages.fuse import Picked, pick
+from kvfuse.support.plots import COLOURS, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
+from kvfuse.cache.transformers_cache import KV, copy_side_by_side, read_cache
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KV, copy_side_by_side, read_cache
-from kvfuse.prefill import can_go_on, prefill
+from kvfuse.stages.prefill import can_go_on, prefill
 
 SHORTEST, STEPS = 64, 4  # tokens; lengths an octave
 MOST = 4096  # tokens of a batch; longer ones keep a GPU busy for longer than they take to queue
@@ -23,7 +23,7 @@ KEPT = 20  # graphs of a model, each with a cache of its length
 
 
 class CapturedPrefill:
-    """:func:`kvfuse.prefill.prefill`, recorded where there is no padding and nothing to go on from; all else is read as ever.
+    """:func:`kvfuse.stages.prefill.prefill`, recorded where there is no padding and nothing to go on from; all else is read as ever.
 
     Threads may share one. A model's weights may change in place, but must stay where they are.
     """
@@ -33,7 +33,7 @@ class CapturedPrefill:
         self._lock = Lock()
 
     def __call__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Cache:
-        """Arguments and result as those of :func:`kvfuse.prefill.prefill`. Raises PairError: The model's run cannot be recorded."""
+        """Arguments and result as those of :func:`kvfuse.stages.prefill.prefill`. Raises PairError: The model's run cannot be recorded."""
         if cache is not None or ids.numel() > MOST or not bool(mask.all()):
             return prefill(model, ids, mask, positions, cache)
         with self._lock:

@@ -8,8 +8,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kvfuse.kv_cache import Layers, copy_layers
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.cache.transformers_cache import Layers, copy_layers
+from kvfuse.prompts.alignment import AlignedPrompt
 
 USEFUL = 16  # tokens; to read fewer takes no longer than to look for them
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+from kvfuse.cache.preallocated import GrowingLayer, SideBySide, side_by_side
 from kvfuse.errors import PairError
-from kvfuse.growing_cache import GrowingLayer, SideBySide, side_by_side
 
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 """What models and ``generate`` call the cache that they are given; transformers renamed it in 5.24."""

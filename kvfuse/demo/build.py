@@ -26,8 +26,8 @@ from kvfuse.errors import RecipeError
 from kvfuse.methods import Router, Single, TextToText
 from kvfuse.methods.routing import bag_of_tokens, confident_replies
 from kvfuse.training.recipe import DataSection, FuserSection, Recipe, TrainSection
-from kvfuse.training.record import versions
 from kvfuse.training.run import train
+from kvfuse.training.run_metadata import versions
 
 SEEDS = (0, 1, 2)
 PHRASED = 2  # how often every training question is asked, in phrasings drawn anew

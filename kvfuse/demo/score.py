@@ -10,7 +10,7 @@ import numpy as np
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question, all_questions
-from kvfuse.evaluation.statistics import Interval, bootstrap_mean
+from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
 from kvfuse.methods import Answer, Fused, Method, make_method
 
 METHODS = ("receiver", "sharer", "text-to-text", "routing", "cascade", "cache-to-cache", "zeroed", "mismatched")

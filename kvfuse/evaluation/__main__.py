@@ -8,7 +8,7 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
-import kvfuse.evaluation.harness  # noqa: F401  registers the model
+import kvfuse.evaluation.harness.adapter  # noqa: F401  registers the model
 from kvfuse.evaluation.tasks.load import FOLDER
 
 if __name__ == "__main__":

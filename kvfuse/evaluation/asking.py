@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfuse.evaluation.harness.requests import from_chat, generation_options, options_key, to_prompt
 from kvfuse.evaluation.predictions import Prediction
-from kvfuse.evaluation.requests import from_chat, generation_options, options_key, to_prompt
 from kvfuse.methods import Method
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-    from kvfuse.chat import Prompt
-    from kvfuse.evaluation.harness import Failure
+    from kvfuse.evaluation.harness.adapter import Failure
+    from kvfuse.prompts.chat import Prompt
 
 METRICS = ("acc", "score", "exact_match", "f1")
 """What makes an item's score, the first that a task has; else its first metric."""
@@ -43,7 +43,7 @@ def ask(
     from lm_eval import evaluate
     from lm_eval.api.model import CachingLM
 
-    from kvfuse.evaluation.harness import HarnessModel
+    from kvfuse.evaluation.harness.adapter import HarnessModel
     from kvfuse.evaluation.tasks import task_manager
 
     model = HarnessModel(method, batch_size, progress=not quiet)

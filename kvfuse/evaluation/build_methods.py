@@ -6,7 +6,6 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from kvfuse.chat import Message
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.recipe import EvaluationRecipe
@@ -14,7 +13,8 @@ from kvfuse.evaluation.tasks.readouts import without_choices
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Router, make_method
 from kvfuse.model import CacheToCache
-from kvfuse.processes import processes
+from kvfuse.prompts.chat import Message
+from kvfuse.support.processes import processes
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
-from kvfuse.evaluation.quoted import as_rows
+from kvfuse.evaluation.report.published_figures import as_rows
 from kvfuse.methods import find_method
-from kvfuse.recipe import Section, check, read_recipe
+from kvfuse.support.config import Section, check, read_recipe
 
 OF_OTHERS = ("fuser", "data", "train", "token_alignment")
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
@@ -41,7 +41,7 @@ class PairSection(Section):
     max_new_tokens: int | None = Field(None, ge=1)
     """In place of the recipe's."""
     published: Tables = Field(default_factory=list)
-    """Figures of a paper for this pair; see :func:`kvfuse.evaluation.quoted.as_rows`."""
+    """Figures of a paper for this pair; see :func:`kvfuse.evaluation.report.published_figures.as_rows`."""
     why_not: str = ""
     """Why this pair cannot be run as published. It is told and nothing is run, unless ``fusers`` names folders and they are there."""
 
@@ -90,7 +90,7 @@ class EvaluationSection(Section):
     pairs: list[PairSection] = Field(default_factory=list)
     """Several pairs, side by side; by default the recipe's own alone."""
     published: Tables = Field(default_factory=list)
-    """Figures of a paper to stand beside the measured ones; see :func:`kvfuse.evaluation.quoted.as_rows`."""
+    """Figures of a paper to stand beside the measured ones; see :func:`kvfuse.evaluation.report.published_figures.as_rows`."""
     note: str = ""
     """What a reader must know first; reports begin with it."""
 

@@ -17,15 +17,15 @@ import yaml
 from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.asking import ask, prompts_of
-from kvfuse.evaluation.comparison import write_comparison
-from kvfuse.evaluation.lineup import Models, methods_of
+from kvfuse.evaluation.build_methods import Models, methods_of
 from kvfuse.evaluation.predictions import CONFIG, LATENCY, PREDICTIONS, VERSIONS, append, read_predictions, read_timings
 from kvfuse.evaluation.recipe import EvaluationRecipe
-from kvfuse.evaluation.report import write_report
+from kvfuse.evaluation.report.comparison import write_comparison
+from kvfuse.evaluation.report.write import write_report
 from kvfuse.evaluation.tasks import load_task
 from kvfuse.evaluation.timing import time_methods
 from kvfuse.model import CacheToCache
-from kvfuse.processes import processes
+from kvfuse.support.processes import processes
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

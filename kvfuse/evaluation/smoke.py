@@ -13,7 +13,7 @@ from kvfuse.evaluation.tasks import made_up, task_names
 from kvfuse.evaluation.tasks.longbench import FAMILIES
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Router
-from kvfuse.processes import processes
+from kvfuse.support.processes import processes
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 
 NOTE = "A smoke run: the models are tiny and random, the questions made up. No measured figure of it says anything about any model."

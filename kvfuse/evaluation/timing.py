@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvfuse.chat import Prompt
 from kvfuse.evaluation.predictions import Timing
 from kvfuse.methods import Method
+from kvfuse.prompts.chat import Prompt
 
 
 def time_methods(

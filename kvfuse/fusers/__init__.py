@@ -1,11 +1,11 @@
 """Fusers by kind; each is a transformers model of its own."""
 
+from kvfuse.fusers.base import Fuser, FuserConfig, describe_gates, require_trainable
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
-from kvfuse.fusers.contract import Fuser, FuserConfig, describe_gates, require_trainable
+from kvfuse.fusers.execution.quantized import QuantizedLinear, quantize
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
 from kvfuse.fusers.low_rank import LowRankConfig, LowRankFuser
-from kvfuse.fusers.quantized import QuantizedLinear, quantize
 from kvfuse.fusers.registry import FUSERS, fuser_class, make_fuser, register_fuser
 from kvfuse.fusers.ridge import RidgeConfig, RidgeFuser
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvfuse.cache.transformers_cache import KV, KVSpec
 from kvfuse.errors import PairError
-from kvfuse.fusers.quantized import FULL, WEIGHTS, stand_in
-from kvfuse.kv_cache import KV, KVSpec
-from kvfuse.layer_alignment import align_layers
+from kvfuse.fusers.execution.quantized import FULL, WEIGHTS, stand_in
+from kvfuse.fusers.layer_alignment import align_layers
 
 ROPES = ("kept", "removed")
 
@@ -21,13 +21,13 @@ class FuserConfig(PreTrainedConfig):
     Attributes:
         receiver: Identity of the receiver: name, KV shape, tokenizer, weights (:class:`kvfuse.language_model.Identity`).
         sharer: Identity of the sharer.
-        token_alignment: One of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
+        token_alignment: One of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
         fuse: ``all`` | ``messages``: which prompt positions are fused.
         fuse_response: Whether the last prompt token and what is generated are fused as well.
         rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or turned back to
-            position zero (:mod:`kvfuse.rotation`).
-        weights: ``full`` | ``int8`` | ``int4``: what the large matrices are (:mod:`kvfuse.fusers.quantized`); trained are full ones.
+            position zero (:mod:`kvfuse.stages.rope`).
+        weights: ``full`` | ``int8`` | ``int4``: what the large matrices are (:mod:`kvfuse.fusers.execution.quantized`); trained are full ones.
     """
 
     receiver: dict[str, Any] = field(default_factory=dict)

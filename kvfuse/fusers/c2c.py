@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kvfuse.errors import PairError
-from kvfuse.fusers.contract import require_choices, require_uniform
+from kvfuse.fusers.base import require_choices, require_uniform
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import PARTS, GroupedFFN, GroupedLinear, HeadWeights
+from kvfuse.fusers.layers import PARTS, GroupedFFN, GroupedLinear, HeadWeights
 
 FUSED_PARTS = {"both": PARTS, "keys": ("key",), "values": ("value",)}
 GATES = ("layer", "head", "none")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvfuse.fusers.contract import require_uniform
+from kvfuse.fusers.base import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights
+from kvfuse.fusers.layers import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights
 
 
 class C2CComplexConfig(GatedConfig):

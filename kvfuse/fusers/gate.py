@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfuse.fusers.lanes import Grouped
-from kvfuse.fusers.versions import version_of
+from kvfuse.fusers.execution.by_group import Grouped
+from kvfuse.fusers.execution.versions import version_of
 
 GATE_NOISES = ("logistic", "logistic-per-token", "gumbel")
 

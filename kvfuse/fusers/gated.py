@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kvfuse.cache.transformers_cache import KV, concatenate
 from kvfuse.errors import PairError
-from kvfuse.fusers.contract import Fuser, FuserConfig, require_choices
+from kvfuse.fusers.base import Fuser, FuserConfig, require_choices
+from kvfuse.fusers.execution.by_group import cut, fits, has_lanes, is_watched, runs
 from kvfuse.fusers.gate import GATE_NOISES, Gate
-from kvfuse.fusers.grouped import PARTS, GroupedFFN, from_groups, to_groups, write_groups
-from kvfuse.fusers.lanes import cut, fits, has_lanes, is_watched, runs
-from kvfuse.kv_cache import KV, concatenate
+from kvfuse.fusers.layers import PARTS, GroupedFFN, from_groups, to_groups, write_groups
 
 RECOMPUTED_TOKENS = 2048  # of one piece, whose insides are then as large as the gradient that a second piece would keep twice
 T = TypeVar("T")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvfuse.fusers.feed_forward import feed_forward
-from kvfuse.fusers.lanes import Grouped
-from kvfuse.fusers.versions import version_of
-from kvfuse.kv_cache import KV
-from kvfuse.products import linear
+from kvfuse.backends.onednn import linear
+from kvfuse.cache.transformers_cache import KV
+from kvfuse.fusers.execution.by_group import Grouped
+from kvfuse.fusers.execution.feed_forward import feed_forward
+from kvfuse.fusers.execution.versions import version_of
 
 PARTS = ("key", "value")
 

@@ -5,10 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfuse.fusers.contract import require_uniform
+from kvfuse.fusers.base import require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, HeadWeights
+from kvfuse.fusers.layers import GroupedFFN, GroupedLinear, HeadWeights
 
 
 class LowRankConfig(GatedConfig):

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import AutoConfig, AutoModel
 
 from kvfuse.errors import PairError
+from kvfuse.fusers.base import Fuser, FuserConfig
 from kvfuse.fusers.c2c import C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexFuser
-from kvfuse.fusers.contract import Fuser, FuserConfig
 from kvfuse.fusers.low_rank import LowRankFuser
 from kvfuse.fusers.ridge import RidgeFuser
-from kvfuse.plugins import find_plugin
+from kvfuse.support.plugins import find_plugin
 
 GROUP, PREFIX = "kvfuse.fusers", "kvfuse-"
 FUSERS: dict[str, type[Fuser]] = {}

@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import PairError
-from kvfuse.fusers.contract import FuserConfig, require_uniform
+from kvfuse.fusers.base import FuserConfig, require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedFuser
-from kvfuse.fusers.grouped import GroupedLinear, to_groups
-from kvfuse.fusers.moments import Moments
-from kvfuse.kv_cache import KV
+from kvfuse.fusers.layers import GroupedLinear, to_groups
+from kvfuse.fusers.normal_equations import Moments
 
 HELD_OUT_EVERY = 8  # one batch in so many decides the weights; the others decide the map
 

@@ -1,11 +1,11 @@
 """Ways to answer a question, under one contract: baselines, Cache-to-Cache and its controls."""
 
+from kvfuse.methods.augmented import FewShot
+from kvfuse.methods.base import Answer, Method, OptionScore, Reply
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.calibrated import Calibrated
-from kvfuse.methods.contract import Answer, Method, OptionScore, Reply
 from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.methods.registry import METHODS, Setting, find_method, make_method, register_method
-from kvfuse.methods.retold import FewShot
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import Hybrid, TextToText

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvfuse.chat import Message, Prompt, as_chat
-from kvfuse.methods.contract import Method, OptionScore, Reply
+from kvfuse.methods.base import Method, OptionScore, Reply
+from kvfuse.prompts.chat import Message, Prompt, as_chat
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from kvfuse.chat import Prompt
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
-from kvfuse.phases import measured
+from kvfuse.prompts.chat import Prompt
+from kvfuse.stages.phases import measured
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Answer:
         tokens: Generated for it, hints between models included.
         seconds: Wall time, shared evenly over its batch.
         tokens_in: Read for it, by all models together, as prompts.
-        phases: Seconds by phase (:data:`kvfuse.phases.PHASES`), where :meth:`Method.timed` measured them; what is missing to
+        phases: Seconds by phase (:data:`kvfuse.stages.phases.PHASES`), where :meth:`Method.timed` measured them; what is missing to
             ``seconds`` is tokenization and the like.
     """
 

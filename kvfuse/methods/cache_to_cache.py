@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from kvfuse.chat import Prompt
-from kvfuse.decode import stream
-from kvfuse.kv_cache import stage
-from kvfuse.methods.contract import Method, OptionScore, Reply, to_replies
+from kvfuse.cache.transformers_cache import stage
+from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
-from kvfuse.response import read_response
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, stack
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.response import read_response
+from kvfuse.stages.decode import stream
 
 
 class Fused(Method):

@@ -6,11 +6,11 @@ from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
-from kvfuse.chat import Prompt
-from kvfuse.methods.contract import Method, OptionScore, Reply, by_choice
+from kvfuse.methods.base import Method, OptionScore, Reply, by_choice
 from kvfuse.methods.single import Single
-from kvfuse.phases import phase
-from kvfuse.reading import read
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.tokenized import read
+from kvfuse.stages.phases import phase
 
 OPTION_LINE = re.compile(r"^(\(?([A-Z])[.):] *)\S.*$", re.MULTILINE)
 NOTHING = "N/A"

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvfuse.chat import Prompt
+from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import MethodError
 from kvfuse.fusers import Fuser
-from kvfuse.kv_cache import KV
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.chat import Prompt
 
 FIRST_DRAW = 2**20  # so that no seed of training gives the weights that it began with
 

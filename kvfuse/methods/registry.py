@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvfuse.chat import Message, Prompt
 from kvfuse.errors import MethodError
+from kvfuse.methods.augmented import FewShot
+from kvfuse.methods.base import Method
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.calibrated import Calibrated
-from kvfuse.methods.contract import Method
 from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
-from kvfuse.methods.retold import FewShot
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import HINT_REQUEST, Hybrid, TextToText
 from kvfuse.model import CacheToCache
-from kvfuse.plugins import find_plugin, nearest
+from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.support.plugins import find_plugin, nearest
 
 GROUP = "kvfuse.methods"
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvfuse.chat import Prompt
-from kvfuse.decode import decode
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.contract import Method, OptionScore, Reply, by_choice, to_replies
+from kvfuse.methods.base import Method, OptionScore, Reply, by_choice, to_replies
 from kvfuse.methods.single import Single
-from kvfuse.reading import read
-from kvfuse.token_alignment import pad_left
+from kvfuse.prompts.alignment import pad_left
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.tokenized import read
+from kvfuse.stages.decode import decode
 
 BATCH = 32  # prompts at once, when all of a run are looked at before it
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.decode import score
-from kvfuse.methods.contract import OptionScore
-from kvfuse.response import Response, stack_responses
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.methods.base import OptionScore
+from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.prompts.response import Response, stack_responses
+from kvfuse.stages.decode import score
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class OptionBatch:
         lengths: How many of the receiver's tokens each has.
         rows: ``(N,)`` int64, which prompt each follows.
         prompt: Their prompts, repeated.
-        tail: The responses (:func:`kvfuse.response.stack_responses`).
+        tail: The responses (:func:`kvfuse.prompts.response.stack_responses`).
     """
 
     counts: list[int]

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from kvfuse.chat import Prompt
-from kvfuse.decode import decode, stream
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.contract import Method, OptionScore, Reply, to_replies
+from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
-from kvfuse.prefill import prefill
-from kvfuse.reading import Reading, read
-from kvfuse.response import Response, follow_on
-from kvfuse.token_alignment import AlignedPrompt, from_ids, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.response import Response, follow_on
+from kvfuse.prompts.tokenized import Reading, read
+from kvfuse.stages.decode import decode, stream
+from kvfuse.stages.prefill import prefill
 
 
 class Single(Method):

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvfuse.chat import Message, Prompt, as_chat
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.contract import Method, Reply
-from kvfuse.methods.retold import Retelling, Retold
+from kvfuse.methods.augmented import Retelling, Retold
+from kvfuse.methods.base import Method, Reply
 from kvfuse.methods.single import Single
-from kvfuse.phases import phase
+from kvfuse.prompts.chat import Message, Prompt, as_chat
+from kvfuse.stages.phases import phase
 
 HINT_REQUEST = (
     "Somebody else will be asked the question below. Do not answer it. Say in one clear sentence which background knowledge "

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.chat import Prompt
 from kvfuse.errors import PairError
-from kvfuse.message_axis import drop_moved, in_messages, message_order, on_axis, own_spans, places, sections
-from kvfuse.reading import Reading, read
-from kvfuse.reencode import REENCODINGS, common_positions, reencoding, splice
+from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.message_axis import drop_moved, in_messages, message_order, on_axis, own_spans, places, sections
+from kvfuse.prompts.reencode import REENCODINGS, common_positions, reencoding, splice
+from kvfuse.prompts.tokenized import Reading, read
 
 TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
 FUSE = ("all", "messages")
@@ -95,12 +95,12 @@ def align(
         receiver: The receiver's tokenizer.
         sharers: Each sharer's tokenizer and how it is aligned, one of :data:`TOKEN_ALIGNMENTS`. Under ``identity`` the
             sharer reads the receiver's ids; under ``span`` its own; under ``reencode-…`` its own template around the
-            receiver's message tokens, re-encoded one by one (:mod:`kvfuse.reencode`).
+            receiver's message tokens, re-encoded one by one (:mod:`kvfuse.prompts.reencode`).
         fuse: ``all`` positions but the last, or only those of ``messages`` (the paper, for different tokenizers).
 
     Raises:
         PairError: An unknown name.
-        PromptError: See :func:`kvfuse.chat.render`.
+        PromptError: See :func:`kvfuse.prompts.chat.render`.
     """
     for option, choices, given in (*(("token_alignment", TOKEN_ALIGNMENTS, how) for _, how in sharers), ("fuse", FUSE, fuse)):
         if given not in choices:
@@ -177,7 +177,7 @@ def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tu
     Args:
         receiver: The receiver's reading.
         sharer: The sharer's own reading, of which the template is kept.
-        table: Receiver id -> sharer id, see :func:`kvfuse.reencode.reencoding`.
+        table: Receiver id -> sharer id, see :func:`kvfuse.prompts.reencode.reencoding`.
 
     Returns:
         Both readings at positions that they share, the sharer's offsets zero (a re-encoded token need not stand for

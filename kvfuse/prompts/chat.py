@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
-from kvfuse.spans import Span, find_spans
+from kvfuse.prompts.template_spans import Span, find_spans
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]

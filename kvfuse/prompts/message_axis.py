@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvfuse.chat import RenderedPrompt
-from kvfuse.reading import Reading
+from kvfuse.prompts.chat import RenderedPrompt
+from kvfuse.prompts.tokenized import Reading
 
 
 def message_order(prompt: RenderedPrompt) -> np.ndarray:

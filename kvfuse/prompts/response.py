@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.reading import Reading
-from kvfuse.reencode import reencoding
-from kvfuse.token_alignment import AlignedPrompt, AlignedReading, SharerPrompt, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, SharerPrompt, pad_left
+from kvfuse.prompts.reencode import reencoding
+from kvfuse.prompts.tokenized import Reading
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_response(
         prompt: What it follows.
         text: What it says.
         receiver: The receiver's tokenizer.
-        sharers: Where the response is fused too, each sharer's tokenizer and how it is aligned (:func:`kvfuse.token_alignment.align`).
+        sharers: Where the response is fused too, each sharer's tokenizer and how it is aligned (:func:`kvfuse.prompts.alignment.align`).
         ends: Whether an end-of-sequence token stands behind it.
     """
     ids, said = follow_on(prompt.receiver, text, receiver)

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.chat import Prompt, RenderedPrompt, render
+from kvfuse.prompts.chat import Prompt, RenderedPrompt, render
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """Render and tokenize a prompt for one model.
 
     Raises:
-        PromptError: See :func:`kvfuse.chat.render`.
+        PromptError: See :func:`kvfuse.prompts.chat.render`.
     """
     rendered = render(prompt, tokenizer)
     encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)

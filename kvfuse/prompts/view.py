@@ -14,11 +14,11 @@ import numpy as np
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.chat import Message, Prompt, as_chat
 from kvfuse.errors import PromptError
-from kvfuse.message_axis import covered, own_spans, places
-from kvfuse.reading import Reading
-from kvfuse.token_alignment import AlignedReading, align
+from kvfuse.prompts.alignment import AlignedReading, align
+from kvfuse.prompts.chat import Message, Prompt, as_chat
+from kvfuse.prompts.message_axis import covered, own_spans, places
+from kvfuse.prompts.tokenized import Reading
 
 COLOURS = ("#77aadd", "#eedd88", "#ffaabb", "#44bb99", "#ee8866", "#99ddff", "#bbcc33")
 """Paul Tol's light scheme: distinct to colour-blind eyes, and dark text is legible on all of them."""
@@ -30,7 +30,7 @@ class AlignmentView:
     """One prompt in both tokenizations.
 
     Attributes:
-        how: One of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
+        how: One of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         names: What receiver and sharer were loaded as.
         aligned: The prompt as both read it.
         receiver: The text of each of the receiver's tokens, white space made visible.
@@ -74,12 +74,12 @@ def view(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTo
         prompt: A text or a chat.
         receiver: The receiver's tokenizer.
         sharer: The sharer's.
-        how: One of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
+        how: One of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         fuse: ``all`` or ``messages``.
 
     Raises:
         PairError: An unknown ``how`` or ``fuse``.
-        PromptError: See :func:`kvfuse.chat.render`.
+        PromptError: See :func:`kvfuse.prompts.chat.render`.
     """
     aligned = align(as_chat(prompt), receiver, [(sharer, how)], fuse)
     reading = aligned.sharers[0][0]

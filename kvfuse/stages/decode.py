@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from kvfuse.cache.transformers_cache import CACHE
 from kvfuse.errors import PromptError
-from kvfuse.follow import Follower
-from kvfuse.kv_cache import CACHE
-from kvfuse.phases import generation
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.stages.phases import generation
+from kvfuse.stages.response_fusion import Follower
 
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -35,7 +35,7 @@ def decode(
         mask: ``(B, T)``.
         cache: Exactly ``T - 1`` positions; None for a prompt of one token, where there is nothing to fuse. It is used up.
         follower: Fuses the last prompt token and what is generated, too.
-        phase: What the time to the first token is counted to (:mod:`kvfuse.phases`).
+        phase: What the time to the first token is counted to (:mod:`kvfuse.stages.phases`).
         options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
 
     Returns:
@@ -95,7 +95,7 @@ def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, ca
     Args:
         model: The receiver.
         prompt: A batch, padded left.
-        tail: The last prompt token and the response of each row (:func:`kvfuse.response.stack_responses`).
+        tail: The last prompt token and the response of each row (:func:`kvfuse.prompts.response.stack_responses`).
         cache: All prompt positions but the last; None for prompts of one token. It is used up.
 
     Returns:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kvfuse.kv_cache import KV
-from kvfuse.rotation import Rotation, Turn
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.cache.transformers_cache import KV
+from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.stages.rope import Rotation, Turn
 
 FUSIONS = ("parallel", "sequential")
 TOKENS = 1024  # fused at once at inference: more would want more memory, fewer would read a fuser's weights more often

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvfuse.backends.onednn import quick_products
+from kvfuse.cache.preallocated import GrowingLayer
+from kvfuse.cache.transformers_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
 from kvfuse.errors import PairError
-from kvfuse.growing_cache import GrowingLayer
-from kvfuse.kv_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
-from kvfuse.products import quick_products
 
 Prefill = Callable[..., Cache]
 """Whatever is called as :func:`prefill` is."""

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.fuse import Rotations, fuse
+from kvfuse.cache.prefix_cache import Shelf, exact_text, fused_text
+from kvfuse.cache.transformers_cache import KV, Layers, read_layers, start_cache
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.lanes import is_watched
-from kvfuse.fusers.versions import version_of
-from kvfuse.kv_cache import KV, Layers, read_layers, start_cache
-from kvfuse.prefill import Prefill, can_go_on, prefill
-from kvfuse.shelf import Shelf, exact_text, fused_text
-from kvfuse.token_alignment import AlignedPrompt
+from kvfuse.fusers.execution.by_group import is_watched
+from kvfuse.fusers.execution.versions import version_of
+from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.stages.fuse import Rotations, fuse
+from kvfuse.stages.prefill import Prefill, can_go_on, prefill
 
 MAX_BYTES = 2**31
 SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
@@ -106,7 +106,7 @@ class PrefixStore:
         rotations: Rotations,
         in_place: bool = False,
     ) -> KV:
-        """As :func:`kvfuse.fuse.fuse`, of which only what is new is run: a fuser is position-wise.
+        """As :func:`kvfuse.stages.fuse.fuse`, of which only what is new is run: a fuser is position-wise.
 
         ``models`` are the receiver and the sharers, whose exact caches ``receiver`` and ``sharers`` are.
         """

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
-from kvfuse.kv_cache import KV, keep_rows, read_cache, stage
+from kvfuse.cache.transformers_cache import KV, keep_rows, read_cache, stage
 from kvfuse.language_model import LanguageModel
-from kvfuse.prefill import prefill
-from kvfuse.reencode import REENCODINGS, reencoding
-from kvfuse.token_alignment import AlignedPrompt, SharerPrompt, count_positions, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, SharerPrompt, count_positions, pad_left
+from kvfuse.prompts.reencode import REENCODINGS, reencoding
+from kvfuse.stages.prefill import prefill
 
 CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change how the text before it is cut into tokens
 
@@ -45,7 +45,7 @@ class Follower:
         sharers: The models that only read, each with its ``token_alignment``.
         prompt: What all of them have read.
         streams: Their caches of it, which are filled further.
-        fuse: What fuses new positions: a prompt, the receiver's keys and values, and each sharer's (:func:`kvfuse.fuse.fuse`).
+        fuse: What fuses new positions: a prompt, the receiver's keys and values, and each sharer's (:func:`kvfuse.stages.fuse.fuse`).
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class _Reencoder:
     """Under re-encoding the sharer reads one token for each of the receiver's.
 
     Attributes:
-        table: :func:`kvfuse.reencode.reencoding`.
+        table: :func:`kvfuse.prompts.reencode.reencoding`.
     """
 
     table: np.ndarray

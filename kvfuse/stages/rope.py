@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import KV, read_cache
-from kvfuse.prefill import prefill
+from kvfuse.stages.prefill import prefill
 
 MEASURED_POSITIONS = (0, 1, 2, 5)
 TOLERANCE = 0.02  # of the keys' norm; rounding to bf16 stays below, a rotation left out is tens of times that

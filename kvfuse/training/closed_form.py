@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from kvfuse.fuse import pick
+from kvfuse.cache.transformers_cache import KV, read_cache
 from kvfuse.fusers import GatedFuser, make_fuser, require_trainable
-from kvfuse.kv_cache import KV, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import stack
-from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.prompts.alignment import stack
+from kvfuse.stages.fuse import pick
+from kvfuse.training.data.columns import EncodedExample, from_columns
 from kvfuse.training.recipe import TrainSection
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
     Args:
         pair: The models; their fuser is fitted in place.
         train: ``batch_size`` and ``steps`` say how many examples are read at once and how often; once through by default.
-        examples: A data set of :func:`kvfuse.training.columns.to_columns`. Their responses are not read: the caches of two
+        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`. Their responses are not read: the caches of two
             models are compared, not what follows from them.
 
     Raises:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvfuse.cache.transformers_cache import KVSpec
 from kvfuse.errors import PairError
 from kvfuse.fusers import fuser_class
-from kvfuse.kv_cache import KVSpec
-from kvfuse.prefill import probe
-from kvfuse.processes import processes
-from kvfuse.training.prepare import Prepared, split
+from kvfuse.stages.prefill import probe
+from kvfuse.support.processes import processes
+from kvfuse.training.data.prepare import Prepared, split
 from kvfuse.training.recipe import Recipe
 
 ADAM_BYTES = 16  # per parameter of the fuser: weight, gradient and two moments in float32

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
-from kvfuse.recipe import Section, check, override, read_recipe, unknown_key
+from kvfuse.support.config import Section, check, override, read_recipe, unknown_key
 
 OF_OTHERS = ("evaluation",)
 

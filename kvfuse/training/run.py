@@ -10,15 +10,15 @@ from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.processes import on_cpu, processes
+from kvfuse.support.processes import on_cpu, processes
 from kvfuse.training.closed_form import fit, start_from_ridge
-from kvfuse.training.columns import from_columns
-from kvfuse.training.encoding import Encoder, token_alignment
-from kvfuse.training.prepare import Prepared, prepare, split
+from kvfuse.training.data.columns import from_columns
+from kvfuse.training.data.encoding import Encoder, token_alignment
+from kvfuse.training.data.prepare import Prepared, prepare, split
+from kvfuse.training.loop.trainer import FuserTrainer
+from kvfuse.training.loop.validation import Gain, Validation
 from kvfuse.training.recipe import Recipe
-from kvfuse.training.record import record
-from kvfuse.training.trainer import FuserTrainer
-from kvfuse.training.validation import Gain, Validation
+from kvfuse.training.run_metadata import record
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:

@@ -9,9 +9,9 @@ from typing import Any
 from kvfuse import __version__
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.training.pace import Pace
-from kvfuse.training.prepare import Prepared
-from kvfuse.training.validation import Gain
+from kvfuse.training.data.prepare import Prepared
+from kvfuse.training.loop.throughput import Pace
+from kvfuse.training.loop.validation import Gain
 
 VERSIONS_OF = ("torch", "transformers", "accelerate")
 

@@ -17,13 +17,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from kvfuse.chat import Message
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.requests import by_options, cut, from_chat, generation_options, options_key, to_prompt
+from kvfuse.evaluation.harness.requests import by_options, cut, from_chat, generation_options, options_key, to_prompt
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Setting, Single, find_method, make_method
 from kvfuse.model import CacheToCache
-from kvfuse.processes import processes
+from kvfuse.prompts.chat import Message
+from kvfuse.support.processes import processes
 
 NO_SCORE = -1e9
 """The log-likelihood of an option that could not be scored; lower than any, and still a number in JSON."""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.chat import Message, Prompt
+from kvfuse.prompts.chat import Message, Prompt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

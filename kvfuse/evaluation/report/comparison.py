@@ -6,13 +6,13 @@ from typing import Any
 
 from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.document import Block, Facts, Heading, Table, Text, to_html, to_markdown
-from kvfuse.evaluation.metrics import Figures, metrics, paired
 from kvfuse.evaluation.predictions import Published, Run, read_run
-from kvfuse.evaluation.quoted import beside, select
-from kvfuse.evaluation.report import accuracy_cell, notes
-from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import points
+from kvfuse.evaluation.report.document import Block, Facts, Heading, Table, Text, to_html, to_markdown
+from kvfuse.evaluation.report.published_figures import beside, select
+from kvfuse.evaluation.report.verdict import points
+from kvfuse.evaluation.report.write import accuracy_cell, notes
+from kvfuse.evaluation.scoring.metrics import Figures, metrics, paired
+from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 
 
 def write_comparison(folders: Sequence[str | Path], page: str | Path) -> None:

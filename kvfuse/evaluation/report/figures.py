@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.evaluation.circles import THREE, Circle, middle, two_circles
-from kvfuse.plots import COLOURS, INK, MARKERS, PAPER, WIDTH, legend_above, name_lines, new_axes, styled
+from kvfuse.evaluation.report.venn import THREE, Circle, middle, two_circles
+from kvfuse.support.plots import COLOURS, INK, MARKERS, PAPER, WIDTH, legend_above, name_lines, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from kvfuse.evaluation.statistics import Interval
+    from kvfuse.evaluation.scoring.statistics import Interval
 
 NAME_PLACES = (-1, 0.0), (1, 0.0), (1, 0.5)
 """Of a circle's name: its side, and how far below the middle."""
@@ -78,7 +78,7 @@ def draw_categories(axes: "Axes", categories: Mapping[str, Mapping[str, tuple[fl
 
 
 def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, tuple[float, "Interval"]]]:
-    """What :func:`by_category` takes, of these methods, from the categories of :func:`kvfuse.evaluation.metrics.task_figures`."""
+    """What :func:`by_category` takes, of these methods, from the categories of :func:`kvfuse.evaluation.scoring.metrics.task_figures`."""
     return {
         category: {method: (found["accuracy"], found["interval"]) for method in methods if (found := one["methods"].get(method))}
         for category, one in categories.items()
@@ -90,7 +90,7 @@ def latency(methods: Mapping[str, Mapping[str, Any]], phases: Sequence[str]) -> 
     """Mean time by phase as a stack, with marks at the median and the 95th percentile.
 
     Args:
-        methods: By name, ``median``, ``p95``, ``mean`` and ``phases`` in seconds; see :func:`kvfuse.evaluation.metrics.latency`.
+        methods: By name, ``median``, ``p95``, ``mean`` and ``phases`` in seconds; see :func:`kvfuse.evaluation.scoring.metrics.latency`.
         phases: All of them, in order.
     """
     figure, axes = new_axes(1.5 + 0.36 * len(methods))

@@ -5,8 +5,8 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-from kvfuse.evaluation.document import Block, Text
 from kvfuse.evaluation.predictions import Published
+from kvfuse.evaluation.report.document import Block, Text
 
 
 def as_rows(tables: Any) -> Any:

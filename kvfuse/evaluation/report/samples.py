@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from kvfuse.evaluation.document import Block, Heading, Table, Text
-from kvfuse.evaluation.metrics import RIGHT
 from kvfuse.evaluation.predictions import Prediction
+from kvfuse.evaluation.report.document import Block, Heading, Table, Text
+from kvfuse.evaluation.scoring.metrics import RIGHT
 
 SAMPLES, CHARACTERS = 6, 240
 

@@ -18,7 +18,7 @@ def verdict(figures: dict[str, Any]) -> str:
     """Whether the fused receiver beats the receiver alone, and what part of that is communication.
 
     Args:
-        figures: Of one task, from :func:`kvfuse.evaluation.metrics.task_figures`.
+        figures: Of one task, from :func:`kvfuse.evaluation.scoring.metrics.task_figures`.
     """
     gain = difference(figures, FUSED, RECEIVER)
     if gain is None:

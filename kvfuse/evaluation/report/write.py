@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from kvfuse.checkpoint import write_file
-from kvfuse.evaluation import figures
-from kvfuse.evaluation.document import Block, Code, Facts, Heading, Picture, Table, Text, to_html, to_markdown
-from kvfuse.evaluation.metrics import Figures, all_phases, metrics
 from kvfuse.evaluation.predictions import METRICS, Published, Run, read_run
-from kvfuse.evaluation.quoted import beside, select, sources
-from kvfuse.evaluation.samples import failures, samples
-from kvfuse.evaluation.verdict import FUSED, RECEIVER, SHARER, difference, points
-from kvfuse.plots import svg
+from kvfuse.evaluation.report import figures
+from kvfuse.evaluation.report.document import Block, Code, Facts, Heading, Picture, Table, Text, to_html, to_markdown
+from kvfuse.evaluation.report.published_figures import beside, select, sources
+from kvfuse.evaluation.report.samples import failures, samples
+from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER, difference, points
+from kvfuse.evaluation.scoring.metrics import Figures, all_phases, metrics
+from kvfuse.support.plots import svg
 
 HTML, MARKDOWN = "report.html", "report.md"
 FEW_CATEGORIES = 12
@@ -45,7 +45,7 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
 
     Args:
         run: What was asked and answered.
-        record: Its figures, from :func:`kvfuse.evaluation.metrics.metrics`.
+        record: Its figures, from :func:`kvfuse.evaluation.scoring.metrics.metrics`.
     """
     yield Heading(f"Evaluation: {run.name}", level=1)
     yield from notes([run])

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from kvfuse.evaluation.predictions import Run, Timing
-from kvfuse.evaluation.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar
-from kvfuse.evaluation.task_scores import TaskScores, by_task
-from kvfuse.evaluation.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, verdict
+from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, verdict
+from kvfuse.evaluation.scoring.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar
+from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 
 RIGHT = 0.5
 """An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, the circles."""

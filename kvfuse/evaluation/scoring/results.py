@@ -5,7 +5,7 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
-from kvfuse.evaluation.extraction import strip_thoughts
+from kvfuse.evaluation.scoring.extraction import strip_thoughts
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|(?<![\d.)])[-+]?(?:\d+\.?\d*|\.\d+)|\d+(?:\.\d+)?")
 ANSWER = re.compile(r"(?i)\banswer\s*(?:is)?\s*[:=]?\s*([^\n]+)")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvfuse.evaluation.extraction import strip_thoughts
+from kvfuse.evaluation.scoring.extraction import strip_thoughts
 
 FAMILIES = {
     "question": "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader",

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kvfuse.chat import Prompt, as_chat
-from kvfuse.evaluation.extraction import extract_option, strip_thoughts
-from kvfuse.evaluation.harness import NO_SCORE
-from kvfuse.evaluation.results import extract_number, extract_result, same_result
+from kvfuse.evaluation.harness.adapter import NO_SCORE
+from kvfuse.evaluation.scoring.extraction import extract_option, strip_thoughts
+from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_result
+from kvfuse.prompts.chat import Prompt, as_chat
 
 Document = dict[str, Any]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kvfuse.fusers.lanes import fits
-from kvfuse.products import bmm
+from kvfuse.backends.onednn import bmm
+from kvfuse.fusers.execution.by_group import fits
 
 DRAWS = 2**16  # of which an element of a dropout mask is one
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvfuse.errors import PairError
-from kvfuse.fusers.grouped import GroupedFFN, GroupedLinear, GroupedRMSNorm
-from kvfuse.fusers.lanes import Grouped
+from kvfuse.fusers.execution.by_group import Grouped
+from kvfuse.fusers.layers import GroupedFFN, GroupedLinear, GroupedRMSNorm
 
 
 class FoldedRMSNorm(Grouped):

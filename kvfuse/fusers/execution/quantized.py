@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvfuse.errors import PairError
-from kvfuse.fusers.grouped import GroupedLinear
-from kvfuse.fusers.lanes import Grouped
+from kvfuse.fusers.execution.by_group import Grouped
+from kvfuse.fusers.layers import GroupedLinear
 
 if TYPE_CHECKING:
-    from kvfuse.fusers.contract import Fuser
+    from kvfuse.fusers.base import Fuser
 
 AnyFuser = TypeVar("AnyFuser", bound="Fuser")
 FULL = "full"

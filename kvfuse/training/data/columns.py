@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from kvfuse.chat import RenderedPrompt
-from kvfuse.reading import Reading
-from kvfuse.response import Response
-from kvfuse.token_alignment import AlignedReading
-from kvfuse.training.sources import import_datasets
+from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.chat import RenderedPrompt
+from kvfuse.prompts.response import Response
+from kvfuse.prompts.tokenized import Reading
+from kvfuse.training.data.sources import import_datasets
 
 PROMPT_COLUMNS, SHARER_COLUMNS = ("ids", "positions", "fusable", "response"), ("ids", "positions", "index", "response", "seen")
 NOTHING = np.empty(0, dtype=np.int32)
@@ -22,7 +22,7 @@ class EncodedExample:
     Attributes:
         prompt: The aligned prompt.
         response_ids: ``(R,)`` int64, the receiver's.
-        sharers: What the sharers read of it (:class:`kvfuse.response.Response`).
+        sharers: What the sharers read of it (:class:`kvfuse.prompts.response.Response`).
     """
 
     prompt: AlignedReading

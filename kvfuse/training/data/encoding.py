@@ -16,26 +16,26 @@ from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
-from kvfuse.response import read_response
-from kvfuse.token_alignment import AlignedReading, align, natural_alignment
-from kvfuse.training.columns import EncodedExample
-from kvfuse.training.examples import Example
+from kvfuse.prompts.alignment import AlignedReading, align, natural_alignment
+from kvfuse.prompts.response import read_response
+from kvfuse.training.data.columns import EncodedExample
+from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
 
 ENCODING_MODULES = (
-    "kvfuse.chat",
-    "kvfuse.spans",
-    "kvfuse.reading",
-    "kvfuse.message_axis",
-    "kvfuse.token_alignment",
-    "kvfuse.reencode",
-    "kvfuse.response",
-    "kvfuse.training.columns",
-    "kvfuse.training.encoding",
-    "kvfuse.training.examples",
-    "kvfuse.training.prepare",
-    "kvfuse.training.shapes",
-    "kvfuse.training.sources",
+    "kvfuse.prompts.chat",
+    "kvfuse.prompts.template_spans",
+    "kvfuse.prompts.tokenized",
+    "kvfuse.prompts.message_axis",
+    "kvfuse.prompts.alignment",
+    "kvfuse.prompts.reencode",
+    "kvfuse.prompts.response",
+    "kvfuse.training.data.columns",
+    "kvfuse.training.data.encoding",
+    "kvfuse.training.data.examples",
+    "kvfuse.training.data.prepare",
+    "kvfuse.training.data.shapes",
+    "kvfuse.training.data.sources",
 )
 """The code that decides what encoded rows are: an edit to any of them encodes a data set again, an edit elsewhere does not."""
 
@@ -79,7 +79,7 @@ class Encoder:
 
     Attributes:
         receiver: The model that answers.
-        sharers: Those that only read, each with one of :data:`kvfuse.token_alignment.TOKEN_ALIGNMENTS`.
+        sharers: Those that only read, each with one of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         fuse: Which prompt positions are fused.
         fuse_response: Whether the response is fused too, so that the sharers read it.
         max_tokens: The longest prompt and response, where that is less than a context.
@@ -111,7 +111,7 @@ class Encoder:
 
         Raises:
             TooLongError: A model has no room for what it reads.
-            PromptError: See :func:`kvfuse.chat.render`.
+            PromptError: See :func:`kvfuse.prompts.chat.render`.
         """
         sharers = [(sharer.tokenizer, how) for sharer, how in self.sharers]
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvfuse.chat import Message, Prompt
+from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.training.data.shapes import Row, to_messages
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.shapes import Row, to_messages
 
 TEXT = "text"
 """The shape of rows that are documents, not chats."""

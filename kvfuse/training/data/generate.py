@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from kvfuse.chat import Message
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
-from kvfuse.reading import read
+from kvfuse.prompts.chat import Message
+from kvfuse.prompts.tokenized import read
+from kvfuse.training.data.shapes import to_messages
+from kvfuse.training.data.sources import decode, load_rows, parse
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.shapes import to_messages
-from kvfuse.training.sources import decode, load_rows, parse
 
 
 @dataclass(frozen=True)

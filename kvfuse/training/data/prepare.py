@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import PromptError, RecipeError
-from kvfuse.training.columns import empty_row, features, to_columns
-from kvfuse.training.encoding import Encoder, TooLongError
-from kvfuse.training.examples import Example, examples_of, without_oldest_turn
+from kvfuse.training.data.columns import empty_row, features, to_columns
+from kvfuse.training.data.encoding import Encoder, TooLongError
+from kvfuse.training.data.examples import Example, examples_of, without_oldest_turn
+from kvfuse.training.data.shapes import Row
+from kvfuse.training.data.sources import decode, import_datasets, load_rows, parse, require_any, telling
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.shapes import Row
-from kvfuse.training.sources import decode, import_datasets, load_rows, parse, require_any, telling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ class Prepared:
     """What came of a recipe's data.
 
     Attributes:
-        examples: A data set of :func:`kvfuse.training.columns.to_columns`, and with ``characters`` of the response.
+        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`, and with ``characters`` of the response.
         bad: What was not learnt.
         shortened: How many examples lost their oldest turns.
         fingerprint: Of the examples, by which ``datasets`` knows them: rows, tokenizers, templates, options and this code; None

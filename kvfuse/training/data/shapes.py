@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvfuse.chat import Message
+from kvfuse.prompts.chat import Message
 
 Row = dict[str, Any]
 SPEAKERS = {

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import RecipeError
+from kvfuse.training.data.shapes import Row
 from kvfuse.training.recipe import DataSection
-from kvfuse.training.shapes import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from kvfuse.processes import on_cpu
+from kvfuse.support.processes import on_cpu
 from kvfuse.training.recipe import TrainSection
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfuse.kv_cache import KV
-from kvfuse.response import stack_responses
-from kvfuse.token_alignment import AlignedPrompt, stack
-from kvfuse.training.columns import EncodedExample
+from kvfuse.cache.transformers_cache import KV
+from kvfuse.prompts.alignment import AlignedPrompt, stack
+from kvfuse.prompts.response import stack_responses
+from kvfuse.training.data.columns import EncodedExample
 
 IGNORED = -100  # the label that transformers' losses skip
 
@@ -32,7 +32,7 @@ class TrainingBatch:
 
     Attributes:
         prompt: The prompts, their last token included.
-        tail: ``(B, 1 + R)``: the last prompt token, then the response (:func:`kvfuse.response.stack_responses`).
+        tail: ``(B, 1 + R)``: the last prompt token, then the response (:func:`kvfuse.prompts.response.stack_responses`).
         labels: ``(B, 1 + R)`` int64, :data:`IGNORED` on the prompt's token and on padding.
         kept: What the models have read of the prompts already.
     """

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from kvfuse.kv_cache import CACHE, cache_of, read_cache, read_only_cache, stage
+from kvfuse.backends.onednn import quick_products
+from kvfuse.cache.transformers_cache import CACHE, cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
-from kvfuse.products import quick_products
-from kvfuse.training.batches import Kept, TrainingBatch
-from kvfuse.training.recompute import recomputed_layers
+from kvfuse.training.loop.batches import Kept, TrainingBatch
+from kvfuse.training.memory.recompute import recomputed_layers
 
 
 def response_loss(

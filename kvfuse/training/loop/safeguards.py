@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kvfuse.checkpoint import write_file
 from kvfuse.errors import RecipeError
-from kvfuse.processes import processes
+from kvfuse.support.processes import processes
 
 WHOLE = "whole"  # written into a checkpoint after everything else in it
 

@@ -13,18 +13,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kvfuse.fusers import Fuser, require_trainable
 from kvfuse.model import CacheToCache
-from kvfuse.token_alignment import AlignedPrompt, SharerPrompt
-from kvfuse.training.arguments import trainer_arguments
-from kvfuse.training.batches import TrainingBatch, collate
-from kvfuse.training.callbacks import Anneal, OwnNoise
-from kvfuse.training.columns import from_columns
-from kvfuse.training.kept_caches import KeptCaches
-from kvfuse.training.loss import response_loss
-from kvfuse.training.pace import Clock, Pace
+from kvfuse.prompts.alignment import AlignedPrompt, SharerPrompt
+from kvfuse.training.data.columns import from_columns
+from kvfuse.training.loop.arguments import trainer_arguments
+from kvfuse.training.loop.batches import TrainingBatch, collate
+from kvfuse.training.loop.callbacks import Anneal, OwnNoise
+from kvfuse.training.loop.loss import response_loss
+from kvfuse.training.loop.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
+from kvfuse.training.loop.throughput import Clock, Pace
+from kvfuse.training.loop.validation import Validation
+from kvfuse.training.memory.precomputed_caches import KeptCaches
+from kvfuse.training.memory.recompute import require_recomputable
 from kvfuse.training.recipe import TrainSection
-from kvfuse.training.recompute import require_recomputable
-from kvfuse.training.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
-from kvfuse.training.validation import Validation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +38,7 @@ class FuserTrainer(Trainer):
     Args:
         pair: The models; its fuser is trained in place.
         train: The recipe's ``train`` section.
-        examples: What to learn, a data set of :func:`kvfuse.training.columns.to_columns`.
+        examples: What to learn, a data set of :func:`kvfuse.training.data.columns.to_columns`.
         folder: For checkpoints; a run that finds some there goes on from the last. Kept caches are in a folder beside it.
         validation: Measured with every checkpoint; the fuser ends as it was at the best of them.
         quiet: Show no progress.

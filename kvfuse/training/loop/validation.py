@@ -12,10 +12,10 @@ from torch import nn
 from kvfuse.errors import RecipeError
 from kvfuse.methods.controls import swap_sharers
 from kvfuse.model import CacheToCache
-from kvfuse.processes import processes
-from kvfuse.training.batches import collate
-from kvfuse.training.columns import EncodedExample
-from kvfuse.training.loss import response_loss
+from kvfuse.support.processes import processes
+from kvfuse.training.data.columns import EncodedExample
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import response_loss
 
 BATCH = 16
 
@@ -89,7 +89,7 @@ class Validation:
 
     @torch.no_grad()
     def _bits(self, examples: Sequence[EncodedExample], fusers: Sequence[nn.Module] | None) -> float:
-        """Per character, over all responses; ``fusers`` as in :func:`kvfuse.training.loss.response_loss`."""
+        """Per character, over all responses; ``fusers`` as in :func:`kvfuse.training.loop.loss.response_loss`."""
         group = processes()
         mine, nats = examples[group.process_index :: group.num_processes], 0.0
         for start in range(0, math.ceil(len(examples) / group.num_processes), BATCH):

@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvfuse.cache.transformers_cache import KV, KVSpec, read_cache
 from kvfuse.checkpoint import write_beside
 from kvfuse.errors import PairError, RecipeError
-from kvfuse.kv_cache import KV, KVSpec, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.processes import processes
-from kvfuse.token_alignment import stack
-from kvfuse.training.batches import Kept
-from kvfuse.training.columns import EncodedExample, from_columns
+from kvfuse.prompts.alignment import stack
+from kvfuse.support.processes import processes
+from kvfuse.training.data.columns import EncodedExample, from_columns
+from kvfuse.training.loop.batches import Kept
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +33,7 @@ class KeptCaches:
 
     Args:
         pair: The models.
-        examples: A data set of :func:`kvfuse.training.columns.to_columns`.
+        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`.
         folder: For the files; those that an earlier run has left are used.
         receiver: Keep the receiver's caches too, in bfloat16; they are several times as large as a small sharer's.
         dtype: Of the sharers': ``bfloat16``, or ``int8`` with one scale per token and head.

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kvfuse.cache.transformers_cache import has_state
 from kvfuse.errors import PairError
-from kvfuse.kv_cache import has_state
 
 FLAGS = ("training", "gradient_checkpointing", "_can_checkpoint_with_cache")
 
@@ -20,7 +20,7 @@ def recomputed_layers(model: PreTrainedModel, wanted: bool = True) -> Iterator[N
     """While open, the decoder layers of a frozen model keep their inputs alone.
 
     transformers does this for models in training, and drops their cache; the layers of this one are told so each for
-    itself, which leaves dropout within them off. The cache must be :func:`kvfuse.kv_cache.read_only_cache`'s: a layer reads
+    itself, which leaves dropout within them off. The cache must be :func:`kvfuse.cache.transformers_cache.read_only_cache`'s: a layer reads
     it twice.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
