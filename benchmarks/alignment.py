@@ -16,10 +16,22 @@ from kvfuse.language_model import load_tokenizer
 from kvfuse.prompts.alignment import align
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-ROW = "{how:16} {characters:10,} {tokens:8,} {tokenizer_seconds:12.4f} {alignment_seconds:11.5f} {tokens_per_second:10,}"
+ROW = (
+    "{how:16} {characters:10,} {tokens:8,} {tokenizer_seconds:12.4f} {alignment_seconds:11.5f} {tokens_per_second:10,}"
+)
 PHRASES = {
-    "english": ["The quick brown fox ", "jumps over it; ", "communication, ", "internationalization ", "isn't 12,345. "],
-    "code": ["def fuse(self, x):\n", "    return self.gate * x[..., :2**n] + y  # why?\n", "    if not x:\n        raise ValueError()\n"],
+    "english": [
+        "The quick brown fox ",
+        "jumps over it; ",
+        "communication, ",
+        "internationalization ",
+        "isn't 12,345. ",
+    ],
+    "code": [
+        "def fuse(self, x):\n",
+        "    return self.gate * x[..., :2**n] + y  # why?\n",
+        "    if not x:\n        raise ValueError()\n",
+    ],
     "chinese": ["你好，", "世界", "模型", "缓存。", "今天天气很好，", "我们", "去散步。"],
     "emoji": ["👍🏽", "👩‍👩‍👧 ", "🇳🇴", "🎉 ", "❤️", "naïve ", "cafe\u0301 "],
 }
@@ -93,7 +105,9 @@ def main(
             rows.append(row)
             typer.echo(ROW.format(**row))
     if json_file:
-        json_file.write_text(json.dumps({"receiver": receiver, "sharer": sharer, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps({"receiver": receiver, "sharer": sharer, "rows": rows}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

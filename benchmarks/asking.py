@@ -17,7 +17,12 @@ from kvfuse.fusers import Fuser, quantize
 from kvfuse.language_model import LanguageModel
 from kvfuse.stages.phases import measured
 
-PHASES = {"receiver_prefill": "receiver prefill", "sharer_prefill": "sharer prefill", "fuse": "fuse", "first_token": "last prompt token"}
+PHASES = {
+    "receiver_prefill": "receiver prefill",
+    "sharer_prefill": "sharer prefill",
+    "fuse": "fuse",
+    "first_token": "last prompt token",
+}
 """Phase of :mod:`kvfuse.stages.phases` -> figure, of everything up to the first token."""
 NEW, HINT, REQUEST = 8, 64, 48  # tokens: of an answer, of a hint, and of the words in which it is asked for
 BARE_TOKENS = 256
@@ -68,8 +73,12 @@ def first_token_rows(case: Case) -> Iterator[Row]:
     yield case.timed_row("first token / receiver's", ratio(taken["C2C"], taken["receiver"]), "x")
     yield case.timed_row("first token / receiver's, low-rank", ratio(taken["low-rank"], taken["receiver"]), "x")
     if bare:  # the prefills of another run: an answer is not held against parts of itself
-        parts = total(small.phases["receiver_prefill"], small.phases["sharer_prefill"], least(*(taken[name] for name in bare)))
-        yield case.timed_row("first token / (receiver + sharer prefills + bare products)", ratio(taken["C2C"], parts), "x")
+        parts = total(
+            small.phases["receiver_prefill"], small.phases["sharer_prefill"], least(*(taken[name] for name in bare))
+        )
+        yield case.timed_row(
+            "first token / (receiver + sharer prefills + bare products)", ratio(taken["C2C"], parts), "x"
+        )
 
 
 def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
@@ -79,7 +88,9 @@ def _phase_rows(case: Case, c2c: PhasedAnswer) -> Iterator[Row]:
     work = Work.of_fusing(case.pair, case.prompt)
     yield case.row("arithmetic of a fuse", work.flops / 1e9, "GFLOP")
     yield case.row("bytes of a fuse", work.bytes / 1e6, "MB")
-    yield case.timed_row("fuse, share of the roofline", [case.machine.seconds(work) / seconds for seconds in c2c.phases["fuse"]], "x")
+    yield case.timed_row(
+        "fuse, share of the roofline", [case.machine.seconds(work) / seconds for seconds in c2c.phases["fuse"]], "x"
+    )
 
 
 @torch.no_grad()
@@ -94,7 +105,10 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
     runs = {
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
         "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
-        **{f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW)) for name, fuser in smaller.items()},
+        **{
+            f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW))
+            for name, fuser in smaller.items()
+        },
         "text-to-text": partial(timed, _text_to_text, case),
     }
     taken = in_turns(runs, case.repeats)
@@ -102,7 +116,9 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
         yield case.timed_row(f"{NEW} tokens, {name}", seconds, "s")
     yield case.timed_row(f"C2C to {NEW} tokens / text-to-text", ratio(taken["C2C"], taken["text-to-text"]), "x")
     for name in smaller:
-        yield case.timed_row(f"C2C to {NEW} tokens / text-to-text, {name}", ratio(taken[f"C2C, {name}"], taken["text-to-text"]), "x")
+        yield case.timed_row(
+            f"C2C to {NEW} tokens / text-to-text, {name}", ratio(taken[f"C2C, {name}"], taken["text-to-text"]), "x"
+        )
     yield case.timed_row(f"C2C to {NEW} tokens / receiver alone", ratio(taken["C2C"], taken["receiver alone"]), "x")
 
 

@@ -10,7 +10,7 @@ from benchmarks.rows import Row, row, spread_row
 from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.stages.response_fusion import Streams
+from kvfuse.stages.response_fusion import ModelCaches
 
 BARS: dict[str, dict[int, float]] = {
     "fuse / bare products": {256: 1.25},
@@ -64,7 +64,7 @@ class Case:
     def prompt(self) -> AlignedPrompt:
         return prompt_for(self.pair, self.batch, self.tokens)
 
-    def new_streams(self) -> Streams:
+    def new_streams(self) -> ModelCaches:
         """Caches as if the prompt had been read; new ones each time, for fusing may use them up."""
         return random_streams(self.pair, self.prompt)
 

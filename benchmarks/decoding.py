@@ -41,8 +41,12 @@ def decode_rows(case: Case) -> Iterator[Row]:
     fused = pair.fuse(prompt, case.new_streams(), pair.fusers, use_up=True)
     alone = partial(generate, pair.receiver, prompt.ids, 1 + TOKENS)  # transformers' own, by its own cache
     runs = {
-        "receiver": partial(_per_token, lambda cache, **options: alone(**{CACHE: cache}, **options), case.new_streams().receiver),
-        "C2C": partial(_per_token, lambda cache, **options: pair.decode(prompt, cache, **greedy(1 + TOKENS), **options), fused),
+        "receiver": partial(
+            _per_token, lambda cache, **options: alone(**{CACHE: cache}, **options), case.new_streams().receiver
+        ),
+        "C2C": partial(
+            _per_token, lambda cache, **options: pair.decode(prompt, cache, **greedy(1 + TOKENS), **options), fused
+        ),
     }
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():

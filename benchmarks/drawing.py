@@ -39,7 +39,9 @@ def _draw_ratios(axes: "Axes", ratios: Sequence[Row]) -> None:
         axes.barh(place, value, 0.6, color=COLOURS[0] if value <= bar else COLOURS[1])
         axes.plot([low, high], [place, place], color=INK, linewidth=1)
         axes.plot([bar, bar], [place - 0.4, place + 0.4], color=INK, linewidth=2.5)
-        axes.annotate(f"{value:.2f}", (max(high, bar), place), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{value:.2f}", (max(high, bar), place), (6, 0), textcoords="offset points", va="center", fontsize=9
+        )
     name_lines(axes, [f"{found['figure']}\n{found['setting']}" for found in ratios])
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(x=0.1)
@@ -60,7 +62,15 @@ def _draw_stacks(axes: "Axes", shapes: str, stacks: Stacks) -> None:
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlim(left=0)
     axes.set_xlabel("time to the first token, ms per prompt token")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=8, markerscale=0.5, handlelength=1.2, columnspacing=1.2)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=5,
+        fontsize=8,
+        markerscale=0.5,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
 
 
 def _stacks(rows: Sequence[Row]) -> tuple[str, Stacks]:

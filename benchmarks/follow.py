@@ -34,7 +34,8 @@ def pairs(own_tokenizer: bool) -> tuple[CacheToCache, CacheToCache]:
     receiver = tiny_model("qwen3", **SIZES)
     sharer = tiny_model("llama", tiny_tokenizer(300) if own_tokenizer else None, seed=1, **SIZES)
     prompt_only, followed = (
-        CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, hidden_dim=64, fuse_response=fuse)]) for fuse in (False, True)
+        CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, hidden_dim=64, fuse_response=fuse)])
+        for fuse in (False, True)
     )
     return prompt_only, followed
 
@@ -60,7 +61,9 @@ def follow_rows(length: int, own_tokenizer: bool) -> Iterator[Row]:
     taken = in_turns(runs, REPEATS)
     for name, seconds in taken.items():
         yield spread_row(f"per token, {name}", setting, [1e3 * one for one in seconds], None, "ms")
-    yield spread_row("per token, fused response / receiver", setting, ratio(taken["fused response"], taken["receiver"]), None, "x")
+    yield spread_row(
+        "per token, fused response / receiver", setting, ratio(taken["fused response"], taken["receiver"]), None, "x"
+    )
 
 
 def main(file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None) -> None:

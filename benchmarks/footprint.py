@@ -21,7 +21,9 @@ def footprint_rows(case: Case) -> Iterator[Row]:
     yield case.row("models and fuser", static / 2**20, "MiB")
     yield case.row("caches of a prompt", caches / 2**20, "MiB")
     yield case.row("made by a fused prefill", made / 2**20, "MiB")
-    yield case.row("peak memory of a fused prefill / (models + caches + fuser)", (static + made) / (static + caches), "x")
+    yield case.row(
+        "peak memory of a fused prefill / (models + caches + fuser)", (static + made) / (static + caches), "x"
+    )
 
 
 def _cache_bytes(case: Case) -> int:

@@ -54,7 +54,9 @@ def fuse_rows(case: Case) -> Iterator[Row]:
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
         yield case.timed_row(name, seconds, "s")
-    yield case.timed_row("fuse / bare products", ratio(taken["fuse alone"], least(*(taken[name] for name in bare))), "x")
+    yield case.timed_row(
+        "fuse / bare products", ratio(taken["fuse alone"], least(*(taken[name] for name in bare))), "x"
+    )
     yield case.timed_row("fuse, int8 / fp32", ratio(taken["fuse alone, int8"], taken["fuse alone"]), "x")
 
 
@@ -65,7 +67,9 @@ def growth_rows(case: Case) -> Iterator[Row]:
     taken = in_turns({str(one.tokens): partial(_per_token, one) for one in (short, case)}, case.repeats)
     for tokens, seconds in taken.items():
         yield case.timed_row(f"fuse per token, {tokens}", [1e3 * one for one in seconds], "ms")
-    yield case.timed_row(f"fuse per token, {case.tokens} / {SHORT}", ratio(taken[str(case.tokens)], taken[str(SHORT)]), "x")
+    yield case.timed_row(
+        f"fuse per token, {case.tokens} / {SHORT}", ratio(taken[str(case.tokens)], taken[str(SHORT)]), "x"
+    )
 
 
 def _per_token(case: Case) -> float:

@@ -85,7 +85,10 @@ def run(recipe: Recipe, questions: list[Question], knew: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     pair.fusers[0].eval()
     right = is_right(ask_all(Fused(pair), questions), questions)
-    kinds = {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in {q.kind for q in questions}}
+    kinds = {
+        kind: [i for i, question in enumerate(questions) if question.kind == kind]
+        for kind in {q.kind for q in questions}
+    }
     gates = pair.fusers[0].open_gates()
     return {
         "seed": recipe.train.seed,

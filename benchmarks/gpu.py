@@ -13,7 +13,7 @@ from benchmarks.fusing import fuse_once
 from benchmarks.machine import Work
 from benchmarks.rows import Row
 from benchmarks.timing import Runs, in_turns, ratio, timed
-from kvfuse.backends.cuda_graphs import CapturedPrefill
+from kvfuse.backends.cuda_graphs import CudaGraphPrefill
 from kvfuse.fusers import quantize
 from kvfuse.fusers.execution.fold_norms import fold
 from kvfuse.model import CacheToCache
@@ -30,13 +30,20 @@ def gpu_fuse_rows(case: Case) -> Iterator[Row]:
     """A fuse on its own, behind other work, and in int8; what it launches and copies."""
     int8, least = quantize(case.pair.fusers[0], "int8"), case.machine.seconds(Work.of_fusing(case.pair, case.prompt))
     taken = _warm_turns(
-        case, {"fuse": partial(fuse_once, case), "fuse, int8": partial(fuse_once, case, int8), "queued": partial(_queued, case)}
+        case,
+        {
+            "fuse": partial(fuse_once, case),
+            "fuse, int8": partial(fuse_once, case, int8),
+            "queued": partial(_queued, case),
+        },
     )
     for name in ("fuse", "fuse, int8"):
         yield case.timed_row(name, _ms(taken[name]), "ms")
     yield case.timed_row("fuse, queued behind other work", _ms(taken["queued"]), "ms")
     yield case.timed_row("fuse / roofline", [seconds / least for seconds in taken["fuse"]], "x")
-    yield case.timed_row("fuse, queued behind other work / roofline", [seconds / least for seconds in taken["queued"]], "x")
+    yield case.timed_row(
+        "fuse, queued behind other work / roofline", [seconds / least for seconds in taken["queued"]], "x"
+    )
     names = _events(case)
     yield case.row("kernel launches of a fuse", sum(name.startswith(LAUNCHES) for name in names), "launches")
     yield case.row("device-to-host copies of a fuse", sum(COPY in name for name in names), "copies")
@@ -56,7 +63,9 @@ def _queued(case: Case) -> float:
 
 
 def _square(case: Case) -> Tensor:
-    return torch.empty(SIDE, SIDE, dtype=case.pair.receiver.model.dtype, device=case.pair.receiver.model.device).normal_()
+    return torch.empty(
+        SIDE, SIDE, dtype=case.pair.receiver.model.dtype, device=case.pair.receiver.model.device
+    ).normal_()
 
 
 def _events(case: Case) -> list[str]:
@@ -76,7 +85,9 @@ def gpu_folded_rows(case: Case) -> Iterator[Row]:
     queued = _warm_turns(case, {"queued": partial(_queued, case)})["queued"]
     least = case.machine.seconds(Work.of_fusing(case.pair, case.prompt))
     yield case.timed_row("fuse, queued behind other work, folded", _ms(queued), "ms")
-    yield case.timed_row("fuse, queued behind other work, folded / roofline", [seconds / least for seconds in queued], "x")
+    yield case.timed_row(
+        "fuse, queued behind other work, folded / roofline", [seconds / least for seconds in queued], "x"
+    )
 
 
 @torch.no_grad()
@@ -98,8 +109,8 @@ def gpu_first_token_rows(case: Case) -> Iterator[Row]:
 
 
 def _prefill_rows(case: Case) -> Iterator[Row]:
-    """Reading alone, by each model: its kernels queued one by one, or at once."""
-    captured, prompt, reads = CapturedPrefill(), case.prompt, case.prompt.sharers[0]
+    """TokenizedPrompt alone, by each model: its kernels queued one by one, or at once."""
+    captured, prompt, reads = CudaGraphPrefill(), case.prompt, case.prompt.sharers[0]
     for name, one, ids, positions in (
         ("receiver", case.pair.receiver, prompt.ids, prompt.positions),
         ("sharer", case.pair.sharers[0], reads.ids, reads.positions),

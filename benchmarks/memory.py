@@ -25,7 +25,9 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs or {})) if isinstance(tensor, Tensor)}
+        before = {
+            tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs or {})) if isinstance(tensor, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":

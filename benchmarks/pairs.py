@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
-from kvfuse.cache.transformers_cache import KV, copy_side_by_side
+from kvfuse.cache.transformers_cache import KV, copy_stacked
 from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, stack
-from kvfuse.stages.response_fusion import Streams
+from kvfuse.stages.response_fusion import ModelCaches
 from kvfuse.testing import tiny_tokenizer
 
 CONTEXT = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
@@ -56,7 +56,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 def random_pair(
-    shapes: str, kind: str = "c2c", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
+    shapes: str,
+    kind: str = "c2c",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **options: Any,
 ) -> CacheToCache:
     """A pair of :data:`SHAPES` with open gates; models read the same ids.
 
@@ -69,7 +73,9 @@ def random_pair(
     """
     mine, theirs, sizes = SHAPES[shapes]
     receiver, sharer = _model("qwen3", mine, dtype, device), _model("qwen2", theirs, dtype, device)
-    return CacheToCache(receiver, [sharer], [random_fuser(receiver, sharer, kind, **{**(sizes if kind == "c2c" else {}), **options})])
+    return CacheToCache(
+        receiver, [sharer], [random_fuser(receiver, sharer, kind, **{**(sizes if kind == "c2c" else {}), **options})]
+    )
 
 
 def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **options: Any) -> Fuser:
@@ -83,27 +89,37 @@ def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **op
 def prompt_for(pair: CacheToCache, batch: int, tokens: int) -> AlignedPrompt:
     """Random ids where models read the same ones, else so many tokens of text, as each model has them."""
     if pair.fusers[0].config.token_alignment == "identity":
-        return from_ids(torch.randint(5, 300, (batch, tokens), generator=torch.Generator().manual_seed(0)), len(pair.sharers))
+        return from_ids(
+            torch.randint(5, 300, (batch, tokens), generator=torch.Generator().manual_seed(0)), len(pair.sharers)
+        )
     return stack([pair.align(text_of(pair.receiver.tokenizer, tokens))] * batch)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """English, about so many tokens long."""
-    words = "the capital of Norway and a language that people speak there " * (tokens // 11 + 1)  # 11 words are at least 11 tokens
+    words = "the capital of Norway and a language that people speak there " * (
+        tokens // 11 + 1
+    )  # 11 words are at least 11 tokens
     return tokenizer.decode(tokenizer(words).input_ids[:tokens])
 
 
-def random_streams(pair: CacheToCache, prompt: AlignedPrompt) -> Streams:
+def random_streams(pair: CacheToCache, prompt: AlignedPrompt) -> ModelCaches:
     """What :meth:`CacheToCache.read` would give, but nobody has read: random caches of the right shapes, at once."""
     batch, tokens = prompt.ids.shape
-    sharers = [_random_cache(sharer, batch, reads.ids.shape[1]) for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True)]
-    return Streams(_random_cache(pair.receiver, batch, tokens - 1), sharers)
+    sharers = [
+        _random_cache(sharer, batch, reads.ids.shape[1])
+        for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True)
+    ]
+    return ModelCaches(_random_cache(pair.receiver, batch, tokens - 1), sharers)
 
 
 def _random_cache(model: LanguageModel, batch: int, tokens: int) -> DynamicCache:
     spec, like = model.kv_spec, {"dtype": model.model.dtype, "device": model.model.device}
-    parts = (torch.randn(spec.num_layers, batch, spec.num_kv_heads, tokens, dim, **like) for dim in (spec.key_dim, spec.value_dim))
-    return copy_side_by_side(model.model.config, KV(*parts))
+    parts = (
+        torch.randn(spec.num_layers, batch, spec.num_kv_heads, tokens, dim, **like)
+        for dim in (spec.key_dim, spec.value_dim)
+    )
+    return copy_stacked(model.model.config, KV(*parts))
 
 
 def _model(family: str, sizes: dict[str, Any], dtype: torch.dtype, device: str | torch.device) -> LanguageModel:

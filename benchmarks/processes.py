@@ -52,14 +52,27 @@ def learn(shapes: str, batch: int, steps: int) -> float:
 def launch(number: int, shapes: str, batch: int, steps: int) -> float:
     """:func:`learn` in so many processes."""
     words = ["--shapes", shapes, "--batch", str(batch), "--steps", str(steps), "--worker"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "-m", "benchmarks.processes", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(number),
+        "-m",
+        "benchmarks.processes",
+        *words,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     return float(done.stdout.split()[-1])
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")] = "mid",
+    shapes: Annotated[
+        str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")
+    ] = "mid",
     batch: Annotated[int, typer.Option(help="Examples of a step and process.")] = 4,
     steps: Annotated[int, typer.Option(help="How many; the first is not counted.")] = 4,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,

@@ -48,7 +48,9 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
     questions = held_out(pair)
     places = [question.place for question in questions]
     fusers = [variants(load_fuser(folder)) for folder in folders]
-    setting = f"{fusers[0][FULL].config.model_type.removeprefix('kvfuse-')}, {len(fusers)} fusers, {len(questions)} questions"
+    setting = (
+        f"{fusers[0][FULL].config.model_type.removeprefix('kvfuse-')}, {len(fusers)} fusers, {len(questions)} questions"
+    )
     sizes = {name: size_of(fuser) for name, fuser in fusers[0].items()}
     asked = {name: [_ask(pair, one[name], questions) for one in fusers] for name in fusers[0]}
     right = {name: np.array([is_right(answers, questions) for answers in runs]) for name, runs in asked.items()}
@@ -62,7 +64,9 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
             for turn, (before, after) in {"lost": (True, False), "won": (False, True)}.items():
                 share = ((right[FULL] == before) & (right[name] == after)).mean()
                 yield row(f"{name}: right answers {turn}", setting, 100 * share, None, "%")
-            yield row(f"{name}: answers that read otherwise", setting, 100 * (texts[name] != texts[FULL]).mean(), None, "%")
+            yield row(
+                f"{name}: answers that read otherwise", setting, 100 * (texts[name] != texts[FULL]).mean(), None, "%"
+            )
 
 
 def residual_rows() -> Iterator[Row]:
@@ -88,7 +92,9 @@ def time_rows(layers: int, repeats: int) -> Iterator[Row]:
         taken = in_turns(calls, repeats)
         yield spread_row(FULL, setting, [1e3 * seconds for seconds in taken[FULL]], None, "ms")
         for name in FORMATS:
-            yield spread_row(f"{name} / {FULL}", setting, ratio(taken[name], taken[FULL]), BARS.get((name, tokens)), "x")
+            yield spread_row(
+                f"{name} / {FULL}", setting, ratio(taken[name], taken[FULL]), BARS.get((name, tokens)), "x"
+            )
 
 
 def true_fuser(layers: int) -> Fuser:
@@ -100,7 +106,8 @@ def true_fuser(layers: int) -> Fuser:
 def caches(layers: int, tokens: int) -> tuple[KV, KV]:
     """Standard normal caches of both models."""
     mine, theirs = (
-        KV(*(torch.randn(spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim) for _ in range(2))) for spec in _specs(layers)
+        KV(*(torch.randn(spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim) for _ in range(2)))
+        for spec in _specs(layers)
     )
     return mine, theirs
 
@@ -131,7 +138,9 @@ def _with_interval(figure: str, setting: str, measured: tuple[float, Interval], 
 
 @torch.no_grad()
 def main(
-    fuser: Annotated[list[Path] | None, typer.Option(help="Fusers of the embedded pair; by default the shipped ones.")] = None,
+    fuser: Annotated[
+        list[Path] | None, typer.Option(help="Fusers of the embedded pair; by default the shipped ones.")
+    ] = None,
     layers: Annotated[int, typer.Option(help="Whose time is measured.")] = 28,
     repeats: Annotated[int, typer.Option(help="Of each time; 0 leaves them out.")] = 5,
     file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,

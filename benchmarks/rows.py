@@ -42,7 +42,9 @@ def markdown(rows: Iterable[Row]) -> str:
     lines = ["| figure | setting | measured | low-high | bar |", "| --- | --- | ---: | ---: | ---: |"]
     for found in sorted(rows, key=lambda found: found["bar"] is None):
         bar = "" if found["bar"] is None else f"{found['bar']:g}"
-        lines.append(f"| {found['figure']} | {found['setting']} | {found['value']:.3g} {found['unit']} | {_range(found)} | {bar} |")
+        lines.append(
+            f"| {found['figure']} | {found['setting']} | {found['value']:.3g} {found['unit']} | {_range(found)} | {bar} |"
+        )
     return "\n".join(lines) + "\n"
 
 

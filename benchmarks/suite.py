@@ -24,7 +24,9 @@ Group = Callable[[Case], Iterator[Row]]
 
 def training_rows(case: Case) -> Iterator[Row]:
     """A training step, which has examples of a size of its own; it leaves the fuser a step further."""
-    yield from step_rows(random_step(case.pair, case.batch), f"{case.shapes}, batch {case.batch}, training", case.repeats)
+    yield from step_rows(
+        random_step(case.pair, case.batch), f"{case.shapes}, batch {case.batch}, training", case.repeats
+    )
     case.pair.fusers[0].eval().requires_grad_(False)
 
 
@@ -65,7 +67,10 @@ FULL = (
 )
 GPU = (
     Planned("true", 1, 256, 20, (gpu_fuse_rows,)),
-    *(Planned("true", batch, tokens, 20, (gpu_first_token_rows,)) for batch, tokens in ((1, 256), (1, 64), (1, 1024), (1, 4096), (8, 256))),
+    *(
+        Planned("true", batch, tokens, 20, (gpu_first_token_rows,))
+        for batch, tokens in ((1, 256), (1, 64), (1, 1024), (1, 4096), (8, 256))
+    ),
     Planned("true", 1, 1024, 20, (gpu_fuse_rows,)),
     Planned("true", 1, 256, 3, (end_to_end_rows,)),
     Planned("true", 1, 256, 5, (static_rows,)),

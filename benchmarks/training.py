@@ -27,9 +27,9 @@ from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed, total
 from kvfuse.cache.transformers_cache import CACHE, KV, cache_of, read_cache
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import RenderedPrompt
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.training.data.columns import EncodedExample, to_columns
 from kvfuse.training.loop.batches import TrainingBatch, collate
 from kvfuse.training.loop.loss import response_loss
@@ -44,9 +44,9 @@ def random_example(seed: int = 0, tokens: int = TOKENS, response: int = RESPONSE
     ids = np.random.default_rng(seed).integers(5, 300, tokens)
     length = tokens - response
     text = RenderedPrompt("", (), (), templated=False)
-    reading = Reading(ids[:length], np.zeros((length, 2), dtype=np.int64), text, 0, np.arange(length))
+    reading = TokenizedPrompt(ids[:length], np.zeros((length, 2), dtype=np.int64), text, 0, np.arange(length))
     fusable = np.arange(length) < length - 1
-    return EncodedExample(AlignedReading(reading, fusable, ((reading, np.arange(length)),)), ids[length:])
+    return EncodedExample(AlignedRow(reading, fusable, ((reading, np.arange(length)),)), ids[length:])
 
 
 class Step:
@@ -107,7 +107,9 @@ class Step:
     def _respond(self) -> None:
         prefix = KV(*(part.detach().requires_grad_() for part in (self.mine.key, self.mine.value)))
         tail = self.batch.tail
-        self.pair.receiver.model(tail.ids, use_cache=False, labels=self.batch.labels, **{CACHE: cache_of(prefix)}).loss.backward()
+        self.pair.receiver.model(
+            tail.ids, use_cache=False, labels=self.batch.labels, **{CACHE: cache_of(prefix)}
+        ).loss.backward()
 
 
 def random_step(pair: CacheToCache, batch: int) -> Step:
@@ -117,7 +119,11 @@ def random_step(pair: CacheToCache, batch: int) -> Step:
 
 def step_rows(step: Step, setting: str, repeats: int) -> Iterator[Row]:
     """A step against its parts, and with recomputation."""
-    runs: dict[str, Callable[[], Any]] = {"step": step.whole, "recomputed": partial(step.whole, recompute=True), **step.parts()}
+    runs: dict[str, Callable[[], Any]] = {
+        "step": step.whole,
+        "recomputed": partial(step.whole, recompute=True),
+        **step.parts(),
+    }
     taken = in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats)
     bare = total(*(taken[name] for name in step.parts()))
     yield spread_row("step / bare parts", setting, ratio(taken["step"], bare), 1.15, "x")
@@ -141,7 +147,10 @@ def equality_rows(step: Step, setting: str) -> Iterator[Row]:
         losses.append(float(step.learn(recompute)))
         found = [parameter.grad for parameter in step.fuser.parameters() if parameter.grad is not None]
         gradients.append(found if recompute else [gradient.clone() for gradient in found])
-    largest = max(float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) for one, other in zip(*gradients, strict=True))
+    largest = max(
+        float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
+        for one, other in zip(*gradients, strict=True)
+    )
     yield row("loss, recomputed - not", setting, losses[1] - losses[0], None, "nats")
     yield row("largest difference of a gradient", setting, largest, 1e-3, "x")
 
@@ -174,7 +183,9 @@ class _EpochClock(TrainerCallback):
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")] = "mid",
+    shapes: Annotated[
+        str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")
+    ] = "mid",
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 1,
     repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 5,
     epochs: Annotated[bool, typer.Option(help="Measure epochs with kept caches too.")] = True,

@@ -39,7 +39,9 @@ def save_fuser(fuser: Fuser, folder: str | Path, notes: str = "") -> Path:
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise CheckpointError(f"expected {folder} to be new or hold a fuser, got a folder with other files; choose another")
+        raise CheckpointError(
+            f"expected {folder} to be new or hold a fuser, got a folder with other files; choose another"
+        )
 
     def write(place: Path) -> None:
         fuser.save_pretrained(place)
@@ -74,8 +76,12 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
             f"expected the {CONFIG} of a fuser in {folder}, got: {str(error).splitlines()[0]}; train or download it again"
         ) from error
     if not config.model_type.startswith(PREFIX):
-        raise CheckpointError(f"expected a fuser in {folder}, got a model of type {config.model_type!r}; name the fuser's folder")
-    fuser, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **{"dtype": "auto", **options})
+        raise CheckpointError(
+            f"expected a fuser in {folder}, got a model of type {config.model_type!r}; name the fuser's folder"
+        )
+    fuser, report = AutoModel.from_pretrained(
+        folder, config=config, output_loading_info=True, **{"dtype": "auto", **options}
+    )
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
     if wrong:
         raise CheckpointError(
@@ -121,7 +127,9 @@ def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: st
         PairError: See :func:`kvfuse.fusers.quantize`.
     """
     if Path(folder).resolve() == _local(source, subfolder, None).resolve():
-        raise CheckpointError(f"expected another folder than the fuser's own, got {folder}; the full weights are gone where it is replaced")
+        raise CheckpointError(
+            f"expected another folder than the fuser's own, got {folder}; the full weights are gone where it is replaced"
+        )
     fuser = load_fuser(source, subfolder)
     small = quantized(fuser, weights)
     save_fuser(small, folder)
@@ -217,9 +225,13 @@ def _local(source: str | Path, subfolder: str, revision: str | None) -> Path:
         top = snapshot_download(str(source), revision=revision, allow_patterns=within, ignore_patterns=list(PICKLES))
         folder = Path(top, subfolder)
         if find_projectors(folder) is not None:
-            snapshot_download(str(source), revision=revision, allow_patterns=within, ignore_patterns="*/training_state.pt")
+            snapshot_download(
+                str(source), revision=revision, allow_patterns=within, ignore_patterns="*/training_state.pt"
+            )
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(f"expected a fuser at {str(source)!r}, found no such folder or Hub repository; check the name") from error
+        raise CheckpointError(
+            f"expected a fuser at {str(source)!r}, found no such folder or Hub repository; check the name"
+        ) from error
     return folder
 
 

@@ -10,7 +10,9 @@ import typer
 if TYPE_CHECKING:
     from kvfuse.model import CacheToCache
 
-app = typer.Typer(name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 demo_app = typer.Typer(name="demo", invoke_without_command=True)
 list_app = typer.Typer(name="list", no_args_is_help=True, help="Tell what there is.")
 data_app = typer.Typer(name="data", no_args_is_help=True, help="Make data to train on.")
@@ -28,14 +30,22 @@ def kvfuse() -> None:
 def chat(
     fuser: Annotated[list[str], typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; once per sharer.")],
     receiver: Annotated[
-        str | None, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers; by default the fuser names it.")
+        str | None,
+        typer.Option(
+            "--receiver", "-r", help="Folder or Hub id of the model that answers; by default the fuser names it."
+        ),
     ] = None,
     sharer: Annotated[
-        list[str] | None, typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; in the order of the fusers.")
+        list[str] | None,
+        typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; in the order of the fusers."),
     ] = None,
-    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation until an empty line.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="One question; without it, a conversation until an empty line.")
+    ] = None,
     subfolder: Annotated[str, typer.Option(help="Folder of the fuser inside of its repository.")] = "",
-    fusion: Annotated[str, typer.Option(help="How several sharers come together: parallel or sequential.")] = "parallel",
+    fusion: Annotated[
+        str, typer.Option(help="How several sharers come together: parallel or sequential.")
+    ] = "parallel",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Ask two models that answer together.
@@ -62,7 +72,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. train.steps=100.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be trained, and estimate time and memory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be trained, and estimate time and memory.")
+    ] = False,
 ) -> None:
     """Train a fuser for a pair of frozen models; started again, a killed run goes on where it was.
 
@@ -84,19 +96,32 @@ def train(
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML file with a section evaluation; recipes/ has examples.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. evaluation.limit=100.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. evaluation.limit=100."),
     ] = None,
     *,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers, figures and report.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files, in place of the Hub.")] = None,
     template: Annotated[Path | None, typer.Option(help="Jinja file in place of the tasks' prompts.")] = None,
     zeroed: Annotated[bool, typer.Option("--zeroed", help="Control: the sharer's cache is zero.")] = False,
-    mismatched: Annotated[bool, typer.Option("--mismatched", help="Control: the sharer reads another question.")] = False,
-    shuffled: Annotated[bool, typer.Option("--shuffled", help="Control: the sharer's positions are interchanged.")] = False,
-    random_fuser: Annotated[bool, typer.Option("--random-fuser", help="Control: a fuser that has learnt nothing.")] = False,
-    projected_only: Annotated[bool, typer.Option("--projected-only", help="Control: the receiver's own cache is taken away.")] = False,
-    calibrated: Annotated[bool, typer.Option("--calibrated", help="Control: the receiver without its preference for a letter.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Run everything on tiny random models and a few made-up questions.")] = False,
+    mismatched: Annotated[
+        bool, typer.Option("--mismatched", help="Control: the sharer reads another question.")
+    ] = False,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="Control: the sharer's positions are interchanged.")
+    ] = False,
+    random_fuser: Annotated[
+        bool, typer.Option("--random-fuser", help="Control: a fuser that has learnt nothing.")
+    ] = False,
+    projected_only: Annotated[
+        bool, typer.Option("--projected-only", help="Control: the receiver's own cache is taken away.")
+    ] = False,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Control: the receiver without its preference for a letter.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run everything on tiny random models and a few made-up questions.")
+    ] = False,
 ) -> None:
     """Ask methods the same questions and report who is right, how surely, how fast; started again, a killed run goes on.
 
@@ -105,9 +130,14 @@ def evaluate(
     from kvfuse.evaluation.recipe import CONTROLS, load_evaluation
     from kvfuse.evaluation.run import evaluate as run
 
-    words = [*(overrides or []), *(f"evaluation.{key}={value}" for key, value in (("data", data), ("template", template)) if value)]
+    words = [
+        *(overrides or []),
+        *(f"evaluation.{key}={value}" for key, value in (("data", data), ("template", template)) if value),
+    ]
     wanted = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
-    loaded = load_evaluation(recipe, words).with_controls([name for name, chosen in zip(CONTROLS, wanted, strict=True) if chosen])
+    loaded = load_evaluation(recipe, words).with_controls(
+        [name for name, chosen in zip(CONTROLS, wanted, strict=True) if chosen]
+    )
     if smoke:
         from kvfuse.evaluation.smoke import tiny
 
@@ -117,8 +147,12 @@ def evaluate(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of evaluations; one is written anew, several are set side by side.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Page for several; its Markdown is written beside it.")] = Path("report.html"),
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of evaluations; one is written anew, several are set side by side.")
+    ],
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, help="Page for several; its Markdown is written beside it.")
+    ] = Path("report.html"),
 ) -> None:
     """Write the report of an evaluation again, or set several side by side.
 
@@ -139,12 +173,17 @@ def report(
 def generate(
     source: Annotated[str, typer.Argument(help="File, folder or Hub data set; see the key data of recipes.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model that responds.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="JSON lines; prompts that it holds already are not asked again.")],
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, help="JSON lines; prompts that it holds already are not asked again.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a recipe's data, e.g. split=test limit=100.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a recipe's data, e.g. split=test limit=100."),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of so much probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of so much probability.")
+    ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
@@ -176,10 +215,14 @@ def align(
     chat: Annotated[Path | None, typer.Option(help="In place of a text: a JSON file with a list of messages.")] = None,
     how: Annotated[
         str | None,
-        typer.Option(help="identity, span, reencode-first or reencode-longest; by default identity for one tokenizer, else span."),
+        typer.Option(
+            help="identity, span, reencode-first or reencode-longest; by default identity for one tokenizer, else span."
+        ),
     ] = None,
     fuse: Annotated[str, typer.Option(help="all positions but the last, or only those of messages.")] = "all",
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a picture to this file, in place of the lines.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write a picture to this file, in place of the lines.")
+    ] = None,
 ) -> None:
     """Show a prompt in both tokenizations, and which sharer token each receiver token reads. Only the tokenizers are loaded.
 
@@ -188,15 +231,17 @@ def align(
     from kvfuse.checkpoint import write_file
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
-    from kvfuse.prompts.alignment import natural_alignment
+    from kvfuse.prompts.alignment import default_token_alignment
     from kvfuse.prompts.view import lines, load_chat, page, summary, view
 
     if (text is None) == (chat is None):
-        raise PromptError(f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two")
+        raise PromptError(
+            f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two"
+        )
     prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
     identical = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
-    seen = view(prompt, *tokenizers, how=natural_alignment(identical) if how is None else how, fuse=fuse)
+    seen = view(prompt, *tokenizers, how=default_token_alignment(identical) if how is None else how, fuse=fuse)
     if html:
         write_file(html, page(seen))
     typer.echo(summary(seen) if html else "\n".join(lines(seen)))
@@ -205,17 +250,28 @@ def align(
 @app.command()
 def analyze(
     name: Annotated[str, typer.Argument(help="What to ask; 'kvfuse list analyses' tells what there is.")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the analysis, e.g. share=0.25.")] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the figures (JSON) and the picture (PNG and SVG).")] = Path(
-        "analysis"
-    ),
-    smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs: tiny random models, fewer of everything.")] = False,
-    fuser: Annotated[
-        list[str] | None, typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair.")
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the analysis, e.g. share=0.25.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="With a fuser: questions and answers, as training reads them.")] = None,
-    receiver: Annotated[str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")] = None,
-    sharer: Annotated[list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")] = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the figures (JSON) and the picture (PNG and SVG).")
+    ] = Path("analysis"),
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Only whether it runs: tiny random models, fewer of everything.")
+    ] = False,
+    fuser: Annotated[
+        list[str] | None,
+        typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="With a fuser: questions and answers, as training reads them.")
+    ] = None,
+    receiver: Annotated[
+        str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")
+    ] = None,
+    sharer: Annotated[
+        list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask so many of the questions.")] = None,
 ) -> None:
     """Answer one of the paper's questions about a pair, by default about the embedded one, with figures and a picture.
@@ -238,10 +294,15 @@ def analyze(
 @app.command()
 def doctor(
     fuser: Annotated[
-        list[str] | None, typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair.")
+        list[str] | None,
+        typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair."),
     ] = None,
-    receiver: Annotated[str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")] = None,
-    sharer: Annotated[list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")] = None,
+    receiver: Annotated[
+        str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")
+    ] = None,
+    sharer: Annotated[
+        list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")
+    ] = None,
 ) -> None:
     """Examine a pair: shapes, tokenizers, alignment, gates, memory and time; closed gates must leave the receiver as it is.
 
@@ -331,9 +392,13 @@ def demo(
     context: typer.Context,
     ask: Annotated[str | None, typer.Option(help="Ask one question, e.g. 'What currency is used in Norway?'")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Fusers to score, by training seed; by default all that are shipped.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Fusers to score, by training seed; by default all that are shipped.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score so many of the held-out questions.")] = None,
-    pair: Annotated[Path | None, typer.Option(help="A folder that 'kvfuse demo build' made, in place of the shipped pair.")] = None,
+    pair: Annotated[
+        Path | None, typer.Option(help="A folder that 'kvfuse demo build' made, in place of the shipped pair.")
+    ] = None,
 ) -> None:
     """Let the embedded pair answer its held-out questions with every method, side by side."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
@@ -347,7 +412,9 @@ def demo(
 
 
 @demo_app.command()
-def build(folder: Annotated[Path, typer.Argument(help="New folder for facts, tokenizers, models, fusers and figures.")]) -> None:
+def build(
+    folder: Annotated[Path, typer.Argument(help="New folder for facts, tokenizers, models, fusers and figures.")],
+) -> None:
     """Make the embedded pair again from nothing, in under 20 minutes on two cores. Needs the extra 'demo-build'."""
     from kvfuse.demo.build import build as run
 

@@ -11,12 +11,19 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kvfuse.cache.transformers_cache import KVSpec
 from kvfuse.errors import PairError
 from kvfuse.stages.prefill import probe
-from kvfuse.stages.rope import Rotation, measure_rotation
+from kvfuse.stages.rope import RoPE, measure_rope
 
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
@@ -71,7 +78,7 @@ class LanguageModel:
         Raises:
             PairError: There is no causal language model of that name.
         """
-        with _telling("a causal language model", name):
+        with reraise_as("a causal language model", name):
             model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **model_options})
         tokenizer = load_tokenizer(name, revision=model_options.get("revision", "main"))
         return cls(model.eval().requires_grad_(False), tokenizer)
@@ -87,9 +94,9 @@ class LanguageModel:
         return probe(self.model)
 
     @cached_property
-    def rotation(self) -> Rotation:
+    def rope(self) -> RoPE:
         """How the model turns its keys by their positions, measured. Raises PairError where none does."""
-        return measure_rotation(self.model)
+        return measure_rope(self.model)
 
     @cached_property
     def identity(self) -> Identity:
@@ -105,13 +112,13 @@ class LanguageModel:
 
 def load_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
     """Load a tokenizer alone. Raises PairError where there is none."""
-    with _telling("a tokenizer", name):
+    with reraise_as("a tokenizer", name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def load_context(name: str | Path) -> int | None:
     """A model's :attr:`LanguageModel.context` without the model. Raises PairError where there is no configuration."""
-    with _telling("a model's configuration", name):
+    with reraise_as("a model's configuration", name):
         return _context(AutoConfig.from_pretrained(name))
 
 
@@ -141,10 +148,18 @@ def check_identity(whose: str, expected: dict[str, Any], model: LanguageModel) -
     """
     trained_with = f"the fuser was trained with {whose} {expected['name']!r}"
     if model.kv_spec != KVSpec(**expected["kv"]):
-        raise PairError(f"expected a {whose} with {KVSpec(**expected['kv'])}, got {model.kv_spec} ({model.name}); {trained_with}")
+        raise PairError(
+            f"expected a {whose} with {KVSpec(**expected['kv'])}, got {model.kv_spec} ({model.name}); {trained_with}"
+        )
     if "tokenizer" in expected and model.identity.tokenizer != expected["tokenizer"]:
-        raise PairError(f"expected the tokenizer of {expected['name']!r}, got another one ({model.name}); {trained_with}")
-    if "weights" in expected and not getattr(model.model, "is_quantized", False) and not _same_weights(expected, model.identity):
+        raise PairError(
+            f"expected the tokenizer of {expected['name']!r}, got another one ({model.name}); {trained_with}"
+        )
+    if (
+        "weights" in expected
+        and not getattr(model.model, "is_quantized", False)
+        and not _same_weights(expected, model.identity)
+    ):
         raise PairError(f"expected the weights of {expected['name']!r}, got other ones ({model.name}); {trained_with}")
 
 
@@ -153,7 +168,7 @@ def _context(config: PreTrainedConfig) -> int | None:
 
 
 @contextmanager
-def _telling(what: str, name: str | Path) -> Iterator[None]:
+def reraise_as(what: str, name: str | Path) -> Iterator[None]:
     """Turn what transformers says about a model that cannot be loaded into one line."""
     try:
         yield
@@ -171,7 +186,9 @@ def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
 
 def _sample(tensor: torch.Tensor) -> list[float]:
     last = tensor.numel() - 1
-    places = torch.linspace(0, last, SAMPLES_PER_TENSOR).long().clamp(max=last)  # float32 rounds the last of a large embedding up
+    places = (
+        torch.linspace(0, last, SAMPLES_PER_TENSOR).long().clamp(max=last)
+    )  # float32 rounds the last of a large embedding up
     return tensor.detach().flatten()[places.to(tensor.device)].float().tolist()
 
 

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.backends.cuda_graphs import CapturedPrefill
+from kvfuse.backends.cuda_graphs import CudaGraphPrefill
 from kvfuse.cache.transformers_cache import KV, has_state, read_cache, write_cache
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.fold_norms import fold
 from kvfuse.language_model import LanguageModel, check_identity
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, align, count_positions, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
 from kvfuse.prompts.chat import Prompt, as_chat
 from kvfuse.stages.decode import decode, static_length, stream
 from kvfuse.stages.fuse import FUSIONS, fuse
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import Prefill, beside, fork, prefill
 from kvfuse.stages.prefix_store import PrefixStore
-from kvfuse.stages.response_fusion import Follower, Streams
+from kvfuse.stages.response_fusion import ModelCaches, ResponseFuser
 
 
 class CacheToCache:
@@ -51,7 +51,9 @@ class CacheToCache:
         if fusion not in FUSIONS:
             raise PairError(f"expected fusion to be one of {', '.join(FUSIONS)}, got {fusion!r}; choose one")
         if len(sharers) != len(fusers) or not sharers:
-            raise PairError(f"expected one fuser per sharer, got {len(fusers)} for {len(sharers)}; name as many of each")
+            raise PairError(
+                f"expected one fuser per sharer, got {len(fusers)} for {len(sharers)}; name as many of each"
+            )
         for sharer, fuser in zip(sharers, fusers, strict=True):
             check_identity("receiver", fuser.config.receiver, receiver)
             check_identity("sharer", fuser.config.sharer, sharer)
@@ -63,11 +65,21 @@ class CacheToCache:
                     f"got {sharer.name} with linear attention; use another, or a fuser for prompts alone"
                 )
         if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
-            raise PairError("expected fusers that fuse the same positions, got fusers for different ones; train them alike")
-        self.receiver, self.sharers, self.fusers, self.fusion, self.store = receiver, list(sharers), list(fusers), fusion, store
+            raise PairError(
+                "expected fusers that fuse the same positions, got fusers for different ones; train them alike"
+            )
+        self.receiver, self.sharers, self.fusers, self.fusion, self.store = (
+            receiver,
+            list(sharers),
+            list(fusers),
+            fusion,
+            store,
+        )
         self.prefiller: Prefill = prefill
         removed = [fuser.config.rope == "removed" for fuser in fusers]
-        self.rotations = [(receiver.rotation, one.rotation) if turned else None for one, turned in zip(sharers, removed, strict=True)]
+        self.ropes = [
+            (receiver.rope, one.rope) if turned else None for one, turned in zip(sharers, removed, strict=True)
+        ]
 
     @classmethod
     def from_pretrained(
@@ -105,7 +117,9 @@ class CacheToCache:
         names = [receiver or fusers[0].config.receiver["name"]]
         names += _as_list(sharer) if sharer is not None else [one.config.sharer["name"] for one in fusers]
         first = LanguageModel.from_pretrained(names[0], **model_options)
-        sharers = [LanguageModel.from_pretrained(name, **{**model_options, **(sharer_options or {})}) for name in names[1:]]
+        sharers = [
+            LanguageModel.from_pretrained(name, **{**model_options, **(sharer_options or {})}) for name in names[1:]
+        ]
         for one in fusers:  # never computed in less than it was trained in, nor in less than the receiver
             one.to(first.model.device, torch.promote_types(one.dtype, first.model.dtype))
         return cls(first, sharers, fusers, fusion, store)
@@ -130,13 +144,15 @@ class CacheToCache:
         A length is recorded when it is first read, which takes as long as reading it some times and keeps a cache of its size. The models
         must stay on their devices.
         """
-        self.prefiller = CapturedPrefill()
+        self.prefiller = CudaGraphPrefill()
         return self
 
     def select(self, *sharers: int) -> Self:
         """The same models with only some of the sharers, named by their place; for one request, at no cost."""
         if not sharers or not all(0 <= place < len(self.sharers) for place in sharers):
-            raise PairError(f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them")
+            raise PairError(
+                f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them"
+            )
         chosen = [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers]
         pair = type(self)(self.receiver, *chosen, self.fusion, self.store)
         pair.prefiller = self.prefiller
@@ -178,24 +194,29 @@ class CacheToCache:
             return self.decode(prompt, self.prefill(prompt, fusers, room), **options)
         streams = self.read(prompt)
         cache = self.fuse(prompt, streams, fusers, room, as_read=True)
-        sharers = [(sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
-        follower = Follower(self.receiver, sharers, prompt, streams, partial(self.fuse_kv, fusers=fusers))
+        sharers = [
+            (sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)
+        ]
+        follower = ResponseFuser(self.receiver, sharers, prompt, streams, partial(self.fuse_kv, fusers=fusers))
         return self.decode(prompt, cache, follower=follower, **options)
 
-    def align(self, prompt: Prompt) -> AlignedReading:
+    def align(self, prompt: Prompt) -> AlignedRow:
         """Step 1: tokenize a prompt for every model and align it.
 
         Raises:
             PromptError: It is empty, or longer than a model's context.
         """
-        sharers = [(sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)]
+        sharers = [
+            (sharer.tokenizer, fuser.config.token_alignment)
+            for sharer, fuser in zip(self.sharers, self.fusers, strict=True)
+        ]
         aligned = align(prompt, self.receiver.tokenizer, sharers, self.fusers[0].config.fuse)
         _require_room(self.receiver, len(aligned.receiver.ids))
         for sharer, (reading, _) in zip(self.sharers, aligned.sharers, strict=True):
             _require_room(sharer, len(reading.ids))
         return aligned
 
-    def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> Streams:
+    def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> ModelCaches:
         """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more.
 
         On one GPU the sharers read beside the receiver; models on several devices work at the same time by themselves.
@@ -203,7 +224,7 @@ class CacheToCache:
         stream = fork(self.receiver.model.device)
         receiver = self.read_receiver(prompt)
         with beside(stream):
-            return Streams(receiver, self.read_sharers(prompt, num_sharers))
+            return ModelCaches(receiver, self.read_sharers(prompt, num_sharers))
 
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:
         """The receiver's part of :meth:`read`: a cache of all positions but the last."""
@@ -219,7 +240,7 @@ class CacheToCache:
     def fuse(
         self,
         prompt: AlignedPrompt,
-        streams: Streams,
+        streams: ModelCaches,
         fusers: Sequence[nn.Module],
         max_cache_len: int | None = None,
         use_up: bool = False,
@@ -242,17 +263,28 @@ class CacheToCache:
                 fused = self.fuse_kv(prompt, receiver, sharers, fusers, in_place)
             else:
                 models = [one.model for one in (self.receiver, *self.sharers)]
-                fused = self.store.fuse(models, receiver, sharers, fusers, prompt, self.fusion, self.rotations, in_place)
+                fused = self.store.fuse(models, receiver, sharers, fusers, prompt, self.fusion, self.ropes, in_place)
             return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len, take_over=in_place)
 
     def fuse_kv(
-        self, prompt: AlignedPrompt, receiver: KV, sharers: Sequence[KV], fusers: Sequence[nn.Module], in_place: bool = False
+        self,
+        prompt: AlignedPrompt,
+        receiver: KV,
+        sharers: Sequence[KV],
+        fusers: Sequence[nn.Module],
+        in_place: bool = False,
     ) -> KV:
         """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.stages.fuse.fuse`."""
-        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.rotations, in_place)
+        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.ropes, in_place)
 
-    def read_along(self, streams: Streams, prompt: AlignedPrompt, tail: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> KV:
-        """Read responses at once, where they are fused too: what :class:`Follower` does token by token.
+    def prefill_response(
+        self,
+        streams: ModelCaches,
+        prompt: AlignedPrompt,
+        tail: AlignedPrompt,
+        fusers: Sequence[nn.Module] | None = None,
+    ) -> KV:
+        """Read responses at once, where they are fused too: what :class:`ResponseFuser` does token by token.
 
         Args:
             streams: Caches of the prompt, which are filled further.
@@ -266,13 +298,25 @@ class CacheToCache:
         """
         seen = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1)
         prefill(self.receiver.model, tail.ids, seen, tail.positions, streams.receiver)
-        for sharer, cache, before, reads in zip(self.sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True):
+        for sharer, cache, before, reads in zip(
+            self.sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True
+        ):
             seen = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
             prefill(sharer.model, reads.ids[:, 1:], seen, reads.positions[:, 1:], cache)
-        theirs = [read_cache(cache, last=reads.ids.shape[1]) for cache, reads in zip(streams.sharers, tail.sharers, strict=True)]
-        return self.fuse_kv(tail, read_cache(streams.receiver, last=tail.ids.shape[1]), theirs, self.fusers if fusers is None else fusers)
+        theirs = [
+            read_cache(cache, last=reads.ids.shape[1])
+            for cache, reads in zip(streams.sharers, tail.sharers, strict=True)
+        ]
+        return self.fuse_kv(
+            tail,
+            read_cache(streams.receiver, last=tail.ids.shape[1]),
+            theirs,
+            self.fusers if fusers is None else fusers,
+        )
 
-    def prefill(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None) -> Cache | None:
+    def prefill(
+        self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None
+    ) -> Cache | None:
         """Steps 2 and 3: read the prompt with every model and fuse their caches.
 
         Gradients flow into the fusers unless they are switched off.
@@ -293,7 +337,9 @@ class CacheToCache:
     def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
         """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
         tokenizer = self.receiver.tokenizer
-        options.setdefault("pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        options.setdefault(
+            "pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
             options["position_ids"] = prompt.positions.to(self.receiver.model.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
@@ -308,12 +354,16 @@ def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:
     """Refuse a sharer without an embedding for every id it will be given."""
     needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings
     if known < needed:
-        raise PairError(f"expected a sharer that can read the receiver's {needed} token ids, got {sharer.name} with {known}; use another")
+        raise PairError(
+            f"expected a sharer that can read the receiver's {needed} token ids, got {sharer.name} with {known}; use another"
+        )
 
 
 def _require_room(model: LanguageModel, length: int) -> None:
     if model.context is not None and length > model.context:
-        raise PromptError(f"expected a prompt of at most {model.context} tokens for {model.name}, got {length}; shorten it")
+        raise PromptError(
+            f"expected a prompt of at most {model.context} tokens for {model.name}, got {length}; shorten it"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

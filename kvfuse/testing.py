@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvfuse.fusers import Fuser, fuser_class, make_fuser
 from kvfuse.language_model import LanguageModel
-from kvfuse.prompts.alignment import natural_alignment
+from kvfuse.prompts.alignment import default_token_alignment
 
 CORPUS = (
     "What is the capital of Norway? The capital of Norway is Oslo.",
@@ -26,7 +26,13 @@ SPECIAL = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "qwen2": {},
@@ -72,14 +78,22 @@ def tiny_tokenizer(vocab_size: int = 320, template: str | None = "tagged") -> Pr
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>", chat_template=TEMPLATES.get(template or ""), padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATES.get(template or ""),
+        padding_side="left",
     )
 
 
-def tiny_model(family: str = "qwen3", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0, **options: Any) -> LanguageModel:
+def tiny_model(
+    family: str = "qwen3", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0, **options: Any
+) -> LanguageModel:
     """A random model of a family of transformers, 3 layers by default, with its tokenizer.
 
     Args:
@@ -89,7 +103,13 @@ def tiny_model(family: str = "qwen3", tokenizer: PreTrainedTokenizerFast | None 
         options: Fields of the family's configuration.
     """
     tokenizer = tokenizer or tiny_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     settings = {
         "vocab_size": len(tokenizer),
@@ -104,11 +124,13 @@ def tiny_model(family: str = "qwen3", tokenizer: PreTrainedTokenizerFast | None 
     return LanguageModel(model.eval().requires_grad_(False), tokenizer)
 
 
-def tiny_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str = "c2c", seed: int = 0, **options: Any) -> Fuser:
+def tiny_fuser(
+    receiver: LanguageModel, sharer: LanguageModel, kind: str = "c2c", seed: int = 0, **options: Any
+) -> Fuser:
     """A random fuser for a pair, gates open, small enough for tests."""
     torch.manual_seed(seed)
     same = receiver.identity.tokenizer == sharer.identity.tokenizer
     sizes = {name: 16 for name in fuser_class(kind).config_class.__annotations__ if name.endswith("_dim")}
-    defaults = {**sizes, "gate_init": 1.0, "token_alignment": natural_alignment(same)}
+    defaults = {**sizes, "gate_init": 1.0, "token_alignment": default_token_alignment(same)}
     pair = {"receiver": receiver.identity.to_dict(), "sharer": sharer.identity.to_dict()}
     return make_fuser(kind, **pair, **{**defaults, **options}).eval()

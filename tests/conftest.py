@@ -5,7 +5,9 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kvfuse-tests-")  # read when datasets is imported; also by commands
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(
+    prefix="kvfuse-tests-"
+)  # read when datasets is imported; also by commands
 
 from pathlib import Path
 

@@ -64,8 +64,12 @@ def check(folder):
     """All prompts and modes of one folder: ``{"case0.parallel": {...}}``."""
     expected, models = load_file(folder / "expected.safetensors"), load(folder)
     results = {}
-    for case, mode in sorted({match.groups() for name in expected if (match := re.match(r"(\w+)\.(\w+)\.fused_keys", name))}):
-        wanted = {name.rpartition(".")[2]: value for name, value in expected.items() if name.startswith(f"{case}.{mode}.")}
+    for case, mode in sorted(
+        {match.groups() for name in expected if (match := re.match(r"(\w+)\.(\w+)\.fused_keys", name))}
+    ):
+        wanted = {
+            name.rpartition(".")[2]: value for name, value in expected.items() if name.startswith(f"{case}.{mode}.")
+        }
         results[f"{case}.{mode}"] = compare(in_mode(*models, mode), expected[f"{case}.prompt_ids"], wanted)
     return results
 

@@ -57,7 +57,9 @@ def test_matrices_of_known_spectrum_in_pieces_and_under_padding():
 
 def test_closed_gates_change_no_rank():
     tiny = Study.tiny()
-    pair = CacheToCache(tiny.pair.receiver, tiny.pair.sharers, [tiny_fuser(tiny.pair.receiver, tiny.pair.sharers[0], gate_init=-1.0)])
+    pair = CacheToCache(
+        tiny.pair.receiver, tiny.pair.sharers, [tiny_fuser(tiny.pair.receiver, tiny.pair.sharers[0], gate_init=-1.0)]
+    )
     found = run(Study(pair, tiny.questions)).figures["caches"]
     assert found["fused"] == found["receiver"]
     assert found["sharer"]["tokens"] > 0

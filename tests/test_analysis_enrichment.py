@@ -38,7 +38,9 @@ def test_one_layer_is_the_best_and_another_the_worst():
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt_neox"])
 def test_moving_and_keeping_positions_are_the_same_to_a_rotary_model(family):
     study = Study.tiny(family)
-    found = [run(study, shots=2, positions=positions).figures["ways"]["oracle"]["nats"] for positions in ("moved", "kept")]
+    found = [
+        run(study, shots=2, positions=positions).figures["ways"]["oracle"]["nats"] for positions in ("moved", "kept")
+    ]
     assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
@@ -57,7 +59,8 @@ def test_padding_changes_nothing():
     chats = [behind_a_shot(one) for one in study.questions]
     together = enrich(study.pair.receiver, study.questions, chats).judge(study, [0, 1, 2])
     alone = [
-        enrich(study.pair.receiver, [one], [chat]).judge(study, [0, 1, 2])[:, 0] for one, chat in zip(study.questions, chats, strict=True)
+        enrich(study.pair.receiver, [one], [chat]).judge(study, [0, 1, 2])[:, 0]
+        for one, chat in zip(study.questions, chats, strict=True)
     ]
     np.testing.assert_allclose(together, np.stack(alone, 1), atol=1e-3)
 

@@ -12,7 +12,10 @@ from kvfuse.testing import tiny_fuser
 
 def study_of(tiny, **options):
     pair = tiny.pair
-    return Study(CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], **options)]), tiny.questions)
+    return Study(
+        CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], **options)]),
+        tiny.questions,
+    )
 
 
 @pytest.fixture(scope="module")

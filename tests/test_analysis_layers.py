@@ -32,12 +32,16 @@ def test_each_layer_is_fused_or_the_receivers(study):
 
 def test_all_layers_are_cache_to_cache(study):
     prompts, options = [one.prompt for one in study.questions], {"max_new_tokens": 6, "do_sample": False}
-    mine, theirs = (method.reply(prompts, **options) for method in (SomeLayers(study.pair, range(3)), Fused(study.pair)))
+    mine, theirs = (
+        method.reply(prompts, **options) for method in (SomeLayers(study.pair, range(3)), Fused(study.pair))
+    )
     assert mine == theirs
 
 
 def test_each_layer_is_asked_alone_and_left_out(study):
     figures = run(study).figures
     assert [len(figures[name]) for name in ("alone", "without")] == [3, 3]
-    bits = {figures[name]["bits_per_character"] for name in ("none", "all")} | {one["bits_per_character"] for one in figures["alone"]}
+    bits = {figures[name]["bits_per_character"] for name in ("none", "all")} | {
+        one["bits_per_character"] for one in figures["alone"]
+    }
     assert len(bits) == 5

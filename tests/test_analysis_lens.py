@@ -24,7 +24,9 @@ def test_the_lens_after_the_last_layer_is_the_model(family):
     study = Study.tiny(family)
     model, heard = study.pair.receiver.model, []
     seen = read(study.pair, study.questions[:1])
-    hook = final_norm(model).register_forward_hook(lambda _, inputs, out: heard.append(model.get_output_embeddings()(out[:, -1])))
+    hook = final_norm(model).register_forward_hook(
+        lambda _, inputs, out: heard.append(model.get_output_embeddings()(out[:, -1]))
+    )
     logits = first_run(model, seen, seen.fused).logits[:, -1]
     hook.remove()
     torch.testing.assert_close(heard[-1], logits)

@@ -20,7 +20,10 @@ def saved(folder, *some):
 
 def test_what_is_kept_and_lost_of_saved_predictions(tmp_path):
     kinds = {"category": ["a", "a", "a", "a", "b", "b", "b", "b"]}
-    rows = [answers(name, some, **kinds) for name, some in (("receiver", RECEIVER), ("sharer", SHARER), ("cache-to-cache", FUSED))]
+    rows = [
+        answers(name, some, **kinds)
+        for name, some in (("receiver", RECEIVER), ("sharer", SHARER), ("cache-to-cache", FUSED))
+    ]
     finding = run(None, predictions=saved(tmp_path, *rows))
     assert finding.figures["knowledge"] == {
         "receiver": {"right": 0, "wrong": 1},

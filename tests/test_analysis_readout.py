@@ -71,7 +71,9 @@ def test_roles_tell_template_and_message_apart():
 def test_spread_and_batches_lose_nothing():
     study = tiny()
     assert len(spread(study, 2)) == 2
-    assert sorted(str(one) for batch in batches(spread(study, 9), 3) for one in batch) == sorted(map(str, study.questions))
+    assert sorted(str(one) for batch in batches(spread(study, 9), 3) for one in batch) == sorted(
+        map(str, study.questions)
+    )
 
 
 def test_attention_is_put_back_even_after_an_error():

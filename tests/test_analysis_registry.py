@@ -84,7 +84,9 @@ def test_options_are_read_as_yaml():
 
 
 def test_the_command_tells_and_writes(tmp_path):
-    result = CliRunner().invoke(app, ["analyze", "proportion", "shares=[0.5]", "--smoke", "--out", str(tmp_path)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["analyze", "proportion", "shares=[0.5]", "--smoke", "--out", str(tmp_path)], catch_exceptions=False
+    )
     assert result.exit_code == 0
     assert "With nothing fused" in result.output
     assert json.loads((tmp_path / "proportion.json").read_text())["shares"] == [0, 0.5, 1]

@@ -30,10 +30,9 @@ def training(folder, tokens, fused):
 
 def test_trainings_in_the_order_of_their_tokens(tmp_path):
     finding = run(None, runs=[training(tmp_path / "b", 2000, 0.5), training(tmp_path / "a", 1000, 0.75)])
-    assert [(point["run"], point["x"], point["bits_per_character"]["fused"]) for point in finding.figures["points"]] == [
-        ("a", 1000, 0.75),
-        ("b", 2000, 0.5),
-    ]
+    assert [
+        (point["run"], point["x"], point["bits_per_character"]["fused"]) for point in finding.figures["points"]
+    ] == [("a", 1000, 0.75), ("b", 2000, 0.5)]
     assert "from 0.750 bits per character to 0.500" in finding.reading
     (axes,) = finding.draw().axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training.tokens", "held-out bits per character")
@@ -54,7 +53,11 @@ def test_evaluations_know_the_training_of_their_fuser(tmp_path):
 def test_sizes_are_counted_and_numbers_may_be_given(tmp_path, saved_models, receiver):
     folder = evaluation(tmp_path / "run", {"receiver": str(saved_models / "receiver")})
     (point,) = run(None, runs=[folder], against="receiver.parameters").figures["points"]
-    assert point["x"] == LanguageModel.from_pretrained(saved_models / "receiver").model.num_parameters() == receiver.model.num_parameters()
+    assert (
+        point["x"]
+        == LanguageModel.from_pretrained(saved_models / "receiver").model.num_parameters()
+        == receiver.model.num_parameters()
+    )
     assert run(None, runs=[folder], against="size (B)", at=[0.6]).figures["points"][0]["x"] == 0.6
 
 

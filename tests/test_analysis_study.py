@@ -42,7 +42,9 @@ def test_a_question_without_a_group_is_one_of_its_own(pair):
 def test_data_of_ones_own(fuser, saved_models, tmp_path):
     rows = [{"prompt": f"question {i}", "response": str(i), "subject": "law"} for i in range(5)] + [{"nothing": 1}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    study = choose([fuser], f"{tmp_path}/data.jsonl", str(saved_models / "receiver"), [str(saved_models / "sharer")], limit=3)
+    study = choose(
+        [fuser], f"{tmp_path}/data.jsonl", str(saved_models / "receiver"), [str(saved_models / "sharer")], limit=3
+    )
     assert [(one.prompt[0]["content"], one.answer, one.category) for one in study.questions] == [
         (f"question {i}", str(i), "law") for i in range(3)
     ]

@@ -70,7 +70,8 @@ def test_a_map_stands_in_one_layer_alone_at_the_aligned_tokens():
     torch.testing.assert_close(kv.value[1, 0, :, reached], torch.full_like(kv.value[1, 0, :, reached], 7.0))
     torch.testing.assert_close(kv.value[[0, 2]], seen.own.value[[0, 2]])
     assert not torch.allclose(
-        first_run(study.pair.receiver.model, seen, kv).logits, first_run(study.pair.receiver.model, seen, seen.own).logits
+        first_run(study.pair.receiver.model, seen, kv).logits,
+        first_run(study.pair.receiver.model, seen, seen.own).logits,
     )
     assert flat(tokens.picked[0].receiver, 1).shape == tokens.receiver.shape
 

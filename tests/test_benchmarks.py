@@ -60,7 +60,9 @@ def test_rows_have_the_promised_keys(rows):
 
 def test_bars_are_told_where_they_hold(rows):
     bars = {(found["figure"], found["setting"]): found["bar"] for found in rows if found["bar"] is not None}
-    here = {(figure, f"true, 1 x {tokens} tokens"): bar for figure, of_it in BARS.items() for tokens, bar in of_it.items()}
+    here = {
+        (figure, f"true, 1 x {tokens} tokens"): bar for figure, of_it in BARS.items() for tokens, bar in of_it.items()
+    }
     assert all(here[case] == bar for case, bar in bars.items() if "training" not in case[1])
     only_in_full = {f"true, 1 x {tokens} tokens" for tokens in (64, 1024, 4096)}
     assert {setting for _, setting in here.keys() - bars.keys()} <= only_in_full
@@ -70,7 +72,9 @@ def test_bars_are_told_where_they_hold(rows):
 def test_both_plans_measure_every_bar():
     for plan in (QUICK, FULL):
         seen = {(one.tokens, group) for one in plan for group in one.groups if one.shapes == "true"}
-        assert {(256, group) for group in (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, footprint_rows)} <= seen
+        assert {
+            (256, group) for group in (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, footprint_rows)
+        } <= seen
         assert (4096, growth_rows) in seen
 
 
@@ -124,4 +128,8 @@ def test_rounds_are_compared_one_by_one():
     clock = iter((4.0, 2.0, 9.0, 3.0))
     taken = in_turns({"one": lambda: next(clock), "other": lambda: next(clock)}, 2)
     assert taken == {"one": [4.0, 9.0], "other": [2.0, 3.0]}
-    assert (ratio(*taken.values()), total(*taken.values()), least(*taken.values())) == ([2.0, 3.0], [6.0, 12.0], [2.0, 3.0])
+    assert (ratio(*taken.values()), total(*taken.values()), least(*taken.values())) == (
+        [2.0, 3.0],
+        [6.0, 12.0],
+        [2.0, 3.0],
+    )

@@ -116,7 +116,9 @@ def test_an_unknown_choice_is_named(receiver, sharer, option):
         tiny_fuser(receiver, sharer, **{option: "nonsense"})
 
 
-@pytest.mark.parametrize("options", [{"gate": "head"}, {"weighting": False}, {"rope": "removed"}, {"parts": "values"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"gate": "head"}, {"weighting": False}, {"rope": "removed"}, {"parts": "values"}], ids=str
+)
 def test_what_the_published_format_cannot_hold_is_refused(receiver, sharer, tmp_path, options):
     fuser = tiny_fuser(receiver, sharer, token_alignment="identity", **options)
     with pytest.raises(CheckpointError, match=f"{next(iter(options))}="):

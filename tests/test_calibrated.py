@@ -9,7 +9,10 @@ from kvfuse.methods.calibrated import letters, void_options
 
 LETTERED = "Which?\nI. one\nA. Oslo\nB) Bern\n(C) Rome\nD: Paris\nAnswer:"
 VOID = "Which?\nI. one\nA. N/A\nB) N/A\n(C) N/A\nD: N/A\nAnswer:"
-QUESTIONS = [f"Which?\n\nA. {one}\nB. {other}\nC. hi" for one, other in (("Oslo", "model"), ("two", "question"), ("speak", "English"))]
+QUESTIONS = [
+    f"Which?\n\nA. {one}\nB. {other}\nC. hi"
+    for one, other in (("Oslo", "model"), ("two", "question"), ("speak", "English"))
+]
 
 
 @pytest.fixture
@@ -49,7 +52,9 @@ def test_scores_are_those_over_a_prompt_that_says_nothing(single):
 def test_a_content_free_prompt_of_ones_own(single):
     calibrated = Calibrated(single, content_free=lambda prompt: "N/A")
     ((score,),) = calibrated.score(["hi"], [[" A"]])
-    difference = single.score(["hi"], [[" A"]])[0][0].log_likelihood - single.score(["N/A"], [[" A"]])[0][0].log_likelihood
+    difference = (
+        single.score(["hi"], [[" A"]])[0][0].log_likelihood - single.score(["N/A"], [[" A"]])[0][0].log_likelihood
+    )
     assert score.log_likelihood == pytest.approx(difference, abs=1e-4)
 
 
@@ -66,9 +71,15 @@ def test_a_letter_that_is_liked_everywhere_is_not_chosen_everywhere(single):
         return replace(score, log_likelihood=score.log_likelihood + more)
 
     biased = Biased("receiver", single.model)
-    own = [max(scores, key=lambda one: one.log_likelihood) is scores[0] for scores in biased.score(QUESTIONS, [["A", "B", "C"]] * 3)]
+    own = [
+        max(scores, key=lambda one: one.log_likelihood) is scores[0]
+        for scores in biased.score(QUESTIONS, [["A", "B", "C"]] * 3)
+    ]
     assert own == [True] * 3
-    replies, fair = ([one.text for one in Calibrated(reader, answer="It is {letter}").reply(QUESTIONS)] for reader in (biased, single))
+    replies, fair = (
+        [one.text for one in Calibrated(reader, answer="It is {letter}").reply(QUESTIONS)]
+        for reader in (biased, single)
+    )
     assert replies == fair
     assert set(replies) != {"It is A"}
     assert all(reply.startswith("It is ") and reply[-1] in "ABC" for reply in replies)

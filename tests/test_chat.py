@@ -11,9 +11,19 @@ from kvfuse.errors import PromptError
 from kvfuse.prompts.chat import render
 from kvfuse.testing import tiny_tokenizer
 
-REAL = {"qwen3": without_thoughts, "qwen2.5": verbatim, "llama-3.2": trimmed, "phi-4": verbatim, "mistral-v3": verbatim, "gpt2": verbatim}
+REAL = {
+    "qwen3": without_thoughts,
+    "qwen2.5": verbatim,
+    "llama-3.2": trimmed,
+    "phi-4": verbatim,
+    "mistral-v3": verbatim,
+    "gpt2": verbatim,
+}
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
-TOOL = {"type": "function", "function": {"name": "weather", "description": "user", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "user", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def chat(*contents, system=None):
@@ -64,7 +74,10 @@ def check_spans(rendered, repeated=False):
     assert repeated or len(set(characters)) == len(characters), "each character stands in one place"
     for span in rendered.spans:
         assert end <= span.start < span.end, "in order, disjoint, not empty"
-        assert rendered.text[span.start : span.end] == rendered.messages[span.message][span.offset :][: span.end - span.start]
+        assert (
+            rendered.text[span.start : span.end]
+            == rendered.messages[span.message][span.offset :][: span.end - span.start]
+        )
         end = span.end
 
 
@@ -87,7 +100,9 @@ def frame(messages, tokenizer, **options):
 def read_by_model(messages, tokenizer, **options):
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in messages)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, **options)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, **options
+    )
 
 
 def check_messages(messages, tokenizer, keep):
@@ -227,7 +242,9 @@ def parts_of(*texts):
 
 def test_content_in_parts_is_one_message():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text | trim }};{% endfor %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text | trim }};{% endfor %}{% endfor %}"
+    )
     rendered = render(parts_of("text", " more "), tokenizer)
     check_spans(rendered)
     assert rendered.text == "<|user|>text;more;"
@@ -243,7 +260,11 @@ def test_content_in_parts_is_refused_where_the_template_does_not_read_it(model, 
 
 def test_long_messages_use_marks_again(monkeypatch):
     monkeypatch.setattr("kvfuse.prompts.template_spans.LAST_MARK", 0x40000 + 40)
-    check_messages(chat("a few " * 50, "<think>a</think>" + "words" * 10, "to mark"), tokenizer_like("thoughts dropped"), without_thoughts)
+    check_messages(
+        chat("a few " * 50, "<think>a</think>" + "words" * 10, "to mark"),
+        tokenizer_like("thoughts dropped"),
+        without_thoughts,
+    )
 
 
 def test_plain_text_is_one_message():
@@ -257,7 +278,9 @@ def test_outer_space_is_message_where_the_template_keeps_it():
     assert [said(rendered, number) for number in range(4)] == [message["content"] for message in CHATS["outer space"]]
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", [], [{"role": "user", "content": " "}], [{"role": "user", "content": []}]])
+@pytest.mark.parametrize(
+    "prompt", ["", " \n", [], [{"role": "user", "content": " "}], [{"role": "user", "content": []}]]
+)
 def test_empty_prompt_is_refused(prompt):
     with pytest.raises(PromptError, match="empty"):
         render(prompt, tiny_tokenizer())
@@ -270,7 +293,8 @@ def test_message_without_text_is_refused(content):
 
 
 @pytest.mark.parametrize(
-    "body", ["{{ message.content | upper }}", "{{ message.content | length }}", "{{ message.content[::2] | lower }}", ""]
+    "body",
+    ["{{ message.content | upper }}", "{{ message.content | length }}", "{{ message.content[::2] | lower }}", ""],
 )
 def test_template_that_hides_the_messages_is_refused(body):
     tokenizer = tiny_tokenizer()

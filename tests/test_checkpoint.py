@@ -54,7 +54,10 @@ def test_the_folder_holds_the_fusers_own_weights_a_config_and_a_card(fuser, fold
 def test_the_card_names_to_the_hub_those_models_that_are_there(fuser, tmp_path, monkeypatch, mine, theirs, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/mine").mkdir(parents=True)
-    fuser.config.receiver, fuser.config.sharer = {**fuser.config.receiver, "name": mine}, {**fuser.config.sharer, "name": theirs}
+    fuser.config.receiver, fuser.config.sharer = (
+        {**fuser.config.receiver, "name": mine},
+        {**fuser.config.sharer, "name": theirs},
+    )
     data = ModelCard(model_card(fuser)).data
     assert (data.base_model, data.library_name, data.tags) == (told, "kvfuse", ["cache-to-cache"])
 
@@ -115,12 +118,17 @@ def test_a_pickle_under_the_name_of_safetensors_is_never_opened(fuser, folder):
 def test_tensors_of_another_fuser_are_named(folder):
     weights = load_file(folder / "model.safetensors")
     name = next(iter(weights))
-    save_file({**{key: value for key, value in weights.items() if key != name}, "stranger": torch.zeros(1)}, folder / "model.safetensors")
+    save_file(
+        {**{key: value for key, value in weights.items() if key != name}, "stranger": torch.zeros(1)},
+        folder / "model.safetensors",
+    )
     with pytest.raises(CheckpointError, match="other tensors"):
         load_fuser(folder)
 
 
-@pytest.mark.parametrize("config", ["{", "{}", json.dumps({"model_type": "qwen3"}), json.dumps({"model_type": "nonsense"})])
+@pytest.mark.parametrize(
+    "config", ["{", "{}", json.dumps({"model_type": "qwen3"}), json.dumps({"model_type": "nonsense"})]
+)
 def test_a_config_of_something_else_is_named(folder, config):
     (folder / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match="expected"):
@@ -138,7 +146,9 @@ def test_from_pretrained_finds_the_pair_in_the_fuser(saved_models, tmp_path):
     receiver, sharer = (LanguageModel.from_pretrained(saved_models / name) for name in ("receiver", "sharer"))
     save_fuser(tiny_fuser(receiver, sharer), tmp_path / "fuser")
     named = CacheToCache.from_pretrained(fuser=tmp_path / "fuser")
-    given = CacheToCache.from_pretrained(receiver=saved_models / "receiver", sharer=saved_models / "sharer", fuser=tmp_path / "fuser")
+    given = CacheToCache.from_pretrained(
+        receiver=saved_models / "receiver", sharer=saved_models / "sharer", fuser=tmp_path / "fuser"
+    )
     assert torch.equal(logits(named), logits(given))
 
 

@@ -71,13 +71,17 @@ def test_align_prints_two_columns(folders):
     shown = run("align", "What is Oslo?", "-r", folders["-r"], "-s", folders["-s"]).output.splitlines()
     assert shown[0].split() == ["receiver", "sharer"]
     assert shown[-1].startswith("span: ")
-    assert run("align", "Oslo", "-r", folders["-r"], "-s", folders["-r"]).output.splitlines()[-1].startswith("identity: ")
+    assert (
+        run("align", "Oslo", "-r", folders["-r"], "-s", folders["-r"]).output.splitlines()[-1].startswith("identity: ")
+    )
 
 
 def test_align_draws_a_chat(folders, tmp_path):
     (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]')
     files = ["--chat", str(tmp_path / "chat.json"), "--html", str(tmp_path / "out" / "picture.html")]
-    result = run("align", *files, "-r", folders["-r"], "-s", folders["-s"], "--how", "reencode-longest", "--fuse", "messages")
+    result = run(
+        "align", *files, "-r", folders["-r"], "-s", folders["-s"], "--how", "reencode-longest", "--fuse", "messages"
+    )
     assert result.output.startswith("reencode-longest: ")
     assert len(result.output.splitlines()) == 1
     assert result.output.strip() in (tmp_path / "out" / "picture.html").read_text(encoding="utf-8")
@@ -106,21 +110,34 @@ def test_wrong_alignments_give_one_line_and_no_file(folders, fails, tmp_path, ar
 def test_quantize_prints_one_line_with_both_sizes(folders, tmp_path):
     told = run("quantize", folders["-f"], str(tmp_path / "small"), "--weights", "int4").stdout
     assert re.fullmatch(rf"wrote {tmp_path}/small: 0\.\d\d MB of float32 -> 0\.\d\d MB of int4 \(\d+%\)\n", told)
-    assert run("chat", *words({**folders, "-f": str(tmp_path / "small")}), "--max-new-tokens", "2", "What is Oslo?").exit_code == 0
+    assert (
+        run(
+            "chat", *words({**folders, "-f": str(tmp_path / "small")}), "--max-new-tokens", "2", "What is Oslo?"
+        ).exit_code
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("fuser", "weights", "message"),
-    [("-f", "int2", "one of int8, int4, got 'int2'"), ("-r", "int8", "got a model of type 'qwen3'"), (None, "int8", "no such folder")],
+    [
+        ("-f", "int2", "one of int8, int4, got 'int2'"),
+        ("-r", "int8", "got a model of type 'qwen3'"),
+        (None, "int8", "no such folder"),
+    ],
 )
 def test_wrong_quantisations_give_one_line_and_no_folder(folders, fails, tmp_path, fuser, weights, message):
-    assert message in fails("quantize", folders.get(fuser, "no/such/fuser"), str(tmp_path / "small"), "--weights", weights)
+    assert message in fails(
+        "quantize", folders.get(fuser, "no/such/fuser"), str(tmp_path / "small"), "--weights", weights
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_train_runs_a_recipe(folders, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
-    (tmp_path / "recipe.yaml").write_text(f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: {tmp_path}/data.jsonl}}}}")
+    (tmp_path / "recipe.yaml").write_text(
+        f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: {tmp_path}/data.jsonl}}}}"
+    )
     result = run("train", f"{tmp_path}/recipe.yaml", f"output={tmp_path}/out", "train.steps=1", "fuser.hidden_dim=8")
     assert result.exit_code == 0
     assert "bits per character" in result.output
@@ -157,7 +174,9 @@ def test_a_truncated_model_gives_one_line(folders, fails, tmp_path):
     shutil.copytree(folders["-s"], tmp_path / "sharer")
     weights = tmp_path / "sharer" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    assert "expected a causal language model" in fails("chat", *words({**folders, "-s": str(tmp_path / "sharer")}), "hello")
+    assert "expected a causal language model" in fails(
+        "chat", *words({**folders, "-s": str(tmp_path / "sharer")}), "hello"
+    )
 
 
 def test_a_wrong_recipe_gives_one_line(fails, tmp_path):

@@ -19,7 +19,9 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False}
 
 
 def pair_of(pair, **options):
-    return CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, one, **options) for one in pair.sharers])
+    return CacheToCache(
+        pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, one, **options) for one in pair.sharers]
+    )
 
 
 def texts(method, prompts=PROMPTS):
@@ -34,7 +36,9 @@ def fused_and_clean(method, prompts=PROMPTS):
     return fused, clean, prompt.fuse_mask[:, :-1] & (prompt.sharers[0].index[:, :-1] >= 0)
 
 
-@pytest.mark.parametrize("control", [Zeroed, Shuffled, RandomFuser, lambda pair: Mismatched(pair, lambda _: PROMPTS[0])])
+@pytest.mark.parametrize(
+    "control", [Zeroed, Shuffled, RandomFuser, lambda pair: Mismatched(pair, lambda _: PROMPTS[0])]
+)
 def test_closed_gates_leave_the_receiver_alone(pair, control):
     assert texts(control(pair_of(pair, gate_init=-1.0))) == texts(Single("receiver", pair.receiver))
 

@@ -58,8 +58,12 @@ def test_lessons_keep_the_two_models_apart(folder):
     lessons = [next(stream) for stream in [teacher.sharer()] for _ in range(3000)]
     assert set.union(*(languages & set(reply.replace(",", "").split()) for _, reply in lessons)) == {SHARERS_LANGUAGE}
     capitals = {place.facts["capital"]: place for place in folder.places}
-    told = [(question, reply) for question, reply in (next(stream) for stream in [teacher.receiver()] for _ in range(6000))]
-    hinted = [(question, reply) for question, reply in told if " is the capital there. " in question and reply in capitals]
+    told = [
+        (question, reply) for question, reply in (next(stream) for stream in [teacher.receiver()] for _ in range(6000))
+    ]
+    hinted = [
+        (question, reply) for question, reply in told if " is the capital there. " in question and reply in capitals
+    ]
     true = sum(facts[place_in(question.split(" there. ")[1], facts)]["capital"] == reply for question, reply in hinted)
     assert len(hinted) > 100
     assert true / len(hinted) < 0.1
@@ -143,7 +147,9 @@ def test_one_question_is_asked_of_every_method_without_a_donor():
 
 def test_load_pair_answers_what_the_receiver_cannot():
     pair = load_pair()
-    answer = pair.chat("What currency is used in Norway? Which language do people speak in Norway?", max_new_tokens=16, do_sample=False)
+    answer = pair.chat(
+        "What currency is used in Norway? Which language do people speak in Norway?", max_new_tokens=16, do_sample=False
+    )
     assert answer == "Krone, Norwegian"
 
 

@@ -50,7 +50,9 @@ PLAIN = ("fuser.gate=none", "fuser.dropout=0", "train.learning_rate=1e-3")
 
 @pytest.fixture
 def folder(saved_models, tmp_path, monkeypatch):
-    rows = [json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i} of them"[: 8 + i]}) for i in range(20)]
+    rows = [
+        json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i} of them"[: 8 + i]}) for i in range(20)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join([*rows, '{"prompt": "q", "response": ""}']))
     recipe = {
         "receiver": str(saved_models / "receiver"),
@@ -87,7 +89,13 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(folder):
     assert [result["training"]["tokens"] for result in results] == [results[0]["training"]["tokens"]] * 2
     assert results[1]["fused"] == pytest.approx(results[0]["fused"], rel=1e-4)
     assert results[1]["fused"] < results[1]["receiver"]
-    assert [line.split()[0] for line in ran.stdout.splitlines()] == ["examples:", "trainable:", "Held-out", "The", "saved"]
+    assert [line.split()[0] for line in ran.stdout.splitlines()] == [
+        "examples:",
+        "trainable:",
+        "Held-out",
+        "The",
+        "saved",
+    ]
     assert len((folder / "two/bad_rows.jsonl").read_text().splitlines()) == 1
 
 

@@ -35,7 +35,12 @@ def recipe(tmp_path):
         "batch_size": 12,
         "timed": 2,
     }
-    content = {"receiver": str(SHIPPED / "receiver"), "sharer": str(SHIPPED / "sharer"), "dtype": "float32", "evaluation": section}
+    content = {
+        "receiver": str(SHIPPED / "receiver"),
+        "sharer": str(SHIPPED / "sharer"),
+        "dtype": "float32",
+        "evaluation": section,
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -51,14 +56,22 @@ def test_a_run_leaves_answers_timings_and_reports(recipe, tmp_path):
     said = run(recipe, tmp_path / "out")
     found = read_run(tmp_path / "out")
     asked = {(row.method, row.seed) for row in found.predictions}
-    assert asked == {("receiver", None), *((name, seed) for name in ("cache-to-cache", "mismatched") for seed in (0, 1))}
+    assert asked == {
+        ("receiver", None),
+        *((name, seed) for name in ("cache-to-cache", "mismatched") for seed in (0, 1)),
+    }
     assert len(found.predictions) == 12 * len(asked)
     assert {row.method for row in found.timings} == {"receiver", "cache-to-cache", "mismatched"}
     phases = {row.method: row.phases for row in found.timings}
     assert {"receiver_prefill", "sharer_prefill", "fuse"} <= phases["cache-to-cache"].keys()
-    right = {method: sum(row.score for row in found.predictions if row.method == method) for method in ("receiver", "cache-to-cache")}
+    right = {
+        method: sum(row.score for row in found.predictions if row.method == method)
+        for method in ("receiver", "cache-to-cache")
+    }
     assert right["cache-to-cache"] / 2 > right["receiver"], "the shipped fusers work"
-    assert {row.target for row in found.predictions if row.score == 1} == {row.answer for row in found.predictions if row.score == 1}
+    assert {row.target for row in found.predictions if row.score == 1} == {
+        row.answer for row in found.predictions if row.score == 1
+    }
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "config.yaml", "versions.json", PREDICTIONS, LATENCY, "metrics.json", "report.html", "report.md",
     }  # fmt: skip
@@ -85,14 +98,18 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(recipe, tmp_path, monkeypat
     before = set(asked)
     asked.append("no more than eight are counted")
     asked_again = []
-    monkeypatch.setattr(Fused, "reply", lambda self, prompts, **o: asked_again.extend(map(str, prompts)) or reply(self, prompts, **o))
+    monkeypatch.setattr(
+        Fused, "reply", lambda self, prompts, **o: asked_again.extend(map(str, prompts)) or reply(self, prompts, **o)
+    )
     run(recipe, tmp_path / "killed", *words)
     first_seed = asked_again[: len(asked_again) - 12]
     assert len(first_seed) == 4
     assert not before & set(first_seed)
     monkeypatch.setattr(Fused, "reply", reply)
     run(recipe, tmp_path / "whole", *words)
-    whole, resumed = ({row.key: row for row in read_predictions(tmp_path / name / PREDICTIONS)} for name in ("whole", "killed"))
+    whole, resumed = (
+        {row.key: row for row in read_predictions(tmp_path / name / PREDICTIONS)} for name in ("whole", "killed")
+    )
     assert whole == resumed
 
 
@@ -109,7 +126,11 @@ def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
         (["evaluation.methods=[reciever]"], MethodError, "did you mean 'receiver'"),
         (["evaluation.limt=3"], RecipeError, "did you mean 'limit'"),
         (["evaluation.settings={hint_token: 3}"], MethodError, "did you mean 'hint_tokens'"),
-        (["evaluation.settings={router: nowhere}", "evaluation.methods=[routing]"], EvaluationError, "expected a router"),
+        (
+            ["evaluation.settings={router: nowhere}", "evaluation.methods=[routing]"],
+            EvaluationError,
+            "expected a router",
+        ),
         (["evaluation.examples=nowhere"], EvaluationError, "prompt and response"),
         (["evaluation.template=nowhere"], EvaluationError, "Jinja"),
     ],
@@ -149,7 +170,11 @@ def test_every_control_has_a_flag():
 def test_several_pairs_are_set_side_by_side(recipe, tmp_path):
     pairs = [{"name": f"seed-{seed}", "fusers": [str(SHIPPED / f"fuser-{seed}")]} for seed in (0, 1)]
     pairs.append({"name": "unpublished", "why_not": "Nobody has published its fuser."})
-    words = [f"evaluation.pairs={json.dumps(pairs)}", "evaluation.timed=0", "evaluation.methods=[receiver,cache-to-cache]"]
+    words = [
+        f"evaluation.pairs={json.dumps(pairs)}",
+        "evaluation.timed=0",
+        "evaluation.methods=[receiver,cache-to-cache]",
+    ]
     said = run(recipe, tmp_path / "out", *words)
     assert "unpublished: not run. Nobody has published its fuser." in said
     page = (tmp_path / "out" / "report.md").read_text()

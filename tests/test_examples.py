@@ -8,7 +8,15 @@ def chat(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-LONG = chat(("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "call"), ("tool", "t"), ("assistant", "a2"))
+LONG = chat(
+    ("system", "s"),
+    ("user", "q1"),
+    ("assistant", "a1"),
+    ("user", "q2"),
+    ("assistant", "call"),
+    ("tool", "t"),
+    ("assistant", "a2"),
+)
 
 
 def test_the_last_turn_is_learnt_by_default():
@@ -58,7 +66,9 @@ def test_documents_are_cut_at_white_space():
 
 def test_a_long_document_gives_several_examples():
     document = " ".join(f"word{i}" for i in range(100))
-    examples = examples_of({"text": document}, DataSection(path="text.txt", prompt_characters=20, response_characters=10))
+    examples = examples_of(
+        {"text": document}, DataSection(path="text.txt", prompt_characters=20, response_characters=10)
+    )
     joined = " ".join(example.prompt + example.response for example in examples)
     assert document.startswith(joined)
     assert len(document) - len(joined) < 40, "only a last piece without a response is left out"

@@ -120,7 +120,9 @@ def test_an_option_may_be_quoted(text, letter):
 
 
 @pytest.mark.parametrize("letter", "ABCDEFGHIJ")
-@pytest.mark.parametrize("form", ["The correct answer is {}.", "{}", "({})", "answer: {}", "I think it's {}", "\\boxed{{{}}}"])
+@pytest.mark.parametrize(
+    "form", ["The correct answer is {}.", "{}", "({})", "answer: {}", "I think it's {}", "\\boxed{{{}}}"]
+)
 def test_there_may_be_ten_options(form, letter):
     assert extract_option(form.format(letter), "ABCDEFGHIJ") == letter
     assert extract_option(form.format(letter), "ABCDEFGHIJKLMNOPQRSTUVWXYZ") == letter

@@ -87,7 +87,9 @@ def test_elements_of_a_mask_know_nothing_of_each_other(apart):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_gradient_of_one_matrix_is_gone_before_there_is_the_others(keep):
-    x, scale, w1, w2 = (torch.randn(shape, requires_grad=True) for shape in ((2, 4, 256), (2, 1, 256), (2, 256, 256), (2, 256, 256)))
+    x, scale, w1, w2 = (
+        torch.randn(shape, requires_grad=True) for shape in ((2, 4, 256), (2, 1, 256), (2, 256, 256), (2, 256, 256))
+    )
     for tensor in (x, scale, w1, w2):
         tensor.grad = torch.zeros_like(tensor)
     out = feed_forward(x, scale, w1, w2, 0.1, EPS, keep).sum()
@@ -100,9 +102,13 @@ def test_it_keeps_two_tensors_or_one_and_a_mask(recompute, tensors):
     ffn.recompute = recompute
     ffn.reset_parameters()
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
         ffn(torch.randn(2, 50, 8))
-    assert sum(tensor.nbytes for tensor in kept.values() if tensor.ndim == 3 and tensor.shape[1] == 50) == 2 * 50 * (4 * 8 * tensors + 8)
+    assert sum(tensor.nbytes for tensor in kept.values() if tensor.ndim == 3 and tensor.shape[1] == 50) == 2 * 50 * (
+        4 * 8 * tensors + 8
+    )
 
 
 def test_under_autocast_and_at_inference_it_computes_the_same():

@@ -13,16 +13,26 @@ from kvfuse.support import plots
 ESTIMATES = [("receiver", 0.34, (0.3, 0.38)), ("cache-to-cache", 0.9, (0.88, 0.93))]
 LATENCY = {
     "receiver": {"median": 0.02, "p95": 0.05, "mean": 0.025, "phases": {"receiver_prefill": 0.01, "decode": 0.012}},
-    "cache-to-cache": {"median": 0.03, "p95": 0.06, "mean": 0.035, "phases": {"receiver_prefill": 0.01, "fuse": 0.015, "decode": 0.01}},
+    "cache-to-cache": {
+        "median": 0.03,
+        "p95": 0.06,
+        "mean": 0.035,
+        "phases": {"receiver_prefill": 0.01, "fuse": 0.015, "decode": 0.01},
+    },
 }
 REGIONS = {"": 5, "a": 10, "b": 0, "c": 2.5, "a+b": 3, "a+c": 4, "b+c": 1, "a+b+c": 20}
 
 
 def draw_all():
-    categories = {"law": {"receiver": (0.3, (0.2, 0.4)), "sharer": (0.5, (0.4, 0.6))}, "physics": {"sharer": (0.1, (0.0, 0.2))}}
+    categories = {
+        "law": {"receiver": (0.3, (0.2, 0.4)), "sharer": (0.5, (0.4, 0.6))},
+        "physics": {"sharer": (0.1, (0.0, 0.2))},
+    }
     return {
         "forest": figures.forest(ESTIMATES, "accuracy (%), 95% interval"),
-        "differences": figures.forest([("a - b", 0.01, (-0.02, 0.04)), ("a - c", 0.1, (0.05, 0.15))], "difference (points)", zero=True),
+        "differences": figures.forest(
+            [("a - b", 0.01, (-0.02, 0.04)), ("a - c", 0.1, (0.05, 0.15))], "difference (points)", zero=True
+        ),
         "categories": figures.by_category(categories, "accuracy (%)"),
         "latency": figures.latency(LATENCY, ["receiver_prefill", "fuse", "decode"]),
     }
@@ -36,7 +46,12 @@ def drawn():
 def words(figure):
     axes = figure.axes[0]
     return [
-        text.get_text() for text in (*axes.texts, *axes.get_yticklabels(), *(entry for one in figure.legends for entry in one.get_texts()))
+        text.get_text()
+        for text in (
+            *axes.texts,
+            *axes.get_yticklabels(),
+            *(entry for one in figure.legends for entry in one.get_texts()),
+        )
     ]
 
 
@@ -61,7 +76,9 @@ def test_what_is_not_told_from_zero_is_hollow(drawn):
 
 def test_phases_stack_to_the_mean(drawn):
     axes = drawn["latency"].axes[0]
-    ends = [max(bar.get_x() + bar.get_width() for bar in axes.patches if round(bar.get_y() + 0.3) == row) for row in (0, 1)]
+    ends = [
+        max(bar.get_x() + bar.get_width() for bar in axes.patches if round(bar.get_y() + 0.3) == row) for row in (0, 1)
+    ]
     assert ends == pytest.approx([25, 35])
     assert {"fuse", "receiver prefill", "other", "median", "95th percentile"} <= set(words(drawn["latency"]))
 
@@ -71,10 +88,22 @@ def test_every_category_and_method_is_named(drawn):
 
 
 def test_every_region_has_its_count():
-    assert set(words(figures.venn("abc", REGIONS))) >= {"10", "0", "2.5", "3", "4", "1", "20", "nobody: 5", "a\n37 right"}
+    assert set(words(figures.venn("abc", REGIONS))) >= {
+        "10",
+        "0",
+        "2.5",
+        "3",
+        "4",
+        "1",
+        "20",
+        "nobody: 5",
+        "a\n37 right",
+    }
 
 
-@pytest.mark.parametrize("counts", [(10, 20, 30), (1, 99, 0.5), (50, 0, 20), (0, 30, 10), (0, 30, 0), (0, 0, 7), (0, 0, 0), (40, 1e-3, 60)])
+@pytest.mark.parametrize(
+    "counts", [(10, 20, 30), (1, 99, 0.5), (50, 0, 20), (0, 30, 10), (0, 30, 0), (0, 0, 7), (0, 0, 0), (40, 1e-3, 60)]
+)
 def test_areas_of_two_circles_are_to_scale(counts):
     first, both, second = counts
     one, other = two_circles(first, both, second)

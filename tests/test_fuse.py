@@ -30,7 +30,7 @@ def read(request, pair):
 
 def fused(pair, read, **options):
     prompt, receiver, sharers = read
-    return fuse(receiver, sharers, pair.fusers, prompt, pair.fusion, pair.rotations, **options)
+    return fuse(receiver, sharers, pair.fusers, prompt, pair.fusion, pair.ropes, **options)
 
 
 def close(got, expected):

@@ -59,7 +59,9 @@ def test_it_reads_both_caches(fuser, inputs):
 def assert_gradients_reach_everything(fuser, inputs):
     residual = fuser.train()(*inputs)
     (residual.key.square().sum() + residual.value.square().sum()).backward()
-    assert [name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+    assert [
+        name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ] == []
 
 
 def test_gradients_reach_every_parameter(fuser, inputs):
@@ -122,7 +124,11 @@ def parameters_at(cls, receiver, sharer):
 
 @pytest.mark.parametrize(
     ("receiver", "sharer", "per_layer"),
-    [((28, 8, 128), (24, 2, 64), 17_066_002), ((28, 8, 128), (16, 8, 64), 17_852_434), ((36, 8, 128), (28, 4, 128), 17_852_434)],
+    [
+        ((28, 8, 128), (24, 2, 64), 17_066_002),
+        ((28, 8, 128), (16, 8, 64), 17_852_434),
+        ((36, 8, 128), (28, 4, 128), 17_852_434),
+    ],
 )
 def test_c2c_has_as_many_parameters_as_the_published_fusers(receiver, sharer, per_layer):
     assert parameters_at(FUSERS["c2c"], receiver, sharer) == receiver[0] * per_layer
@@ -168,8 +174,12 @@ def test_grouped_blocks_equal_one_network_per_group():
     for group in range(3):
         expected = torch.nn.functional.linear(x[group], linear.weight[group].T, linear.bias[group, 0])
         torch.testing.assert_close(linear(x)[group], expected)
-        torch.testing.assert_close(norm(x)[group], torch.nn.functional.rms_norm(x[group], (4,), norm.weight[group, 0], eps=1e-6))
-        expected = torch.nn.functional.layer_norm(x[group], (4,), layer_norm.weight[group, 0], layer_norm.bias[group, 0])
+        torch.testing.assert_close(
+            norm(x)[group], torch.nn.functional.rms_norm(x[group], (4,), norm.weight[group, 0], eps=1e-6)
+        )
+        expected = torch.nn.functional.layer_norm(
+            x[group], (4,), layer_norm.weight[group, 0], layer_norm.bias[group, 0]
+        )
         torch.testing.assert_close(layer_norm(x)[group], expected)
         gate, up = (x[group] @ part.weight[group] + part.bias[group] for part in (swiglu.gate, swiglu.up))
         torch.testing.assert_close(swiglu(x)[group], torch.nn.functional.silu(gate) * up)

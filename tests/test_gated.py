@@ -46,5 +46,7 @@ def test_gates_anneal_and_train_apart(receiver, sharer, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_noise_is_named(receiver, sharer, kind):
-    with pytest.raises(PairError, match=r"expected fuser\.gate_noise to be one of logistic, logistic-per-token, gumbel"):
+    with pytest.raises(
+        PairError, match=r"expected fuser\.gate_noise to be one of logistic, logistic-per-token, gumbel"
+    ):
         tiny_fuser(receiver, sharer, kind, gate_noise="nonsense")

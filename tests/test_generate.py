@@ -16,8 +16,12 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=2, s
 
 @pytest.fixture
 def data(tmp_path):
-    rows = [{"prompt": question, "response": "known"} for question in QUESTIONS[:2]] + [{"prompt": question} for question in QUESTIONS[2:]]
-    (tmp_path / "source.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nbroken\n" + json.dumps({"prompt": "word " * 300}))
+    rows = [{"prompt": question, "response": "known"} for question in QUESTIONS[:2]] + [
+        {"prompt": question} for question in QUESTIONS[2:]
+    ]
+    (tmp_path / "source.jsonl").write_text(
+        "\n".join(map(json.dumps, rows)) + "\nbroken\n" + json.dumps({"prompt": "word " * 300})
+    )
     return DataSection(path=tmp_path / "source.jsonl")
 
 
@@ -35,7 +39,10 @@ def test_every_prompt_gets_the_models_own_response_once(data, receiver, tmp_path
     written = chats(tmp_path / "deep" / "out.jsonl")
     assert added == 4
     assert [chat[0]["content"] for chat in written] == QUESTIONS[:4]
-    assert all([message["role"] for message in chat] == ["user", "assistant"] and chat[1]["content"] != "known" for chat in written)
+    assert all(
+        [message["role"] for message in chat] == ["user", "assistant"] and chat[1]["content"] != "known"
+        for chat in written
+    )
     assert "4 prompts" in said[1]
     assert "2 rows have none" in said[1]
 
@@ -76,7 +83,16 @@ def test_a_source_without_prompts_is_refused(receiver, tmp_path):
 
 
 def test_on_the_command_line(data, saved_models, tmp_path):
-    words = ["data", "generate", str(data.path), "limit=3", "--model", str(saved_models / "receiver"), "--out", str(tmp_path / "out.jsonl")]
+    words = [
+        "data",
+        "generate",
+        str(data.path),
+        "limit=3",
+        "--model",
+        str(saved_models / "receiver"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
     result = CliRunner().invoke(app, [*words, "--max-new-tokens", "4"], catch_exceptions=False)
     assert "added 3 responses" in result.output
     assert len(chats(tmp_path / "out.jsonl")) == 3

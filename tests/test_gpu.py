@@ -70,7 +70,10 @@ def test_gradients_are_those_of_a_cpu(receiver, sharer):
 
 @torch.no_grad()
 def test_answers_are_those_of_a_cpu_and_fusing_waits_for_nothing():
-    receiver, sharer = tiny_model("qwen3"), tiny_model("llama", tiny_tokenizer(300, "lines"), seed=3, num_hidden_layers=2)
+    receiver, sharer = (
+        tiny_model("qwen3"),
+        tiny_model("llama", tiny_tokenizer(300, "lines"), seed=3, num_hidden_layers=2),
+    )
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
     expected = pair.generate(QUESTION, **GREEDY)
     for one in (receiver.model, sharer.model, *pair.fusers):

@@ -22,7 +22,13 @@ from kvfuse.evaluation.tasks import task_manager
 from kvfuse.methods import Fused, Method, Single
 from kvfuse.methods.base import OptionScore, Reply
 
-QUESTIONS = ["What is the capital of Norway?", "Two models read", "Which language do people speak in Rotterdam?", "def fuse", "6 7 8"]
+QUESTIONS = [
+    "What is the capital of Norway?",
+    "Two models read",
+    "Which language do people speak in Rotterdam?",
+    "def fuse",
+    "6 7 8",
+]
 
 
 class Recorder(Method):
@@ -47,7 +53,9 @@ class Recorder(Method):
         if self.breaks(prompts):
             raise RuntimeError("out of memory")
         self.asked.append(list(prompts))
-        lengths = [[len(prompt) + len(option) for option in some] for prompt, some in zip(prompts, options, strict=True)]
+        lengths = [
+            [len(prompt) + len(option) for option in some] for prompt, some in zip(prompts, options, strict=True)
+        ]
         return [[OptionScore(-float(length), False, 1) for length in some] for some in lengths]
 
 
@@ -59,12 +67,16 @@ def _quiet():
 
 
 def generations(contexts, task="task", **options):
-    return [Instance("generate_until", {}, (context, dict(options)), 0, (task, i, 1)) for i, context in enumerate(contexts)]
+    return [
+        Instance("generate_until", {}, (context, dict(options)), 0, (task, i, 1)) for i, context in enumerate(contexts)
+    ]
 
 
 def scorings(contexts, choices):
     return [
-        Instance("loglikelihood", {}, (c, choice), k, ("task", i, 1)) for i, c in enumerate(contexts) for k, choice in enumerate(choices)
+        Instance("loglikelihood", {}, (c, choice), k, ("task", i, 1))
+        for i, c in enumerate(contexts)
+        for k, choice in enumerate(choices)
     ]
 
 
@@ -73,7 +85,12 @@ def in_memory(output_type, questions=QUESTIONS, **fields):
     from datasets import Dataset, DatasetDict
 
     rows = [{"question": question, "answer": "0"} for question in questions]
-    common = {"test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": " "}
+    common = {
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": " ",
+    }
     data = {"custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(rows))}
     return {"task": f"in-memory-{output_type}", "output_type": output_type, **common, **data, **fields}
 
@@ -105,7 +122,9 @@ def test_one_model_answers_and_scores_as_in_the_harness(stock, receiver, batch_s
         assert one["resps"][0][0] == other["resps"][0][0].strip()
         assert one["prompt_hash"] == other["prompt_hash"]
     for one, other in zip(mine[CHOICE["task"]], theirs[CHOICE["task"]], strict=True):
-        for (likelihood, greedy), (expected, expected_greedy) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+        for (likelihood, greedy), (expected, expected_greedy) in zip(
+            one["filtered_resps"], other["filtered_resps"], strict=True
+        ):
             assert float(likelihood) == pytest.approx(float(expected), abs=1e-4)
             assert greedy == expected_greedy
 
@@ -115,7 +134,9 @@ def test_chats_reach_each_model_through_its_own_template(pair):
     chats = [[{"role": "system", "content": "s"}, {"role": "user", "content": question}] for question in QUESTIONS]
     contexts = [model.apply_chat_template(chat) for chat in chats]
     answers = model.generate_until(generations(contexts, max_gen_toks=8))
-    assert answers == [answer.text for chat in chats for answer in Fused(pair).generate([chat], max_new_tokens=8, do_sample=False)]
+    assert answers == [
+        answer.text for chat in chats for answer in Fused(pair).generate([chat], max_new_tokens=8, do_sample=False)
+    ]
     with pytest.raises(EvaluationError, match="gen_prefix"):
         model.apply_chat_template(chats[0], add_generation_prompt=False)
 
@@ -168,7 +189,9 @@ def test_a_run_that_goes_on_may_find_nothing_but_failures(tmp_path):
     model = HarnessModel(Recorder(lambda prompts: QUESTIONS[0] in prompts), progress=False)
     cached = CachingLM(model, str(tmp_path / "cache"))
     requests = generations(QUESTIONS)
-    cached.cache_hook.add_partial("run", ["generate_until", "task"], [("{}", "task", i, question) for i, question in enumerate(QUESTIONS)])
+    cached.cache_hook.add_partial(
+        "run", ["generate_until", "task"], [("{}", "task", i, question) for i, question in enumerate(QUESTIONS)]
+    )
     assert model.generate_until(requests[:1]) == [""]
 
 
@@ -189,7 +212,9 @@ def test_a_killed_run_goes_on_and_prepares_as_the_first(tmp_path):
         evaluate(CachingLM(HarnessModel(first, 1, progress=False), cache), GENERATION)
     second = Recorder(lambda prompts: QUESTIONS[0] in prompts)
     evaluate(CachingLM(HarnessModel(second, 1, progress=False), cache), GENERATION)
-    assert sorted(first.asked + second.asked) == sorted([question] for question in QUESTIONS if question != QUESTIONS[0])
+    assert sorted(first.asked + second.asked) == sorted(
+        [question] for question in QUESTIONS if question != QUESTIONS[0]
+    )
     assert first.prepared == second.prepared == [QUESTIONS]
     third = HarnessModel(Recorder(), 1, progress=False)
     samples = evaluate(CachingLM(third, cache), GENERATION)[GENERATION["task"]]
@@ -211,7 +236,9 @@ def test_the_harness_finds_it_by_name(saved_models):
 
 def test_a_method_of_two_models_is_made_with_its_options():
     data = Path(__file__).parents[1] / "kvfuse" / "demo" / "data"
-    words = f"method=hybrid,receiver={data / 'receiver'},sharer={data / 'sharer'},fuser={data / 'fuser-0'},hint_tokens=7"
+    words = (
+        f"method=hybrid,receiver={data / 'receiver'},sharer={data / 'sharer'},fuser={data / 'fuser-0'},hint_tokens=7"
+    )
     method = get_model("kvfuse").create_from_arg_string(words).method
     assert (method.name, method.hint_tokens) == ("hybrid", 7)
 
@@ -235,14 +262,25 @@ def test_two_processes_share_the_questions_with_the_same_result(tmp_path):
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": str(here.parent), "ACCELERATE_USE_CPU": "true"}
     for name, start in (("one", [sys.executable]), ("two", IN_TWO)):
-        subprocess.run([*start, str(script), str(here), str(tmp_path / name)], env=env, check=True, capture_output=True, text=True)
+        subprocess.run(
+            [*start, str(script), str(here), str(tmp_path / name)], env=env, check=True, capture_output=True, text=True
+        )
     assert json.loads((tmp_path / "one").read_text()) == json.loads((tmp_path / "two").read_text())
 
 
 @pytest.mark.slow
 def test_the_harness_command_line(saved_models, tmp_path):
-    arguments = ["--model", "kvfuse", "--model_args", f"method=receiver,receiver={saved_models / 'receiver'}", "--limit", "2"]
+    arguments = [
+        "--model",
+        "kvfuse",
+        "--model_args",
+        f"method=receiver,receiver={saved_models / 'receiver'}",
+        "--limit",
+        "2",
+    ]
     words = [*arguments, "--tasks", "embedded_generate", "--apply_chat_template", "--output_path", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    ran = subprocess.run([sys.executable, "-m", "kvfuse.evaluation", *words], env=env, check=True, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvfuse.evaluation", *words], env=env, check=True, capture_output=True, text=True
+    )
     assert "embedded_generate" in ran.stdout

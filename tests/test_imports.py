@@ -50,8 +50,12 @@ def test_a_file_imports_only_from_below_or_its_own_folder(path):
 
 @pytest.mark.parametrize("command", ["import kvfuse", "import kvfuse.cli"])
 def test_importing_does_not_load_the_heavy_libraries(command):
-    check = f"import sys; {command}; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    check = (
+        f"import sys; {command}; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_public_names_are_there():

@@ -6,14 +6,28 @@ import pytest
 import torch
 
 from kvfuse.errors import MethodError
-from kvfuse.methods import METHODS, Fused, Hybrid, Method, Mismatched, Reply, Router, Single, Zeroed, make_method, register_method
+from kvfuse.methods import (
+    METHODS,
+    Fused,
+    Hybrid,
+    Method,
+    Mismatched,
+    Reply,
+    Router,
+    Single,
+    Zeroed,
+    make_method,
+    register_method,
+)
 from kvfuse.methods.registry import GROUP
 from kvfuse.methods.routing import bag_of_tokens, confident_replies, line_above
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 
 QUESTION = "What is it?\n\nA. Oslo\nB. a model\nC. hi"
-PROMPTS = [[{"role": "user", "content": text}] for text in ("What is Oslo?", QUESTION, "hi", "Which language do people speak?")]
+PROMPTS = [
+    [{"role": "user", "content": text}] for text in ("What is Oslo?", QUESTION, "hi", "Which language do people speak?")
+]
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
 CHOICES = [["A", "B", "C"], ["A", "B", "C"], ["Oslo", "the same question"], ["A"]]
 EXAMPLES = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
@@ -107,20 +121,28 @@ def test_what_is_read_by_both_is_counted_for_both(answers):
 
 def test_closed_gates_score_as_the_receiver(methods, pair):
     closed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], gate_init=-1.0)])
-    for mine, theirs, opened in zip(*map(likely, (Fused(closed), methods["receiver"], methods["cache-to-cache"])), strict=True):
+    for mine, theirs, opened in zip(
+        *map(likely, (Fused(closed), methods["receiver"], methods["cache-to-cache"])), strict=True
+    ):
         assert mine == pytest.approx(theirs, abs=1e-4)
         assert mine != pytest.approx(opened, abs=1e-2)
 
 
 def test_the_fused_method_is_the_pairs_own_chat(answers, pair):
-    assert [answer.text for answer in answers["cache-to-cache"]] == [pair.chat(prompt, **OPTIONS).strip() for prompt in PROMPTS]
+    assert [answer.text for answer in answers["cache-to-cache"]] == [
+        pair.chat(prompt, **OPTIONS).strip() for prompt in PROMPTS
+    ]
 
 
 def test_fused_responses_are_fused_by_every_method(pair):
-    followed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True)])
+    followed = CacheToCache(
+        pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True)]
+    )
     assert texts(Fused(followed)) == [followed.chat(prompt, **OPTIONS).strip() for prompt in PROMPTS]
     assert texts(Fused(followed)) != texts(Fused(pair))
-    closed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True, gate_init=-1.0)])
+    closed = CacheToCache(
+        pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], fuse_response=True, gate_init=-1.0)]
+    )
     mismatched = Mismatched(closed, lambda prompt: PROMPTS[(PROMPTS.index(prompt) + 1) % len(PROMPTS)])
     assert texts(Zeroed(closed)) == texts(mismatched) == texts(Single("receiver", pair.receiver))
 
@@ -140,7 +162,10 @@ def test_a_hint_is_read_as_two_turns_before_the_question(methods, name, reader):
     told = [system, request, {"role": "assistant", "content": hint.text}, *PROMPTS[1]]
     assert hint.text == texts(methods["sharer"], [[system, request]], max_new_tokens=4)[0]
     assert texts(methods[name], [[system, *PROMPTS[1]]]) == texts(methods[reader], [told])
-    assert likely(methods[name], [[system, *PROMPTS[1]]], CHOICES[1:2])[0] == likely(methods[reader], [told], CHOICES[1:2])[0]
+    assert (
+        likely(methods[name], [[system, *PROMPTS[1]]], CHOICES[1:2])[0]
+        == likely(methods[reader], [told], CHOICES[1:2])[0]
+    )
 
 
 def test_a_hint_without_sight_of_the_options(methods, pair):
@@ -148,7 +173,7 @@ def test_a_hint_without_sight_of_the_options(methods, pair):
         return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"].partition("\n")[0]}]
 
     blind = make_method("text-to-text", pair, sees_options=False, without_options=without_options, **HINTS)
-    (told,) = [one.prompt for one in blind.retell(PROMPTS[1:2])]
+    (told,) = [one.prompt for one in blind.augment(PROMPTS[1:2])]
     assert [message["content"] for message in told[::2]] == ["Hint: What is it?", QUESTION]
     with pytest.raises(MethodError, match="without_options"):
         make_method("hybrid", pair, sees_options=False)
@@ -164,7 +189,9 @@ def test_examples_stand_behind_what_the_system_says(methods):
 def test_the_router_learns_what_it_is_shown(methods):
     assert likely(methods["routing"])[1] == pytest.approx(likely(methods["receiver"])[1], abs=1e-4)
     assert likely(methods["routing"])[2] == pytest.approx(likely(methods["sharer"])[2], abs=1e-4)
-    assert texts(methods["routing"]) == [texts(methods[name], [p])[0] for name, p in zip(["sharer", "receiver"] * 2, PROMPTS, strict=True)]
+    assert texts(methods["routing"]) == [
+        texts(methods[name], [p])[0] for name, p in zip(["sharer", "receiver"] * 2, PROMPTS, strict=True)
+    ]
 
 
 def test_the_cascade_asks_the_sharer_where_the_receiver_is_unsure(methods, pair):
@@ -183,7 +210,9 @@ def test_a_share_of_the_questions_goes_to_the_sharer(pair, router, name, share):
         method.generate(PROMPTS, **OPTIONS)
     method.prepare(PROMPTS, **OPTIONS)
     figures = method.figures(PROMPTS)
-    assert method.choose(figures) == [figure in sorted(figures)[len(PROMPTS) - round(share * len(PROMPTS)) :] for figure in figures]
+    assert method.choose(figures) == [
+        figure in sorted(figures)[len(PROMPTS) - round(share * len(PROMPTS)) :] for figure in figures
+    ]
 
 
 def test_a_line_is_drawn_between_figures():
@@ -211,13 +240,16 @@ def test_methods_of_packages_and_by_hand(pair, monkeypatch):
             return [Reply("", 0, 0) for _ in prompts]
 
     monkeypatch.setattr("kvfuse.methods.registry.METHODS", dict(METHODS))
-    monkeypatch.setattr("kvfuse.support.plugins.entry_points", lambda group: [Offer("silent", lambda setting: Silent())] if group == GROUP else [])
+    monkeypatch.setattr(
+        "kvfuse.support.plugins.entry_points",
+        lambda group: [Offer("silent", lambda setting: Silent())] if group == GROUP else [],
+    )
     silent = make_method("silent", pair)
     assert texts(silent) == [""] * 4
     assert list(silent.stream(PROMPTS[0])) == [""]
     silent.prepare(PROMPTS)
     with pytest.raises(MethodError, match="only generates"):
         silent.score(PROMPTS, CHOICES)
-    for name, maker, reason in (("silent", Silent, "taken"), ("loud", "no function", "Setting")):
+    for name, maker, reason in (("silent", Silent, "taken"), ("loud", "no function", "MethodContext")):
         with pytest.raises(MethodError, match=reason):
             register_method(name, maker)

@@ -19,7 +19,9 @@ def figures_of(*some, **fields):
 
 @pytest.fixture
 def task():
-    return figures_of(answers("receiver", RECEIVER), answers("sharer", SHARER), answers("cache-to-cache", FUSED, seed=0))
+    return figures_of(
+        answers("receiver", RECEIVER), answers("sharer", SHARER), answers("cache-to-cache", FUSED, seed=0)
+    )
 
 
 def test_one_task_by_hand(task):
@@ -59,7 +61,9 @@ def test_p_values_are_adjusted_over_all_pairs(task):
 
 def test_seeds_are_averaged_item_by_item():
     """As many seeds as there are, the interval is about items; helped minus hurt is the gain whatever the seeds."""
-    task = figures_of(answers("receiver", [0, 0, 1, 1]), *(answers("cache-to-cache", [1, s, s, 1], seed=s) for s in (0, 1)))
+    task = figures_of(
+        answers("receiver", [0, 0, 1, 1]), *(answers("cache-to-cache", [1, s, s, 1], seed=s) for s in (0, 1))
+    )
     fused, pair = task["methods"]["cache-to-cache"], difference(task, "cache-to-cache", "receiver")
     assert (fused["accuracy"], fused["seeds"]) == (0.75, {"0": 0.5, "1": 1.0})
     assert fused["interval"] == bootstrap_mean([1, 0.5, 0.5, 1], list("abcd"))[1]
@@ -72,7 +76,9 @@ def test_seeds_are_compared_seed_by_seed():
     pair = difference(figures_of(*rows), "cache-to-cache", "mismatched")
     assert (pair["helped"], pair["hurt"]) == (0, 0)
     assert difference(figures_of(*rows[::-1]), "cache-to-cache", "mismatched")["helped"] == 0
-    crossed = difference(figures_of(rows[1], rows[0], *rows[2:]), "cache-to-cache", "mismatched")  # a run on two machines
+    crossed = difference(
+        figures_of(rows[1], rows[0], *rows[2:]), "cache-to-cache", "mismatched"
+    )  # a run on two machines
     assert (crossed["helped"], crossed["hurt"]) == (0, 0)
     unlike = [answers("mismatched", [s, 1 - s], seed=s + 5) for s in (0, 1)] + rows[2:]
     pair = difference(figures_of(*unlike), "cache-to-cache", "mismatched")
@@ -80,16 +86,24 @@ def test_seeds_are_compared_seed_by_seed():
 
 
 def test_the_order_of_lines_does_not_matter():
-    rows = [row for s in (1, 0) for row in answers("cache-to-cache", [1, s, 0.5], seed=s)] + answers("receiver", [0, 1, 0])
+    rows = [row for s in (1, 0) for row in answers("cache-to-cache", [1, s, 0.5], seed=s)] + answers(
+        "receiver", [0, 1, 0]
+    )
     assert figures_of(rows)["methods"]["cache-to-cache"]["seeds"] == {"0": 0.5, "1": pytest.approx(2.5 / 3)}
     shuffled = [rows[i] for i in (8, 1, 5, 3, 0, 7, 2, 4, 6)]
     one, other = (difference(figures_of(some), "cache-to-cache", "receiver") for some in (rows, shuffled))
-    assert [one[key] for key in ("difference", "helped", "hurt", "p")] == [other[key] for key in ("difference", "helped", "hurt", "p")]
+    assert [one[key] for key in ("difference", "helped", "hurt", "p")] == [
+        other[key] for key in ("difference", "helped", "hurt", "p")
+    ]
 
 
 def test_content_is_what_mismatched_has_not():
     fused, mismatched, receiver = [1] * 30 + [0] * 10, [1] * 20 + [0] * 20, [1] * 10 + [0] * 30
-    rows = answers("receiver", receiver), answers("cache-to-cache", fused, seed=0), answers("mismatched", mismatched, seed=0)
+    rows = (
+        answers("receiver", receiver),
+        answers("cache-to-cache", fused, seed=0),
+        answers("mismatched", mismatched, seed=0),
+    )
     content = figures_of(*rows)["content"]
     assert (content["difference"], content["gain"]["difference"], content["share_of_gain"]) == (0.25, 0.5, 0.5)
     assert content["share_interval"][0] < 0.5 < content["share_interval"][1]
@@ -97,7 +111,11 @@ def test_content_is_what_mismatched_has_not():
 
 
 def test_without_a_gain_there_is_no_share_of_it():
-    rows = answers("receiver", [1, 0] * 9), answers("cache-to-cache", [0, 1] * 9, seed=0), answers("mismatched", [0, 0] * 9, seed=0)
+    rows = (
+        answers("receiver", [1, 0] * 9),
+        answers("cache-to-cache", [0, 1] * 9, seed=0),
+        answers("mismatched", [0, 0] * 9, seed=0),
+    )
     content = figures_of(*rows)["content"]
     assert content["difference"] == 0.5
     assert content["share_of_gain"] is None
@@ -125,7 +143,9 @@ def test_what_failed_is_counted_and_wrong():
 
 def test_an_unfinished_run_is_compared_on_what_both_have_answered():
     task = figures_of(
-        answers("receiver", [1, 0, 1, 0]), answers("cache-to-cache", [1, 1, None, None], seed=0), answers("mismatched", [None] * 4)
+        answers("receiver", [1, 0, 1, 0]),
+        answers("cache-to-cache", [1, 1, None, None], seed=0),
+        answers("mismatched", [None] * 4),
     )
     pair = difference(task, "cache-to-cache", "receiver")
     assert (pair["items"], pair["difference"]) == (2, 0.5)
@@ -146,10 +166,9 @@ def test_grades_are_right_from_half_on():
 
 def test_categories_hold_their_items():
     task = figures_of(answers("receiver", [1, 1, 0, 0], category=["b", "a", "b", "b"]))
-    assert {name: (one["items"], one["methods"]["receiver"]["accuracy"]) for name, one in task["categories"].items()} == {
-        "a": (1, 1.0),
-        "b": (3, pytest.approx(1 / 3)),
-    }
+    assert {
+        name: (one["items"], one["methods"]["receiver"]["accuracy"]) for name, one in task["categories"].items()
+    } == {"a": (1, 1.0), "b": (3, pytest.approx(1 / 3))}
     assert figures_of(answers("receiver", [1, 0]))["categories"] == {}
 
 
@@ -165,7 +184,11 @@ def test_tasks_weigh_alike_in_the_mean():
 
 def test_latency_by_hand():
     seconds = [0.1, 0.2, 0.3, 0.4, 1.0]
-    record = metrics(run_of(answers("receiver", [1]), timings=timings("receiver", seconds, {"decode": 0.5, "receiver_prefill": 0.25})))
+    record = metrics(
+        run_of(
+            answers("receiver", [1]), timings=timings("receiver", seconds, {"decode": 0.5, "receiver_prefill": 0.25})
+        )
+    )
     one = record["latency"]["receiver"]
     assert (one["questions"], one["median"], one["mean"], one["tokens"]) == (5, 0.3, pytest.approx(0.4), 2)
     assert one["p95"] == pytest.approx(np.percentile(seconds, 95))
@@ -179,5 +202,7 @@ def test_tokens_that_nobody_counted_are_none():
 
 
 def test_figures_are_plain_numbers():
-    run = run_of(answers("receiver", RECEIVER), answers("cache-to-cache", FUSED, seed=0), timings=timings("receiver", [0.1]))
+    run = run_of(
+        answers("receiver", RECEIVER), answers("cache-to-cache", FUSED, seed=0), timings=timings("receiver", [0.1])
+    )
     assert json.loads(json.dumps(metrics(run), allow_nan=False))["tasks"]["t"]["items"] == 8

@@ -63,7 +63,9 @@ def test_fused_generate_equals_full_forwards_over_the_fused_cache(any_pair):
     """Greedy, one forward over the whole tail for every new token, with a fresh copy of the fused cache each time."""
     model, prompt = any_pair.receiver.model, stack([any_pair.align(QUESTION)])
     tail = prompt.ids[:, -1:]
-    while tail.shape[1] <= GREEDY["max_new_tokens"] and (tail.shape[1] == 1 or tail[0, -1] != any_pair.receiver.tokenizer.eos_token_id):
+    while tail.shape[1] <= GREEDY["max_new_tokens"] and (
+        tail.shape[1] == 1 or tail[0, -1] != any_pair.receiver.tokenizer.eos_token_id
+    ):
         cache = any_pair.prefill(prompt)
         logits = model(tail, **{CACHE: cache}).logits
         tail = torch.cat([tail, logits[:, -1:].argmax(-1)], dim=1)
@@ -117,7 +119,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_every_way_to_generate_equals_the_receivers_own_when_gates_are_closed(any_pair, options):
     options = {"max_new_tokens": 6, **options}
-    reference = {name: value for name, value in options.items() if name not in ("cache_implementation", "disable_compile")}
+    reference = {
+        name: value for name, value in options.items() if name not in ("cache_implementation", "disable_compile")
+    }
     without_sharer = closed(any_pair)
     torch.manual_seed(7)
     expected = receiver_alone(any_pair, QUESTION, **reference)
@@ -136,7 +140,10 @@ def test_a_static_cache_is_as_long_as_transformers_own(pair):
     """Or longer, by ``max_cache_len``: a compiled receiver serves one length alone."""
     static = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
     prompt, lengths = stack([pair.align(QUESTION)]), {}
-    for name, run in (("ours", pair.answer), ("theirs", lambda _, **options: receiver_alone(pair, QUESTION, **options))):
+    for name, run in (
+        ("ours", pair.answer),
+        ("theirs", lambda _, **options: receiver_alone(pair, QUESTION, **options)),
+    ):
         for longer in ({}, {"max_cache_len": 100}):
             said = run(prompt, **static, **longer, return_dict_in_generate=True)
             lengths.setdefault(name, []).append(said[CACHE].layers[0].max_cache_len)
@@ -149,12 +156,16 @@ def test_a_cache_that_cannot_be_written_into_is_refused(pair):
 
 
 def test_prompt_lookup_equals_greedy_on_a_fused_cache(pair):
-    assert torch.equal(pair.generate([QUESTION], prompt_lookup_num_tokens=2, **GREEDY), pair.generate([QUESTION], **GREEDY))
+    assert torch.equal(
+        pair.generate([QUESTION], prompt_lookup_num_tokens=2, **GREEDY), pair.generate([QUESTION], **GREEDY)
+    )
 
 
 def test_an_assistant_equals_greedy_on_a_fused_cache(pair):
     assistant = tiny_model("qwen3", seed=5).model
-    assert torch.equal(pair.generate([QUESTION], assistant_model=assistant, **GREEDY), pair.generate([QUESTION], **GREEDY))
+    assert torch.equal(
+        pair.generate([QUESTION], assistant_model=assistant, **GREEDY), pair.generate([QUESTION], **GREEDY)
+    )
 
 
 def test_decoding_leaves_no_trace_on_the_model(pair):
@@ -197,7 +208,9 @@ def test_two_sharers_add_up(receiver, sharer):
     swapped = CacheToCache(receiver, [other, sharer], fusers[::-1])
     assert torch.equal(both.generate(PROMPTS, **GREEDY), swapped.generate(PROMPTS, **GREEDY))
     one_open = CacheToCache(receiver, [sharer, other], [fusers[0], tiny_fuser(receiver, other, gate_init=-1.0)])
-    assert torch.equal(one_open.generate(PROMPTS, **GREEDY), CacheToCache(receiver, [sharer], fusers[:1]).generate(PROMPTS, **GREEDY))
+    assert torch.equal(
+        one_open.generate(PROMPTS, **GREEDY), CacheToCache(receiver, [sharer], fusers[:1]).generate(PROMPTS, **GREEDY)
+    )
 
 
 def test_in_sequence_each_fuser_reads_what_those_before_have_made(receiver, sharer):
@@ -206,7 +219,9 @@ def test_in_sequence_each_fuser_reads_what_those_before_have_made(receiver, shar
     pair = CacheToCache(receiver, [sharer, sharer], fusers, fusion="sequential")
     prompt = stack([pair.align(QUESTION)])
     first = read_cache(pair.select(0).prefill(stack([pair.select(0).align(QUESTION)])))
-    theirs = read_cache(prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask, prompt.sharers[1].positions))
+    theirs = read_cache(
+        prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask, prompt.sharers[1].positions)
+    )
     one = replace(prompt, sharers=prompt.sharers[1:])
     expected = fuse(first, [theirs], fusers[1:], one)
     torch.testing.assert_close(read_cache(pair.prefill(prompt)).key, expected.key)
@@ -242,7 +257,9 @@ def test_gradients_reach_every_fuser_parameter_and_no_other(pair):
     model, prompt = pair.receiver.model, stack([pair.align(prompt) for prompt in PROMPTS])
     mask = torch.cat([prompt.mask, torch.ones(len(PROMPTS), 1, dtype=torch.long)], 1)
     tail = prompt.ids[:, -1:].repeat(1, 2)
-    output = model(tail, attention_mask=mask, position_ids=count_positions(mask)[:, -2:], **{CACHE: pair.prefill(prompt)})
+    output = model(
+        tail, attention_mask=mask, position_ids=count_positions(mask)[:, -2:], **{CACHE: pair.prefill(prompt)}
+    )
     output.logits.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in fuser.parameters())
     assert all(parameter.grad is None for one in (pair.receiver, *pair.sharers) for parameter in one.model.parameters())
@@ -253,11 +270,7 @@ def test_a_prompt_longer_than_a_context_is_refused(pair):
         pair.generate("word " * 400)
 
 
-OTHERS = {
-    "shape": {"num_key_value_heads": 1},
-    "weights": {"seed": 9},
-    "tokenizer": {"tokenizer": tiny_tokenizer(330)},
-}
+OTHERS = {"shape": {"num_key_value_heads": 1}, "weights": {"seed": 9}, "tokenizer": {"tokenizer": tiny_tokenizer(330)}}
 
 
 @pytest.mark.parametrize("changed", OTHERS)
@@ -285,7 +298,10 @@ def test_models_of_unlike_precision_talk(pair, saved_models, tmp_path, mine, the
     save_fuser(pair.fusers[0], tmp_path / "fuser")
     names = {"receiver": saved_models / "receiver", "sharer": saved_models / "sharer", "fuser": tmp_path / "fuser"}
     mixed = CacheToCache.from_pretrained(**names, dtype=mine, device_map="auto", sharer_options={"dtype": theirs})
-    assert [str(model.model.dtype) for model in (mixed.receiver, *mixed.sharers)] == [f"torch.{mine}", f"torch.{theirs}"]
+    assert [str(model.model.dtype) for model in (mixed.receiver, *mixed.sharers)] == [
+        f"torch.{mine}",
+        f"torch.{theirs}",
+    ]
     prompt = stack([mixed.align(QUESTION)])
     fused, expected = read_cache(mixed.prefill(prompt)), read_cache(pair.prefill(prompt))
     assert str(fused.key.dtype) == f"torch.{mine}"

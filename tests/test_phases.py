@@ -48,7 +48,11 @@ def test_nothing_is_measured_and_nothing_waits_unless_asked(pair, monkeypatch):
 
 
 def test_beams_and_stopping_criteria_are_left_as_they_are(pair):
-    options = {**OPTIONS, "num_beams": 2, "stopping_criteria": [StopStringCriteria(pair.receiver.tokenizer, ["no such text"])]}
+    options = {
+        **OPTIONS,
+        "num_beams": 2,
+        "stopping_criteria": [StopStringCriteria(pair.receiver.tokenizer, ["no such text"])],
+    }
     answer = Fused(pair).timed(PROMPT, **options)
     assert answer.text == Fused(pair).generate([PROMPT], **options)[0].text
     assert "first_token" in answer.phases

@@ -20,7 +20,11 @@ def recipe(saved_models, tmp_path):
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(11)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "recipe.yaml"
-    content = {"receiver": str(saved_models / "receiver"), "sharer": str(saved_models / "sharer"), "output": str(tmp_path / "out")}
+    content = {
+        "receiver": str(saved_models / "receiver"),
+        "sharer": str(saved_models / "sharer"),
+        "output": str(tmp_path / "out"),
+    }
     path.write_text(json.dumps({**content, "data": {"path": str(tmp_path / "data.jsonl"), "validation_share": 0.2}}))
     return path
 
@@ -30,7 +34,9 @@ def planned(path, *overrides):
     return loaded, plan(loaded, prepare_data(loaded, lambda line: None))
 
 
-@pytest.mark.parametrize("overrides", [[], ["train.epochs=2.5", "train.accumulation=2"], ["train.steps=3", "train.batch_size=2"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.epochs=2.5", "train.accumulation=2"], ["train.steps=3", "train.batch_size=2"]]
+)
 def test_the_plan_is_what_the_trainer_does(recipe, overrides, tmp_path, monkeypatch):
     from kvfuse.training.loop.trainer import FuserTrainer
     from kvfuse.training.run import train

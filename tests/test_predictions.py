@@ -7,12 +7,18 @@ from kvfuse.evaluation.predictions import Prediction, Timing, append, read_predi
 
 
 def prediction(item="1", **fields):
-    return Prediction(task="t", item=item, method="receiver", prompt_hash="0", answer="A — ä\n", target="A", score=1, **fields)
+    return Prediction(
+        task="t", item=item, method="receiver", prompt_hash="0", answer="A — ä\n", target="A", score=1, **fields
+    )
 
 
 def test_what_is_appended_is_read(tmp_path):
     path = tmp_path / "new" / "predictions.jsonl"
-    rows = [prediction("1", seed=0, group="g", seconds=0.5), prediction("1", seed=1), prediction("2", extracted="A\u2028")]
+    rows = [
+        prediction("1", seed=0, group="g", seconds=0.5),
+        prediction("1", seed=1),
+        prediction("2", extracted="A\u2028"),
+    ]
     append(path, rows[:1])
     append(path, rows[1:])
     assert read_predictions(path) == rows

@@ -15,7 +15,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.prefill import can_go_on
+from kvfuse.stages.prefill import supports_prefix_reuse
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 
@@ -33,7 +33,9 @@ OTHER = {"tokenizer": tiny_tokenizer(300, "lines")}
 def pair_of(receiver="qwen3", sharer="llama", theirs=OTHER, num_sharers=1, fusion="parallel", **options):
     mine = tiny_model(receiver)
     sharers = [tiny_model(sharer, **{"seed": 2 + place, **theirs}) for place in range(num_sharers)]
-    return CacheToCache(mine, sharers, [tiny_fuser(mine, one, seed=i, **options) for i, one in enumerate(sharers)], fusion)
+    return CacheToCache(
+        mine, sharers, [tiny_fuser(mine, one, seed=i, **options) for i, one in enumerate(sharers)], fusion
+    )
 
 
 def with_store(pair, store=None):
@@ -58,7 +60,10 @@ def counted(pair):
         return lambda module, args: runs.append(args[0].shape[1])
 
     models = [one.model for one in (pair.receiver, *pair.sharers)]
-    handles = [model.get_input_embeddings().register_forward_pre_hook(hook(runs)) for model, runs in zip(models, fed, strict=True)]
+    handles = [
+        model.get_input_embeddings().register_forward_pre_hook(hook(runs))
+        for model, runs in zip(models, fed, strict=True)
+    ]
     try:
         yield fed
     finally:
@@ -68,7 +73,9 @@ def counted(pair):
 
 def new_tokens(ids, known):
     """How many of the ids come after the longest beginning that one of the known has, too."""
-    common = [sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, before, strict=False))) for before in known]
+    common = [
+        sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, before, strict=False))) for before in known
+    ]
     return len(ids) - max(common, default=0)
 
 
@@ -134,13 +141,17 @@ def assert_close(got, expected):
     torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"theirs": SAME}, {}, {"token_alignment": "reencode-longest"}], ids=["identity", "span", "re-encoded"])
+@pytest.mark.parametrize(
+    "options", [{"theirs": SAME}, {}, {"token_alignment": "reencode-longest"}], ids=["identity", "span", "re-encoded"]
+)
 def test_where_the_response_is_fused_too(options):
     pair = pair_of(fuse_response=True, **options)
     kept = with_store(pair)
     for turn, messages in enumerate(conversation(pair)):
         assert kept.chat(messages, **GREEDY) == pair.chat(messages, **GREEDY)
-        assert kept.chat(messages, **GREEDY) == pair.chat(messages, **GREEDY), "what follows a response leaves its prompt alone"
+        assert kept.chat(messages, **GREEDY) == pair.chat(messages, **GREEDY), (
+            "what follows a response leaves its prompt alone"
+        )
         assert kept.store.stats.tokens_saved > turn
 
 
@@ -158,7 +169,9 @@ def test_a_prompt_that_is_known_is_not_read(pair):
 
 def test_models_are_read_once_whatever_they_are_in_another_pair(pair):
     store, prompt = PrefixStore(), stack([pair.align(CHAT)])
-    first, second = (CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], seed=s)]) for s in (1, 2))
+    first, second = (
+        CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], seed=s)]) for s in (1, 2)
+    )
     with torch.no_grad():
         with_store(first, store).prefill(prompt)
         with counted(second) as fed:
@@ -224,9 +237,13 @@ def test_one_model_in_two_precisions_is_two(pair, saved_models):
         loaded = [LanguageModel.from_pretrained(saved_models / name, dtype=dtype) for name in ("receiver", "sharer")]
         one = CacheToCache(loaded[0], loaded[1:], pair.fusers)
         for _ in range(2):
-            assert torch.equal(read_cache(with_store(one, store).prefill(prompt)).key, read_cache(one.prefill(prompt)).key)
+            assert torch.equal(
+                read_cache(with_store(one, store).prefill(prompt)).key, read_cache(one.prefill(prompt)).key
+            )
     one.receiver.model.to(torch.bfloat16)
-    assert torch.equal(read_cache(with_store(one, store).prefill(prompt, [])).key, read_cache(one.prefill(prompt, [])).key)
+    assert torch.equal(
+        read_cache(with_store(one, store).prefill(prompt, [])).key, read_cache(one.prefill(prompt, [])).key
+    )
 
 
 @torch.no_grad()
@@ -284,18 +301,22 @@ def test_batches_gradients_and_states_are_read_as_ever(pair):
         for messages in conversation(stateful):
             assert after.chat(messages, **GREEDY) == stateful.chat(messages, **GREEDY)
         assert kept.store.stats.positions_saved == 0
-    assert not any(can_go_on(tiny_model(family).model) for family in STATEFUL)
+    assert not any(supports_prefix_reuse(tiny_model(family).model) for family in STATEFUL)
 
 
 def test_keys_that_the_length_of_a_prompt_turns_are_not_kept():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert not can_go_on(tiny_model("llama", rope_parameters=rope).model)
-    assert can_go_on(tiny_model("llama").model)
+    assert not supports_prefix_reuse(tiny_model("llama", rope_parameters=rope).model)
+    assert supports_prefix_reuse(tiny_model("llama").model)
 
 
 @torch.no_grad()
 def test_the_least_recently_used_leave(pair):
-    texts = ("What is the capital of Norway?", "Two models read the same question", "Answer in Dutch, or in English, please")
+    texts = (
+        "What is the capital of Norway?",
+        "Two models read the same question",
+        "Answer in Dutch, or in English, please",
+    )
     prompts, sizes = [stack([pair.align(text)]) for text in texts], []
     for prompt in prompts:
         one = with_store(pair)
@@ -333,7 +354,9 @@ def test_a_conversation_is_held_once(pair):
 
 def test_threads_share_a_store(pair):
     kept = with_store(pair)
-    prompts = [messages for question in QUESTIONS for messages in ([BRIEF, {"role": "user", "content": question}], CHAT)] * 2
+    prompts = [
+        messages for question in QUESTIONS for messages in ([BRIEF, {"role": "user", "content": question}], CHAT)
+    ] * 2
     expected = [pair.chat(prompt, **GREEDY) for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
         caches = list(pool.map(lambda prompt: _prefilled(kept, prompt), prompts))

@@ -19,7 +19,10 @@ from kvfuse.training.recipe import DataSection, Recipe
 
 disable_progress_bars()
 QUESTIONS = [(("user", f"What is {i}?"), ("assistant", f"It is number {i}.")) for i in range(10, 22)]
-CHATS = [{"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)} for i, turns in enumerate(QUESTIONS)]
+CHATS = [
+    {"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)}
+    for i, turns in enumerate(QUESTIONS)
+]
 BAD = {
     "broken JSON": b'{"messages": [',
     "not UTF-8": b'{"prompt": "\xff"}',
@@ -33,14 +36,19 @@ BAD = {
 
 
 def encoder_of(template="tagged", **options):
-    receiver, sharer = Reader("receiver", tiny_tokenizer(template=template), 256), Reader("sharer", tiny_tokenizer(300, "lines"), 512)
+    receiver, sharer = (
+        Reader("receiver", tiny_tokenizer(template=template), 256),
+        Reader("sharer", tiny_tokenizer(300, "lines"), 512),
+    )
     return Encoder(receiver, ((sharer, "span"),), **options)
 
 
 @pytest.fixture
 def chats(tmp_path):
     file = tmp_path / "chats.jsonl"
-    file.write_text("\n".join(json.dumps({**chat, "id": str(tmp_path)}) for chat in CHATS))  # not yet in the cache of any test
+    file.write_text(
+        "\n".join(json.dumps({**chat, "id": str(tmp_path)}) for chat in CHATS)
+    )  # not yet in the cache of any test
     return file
 
 
@@ -80,7 +88,9 @@ def test_columns_give_the_batch_of_the_examples(receiver, sharer, how, fuse_resp
 
 def test_a_recipes_encoder_is_that_of_its_pair(pair, saved_models, tmp_path):
     names = {name: str(saved_models / name) for name in ("receiver", "sharer")}
-    recipe = Recipe(**names, output=tmp_path, data=DataSection(path="x"), fuser={"fuse": "messages", "fuse_response": True})
+    recipe = Recipe(
+        **names, output=tmp_path, data=DataSection(path="x"), fuser={"fuse": "messages", "fuse_response": True}
+    )
     loaded = Encoder.load(recipe)
     assert (loaded.fuse, loaded.fuse_response, loaded.sharers[0][1]) == ("messages", True, "span")
     plain = Encoder.load(recipe.model_copy(update={"fuser": recipe.fuser.model_validate({})}))
@@ -126,7 +136,9 @@ def test_every_kind_of_bad_row_is_counted_and_placed(chats):
 
 
 def test_what_a_template_refuses_is_a_bad_row(chats):
-    refusing = TEMPLATES["tagged"] + "{% if messages|length > 3 %}{{ raise_exception('one question at a time') }}{% endif %}"
+    refusing = (
+        TEMPLATES["tagged"] + "{% if messages|length > 3 %}{{ raise_exception('one question at a time') }}{% endif %}"
+    )
     encoder = encoder_of()
     encoder.receiver.tokenizer.chat_template = refusing
     prepared = prepare(DataSection(path=chats), encoder)
@@ -142,7 +154,9 @@ def test_too_few_examples_are_refused(chats):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("name", "text"), [("none.jsonl", "\n"), ("none.json", "[]"), ("short.txt", "no response"), ("none.txt", "")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("none.jsonl", "\n"), ("none.json", "[]"), ("short.txt", "no response"), ("none.txt", "")]
+)
 def test_a_source_without_examples_is_refused(tmp_path, name, text, streaming):
     (tmp_path / name).write_text(text)
     data = DataSection(path=tmp_path / name, streaming=streaming)
@@ -164,7 +178,11 @@ def test_long_chats_are_bad_or_lose_their_oldest_turns(chats):
     assert most < lengths[-1]
     encoder = encoder_of(max_tokens=most)
     refused = prepare(DataSection(path=chats, max_tokens=most), encoder)
-    assert (len(refused.examples), refused.shortened, {row.reason.partition(":")[0] for row in refused.bad}) == (4, 0, {"too long"})
+    assert (len(refused.examples), refused.shortened, {row.reason.partition(":")[0] for row in refused.bad}) == (
+        4,
+        0,
+        {"too long"},
+    )
     shorter = prepare(DataSection(path=chats, max_tokens=most, truncation="drop_history"), encoder)
     assert (len(shorter.examples), shorter.shortened, shorter.bad) == (12, 8, ())
     assert "8 without their oldest turns" in str(shorter)
@@ -213,13 +231,20 @@ def test_other_content_of_the_same_length_is_encoded_again(chats, calls):
     prepare(DataSection(path=chats), encoder_of())
     calls.clear()
     chats.write_text(chats.read_text().replace("number", "cipher"))
-    assert "cipher" in encoder_of().receiver.tokenizer.decode(prepare(DataSection(path=chats), encoder_of()).examples[0]["response"])
+    assert "cipher" in encoder_of().receiver.tokenizer.decode(
+        prepare(DataSection(path=chats), encoder_of()).examples[0]["response"]
+    )
 
 
-@pytest.mark.parametrize("options", [{"streaming": True}, {"workers": 2, "separator": "other"}], ids=["streamed", "two workers"])
+@pytest.mark.parametrize(
+    "options", [{"streaming": True}, {"workers": 2, "separator": "other"}], ids=["streamed", "two workers"]
+)
 def test_streamed_and_parallel_rows_are_the_same(chats, options):
     chats.write_bytes(b"\n".join([BAD["broken JSON"], chats.read_bytes()]))
-    one, other = prepare(DataSection(path=chats), encoder_of()), prepare(DataSection(path=chats, **options), encoder_of())
+    one, other = (
+        prepare(DataSection(path=chats), encoder_of()),
+        prepare(DataSection(path=chats, **options), encoder_of()),
+    )
     assert columns(one) == columns(other)
     assert one.bad == other.bad
 
@@ -254,7 +279,8 @@ def test_held_out_examples_are_the_last(chats):
 
 
 @pytest.mark.parametrize(
-    ("file", "rows"), [("chat/glaive_toolcall_en_demo.json", 300), ("chat/v1_sft_demo.jsonl", 500), ("openbookqa/test.jsonl", 500)]
+    ("file", "rows"),
+    [("chat/glaive_toolcall_en_demo.json", 300), ("chat/v1_sft_demo.jsonl", 500), ("openbookqa/test.jsonl", 500)],
 )
 def test_real_files_are_prepared(shared, file, rows):
     prepared = prepare(DataSection(path=shared / "data" / file, limit=60), encoder_of(max_tokens=250))

@@ -18,7 +18,9 @@ print(processes().num_processes, dist.is_initialized())
 
 def lines_of(joins: bool) -> list[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "true"}
-    ran = subprocess.run([sys.executable, "-c", SCRIPT.format(joins=joins)], env=env, check=True, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(joins=joins)], env=env, check=True, capture_output=True, text=True
+    )
     return ran.stdout.splitlines()
 
 

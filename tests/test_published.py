@@ -46,7 +46,10 @@ def folder(fuser, tmp_path):
 
 def random_kv(fuser, tokens=5):
     torch.manual_seed(3)
-    sizes = [(spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim) for spec in (fuser.config.receiver_kv, fuser.config.sharer_kv)]
+    sizes = [
+        (spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim)
+        for spec in (fuser.config.receiver_kv, fuser.config.sharer_kv)
+    ]
     return [KV(torch.randn(size), torch.randn(size)) for size in sizes]
 
 
@@ -64,7 +67,9 @@ def reference_c2c(state, part, mine, theirs):
         w1, w2, norm = (state[f"{part}_{name}.{leaf}.weight"] for leaf in ("w1", "w2", "norm"))
         return x + F.linear(F.gelu(F.linear(F.rms_norm(x, x.shape[-1:], norm, 1e-6), w1)), w2)
 
-    hidden = block("mlp1.blocks.0", linear("in", torch.cat([flat(getattr(theirs, part)), flat(getattr(mine, part))], -1)))
+    hidden = block(
+        "mlp1.blocks.0", linear("in", torch.cat([flat(getattr(theirs, part)), flat(getattr(mine, part))], -1))
+    )
     weight = torch.sigmoid(linear("scalar_head", block("scalar_mlp2.blocks.0", hidden)))
     for i in range(2):
         hidden = block(f"proj_mlp2.blocks.{i}", hidden)
@@ -90,7 +95,9 @@ def reference_complex(state, part, mine, theirs):
     num_heads = mine.key.shape[1]
     keys = project("key").unflatten(-1, (num_heads, -1)).transpose(1, 2)
     hidden = linear("weight_hidden.layers.0", flat(torch.cat([mine.key, keys], -1)))
-    hidden = F.layer_norm(hidden, hidden.shape[-1:], state["weight_hidden.layers.1.weight"], state["weight_hidden.layers.1.bias"])
+    hidden = F.layer_norm(
+        hidden, hidden.shape[-1:], state["weight_hidden.layers.1.weight"], state["weight_hidden.layers.1.bias"]
+    )
     weight = torch.sigmoid(linear(f"{part}_weight_head", linear("weight_hidden.layers.4", F.gelu(hidden))) / 0.7)
     heads = project(part).unflatten(-1, (num_heads, -1))
     return ((state["gate_logit"] > 0) * weight.unsqueeze(-1) * heads).transpose(1, 2)
@@ -107,7 +114,9 @@ def test_it_computes_what_the_published_weights_say(fuser, folder):
         state = torch.load(folder / "final" / f"projector_{layer}.pt", weights_only=True)
         one = KV(mine.key[layer], mine.value[layer]), KV(theirs.key[sharer_layer], theirs.value[sharer_layer])
         for part in ("key", "value"):
-            torch.testing.assert_close(getattr(residual, part)[layer], reference(state, part, *one), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                getattr(residual, part)[layer], reference(state, part, *one), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_there_and_back_is_the_same_fuser(fuser, folder, tmp_path):
@@ -163,14 +172,26 @@ DAMAGE = {
     "empty": (lambda place: (place / "projector_1.pt").write_bytes(b""), "cannot be read safely"),
     "malicious": (lambda place: torch.save({"x": Malicious()}, place / "projector_0.pt"), "cannot be read safely"),
     "no state": (lambda place: torch.save([torch.ones(1)], place / "projector_0.pt"), "named tensors"),
-    "fewer tensors": (lambda place: torch.save({"key_in.weight": torch.ones(1)}, place / "projector_0.pt"), "differs in"),
+    "fewer tensors": (
+        lambda place: torch.save({"key_in.weight": torch.ones(1)}, place / "projector_0.pt"),
+        "differs in",
+    ),
     "other sizes": (lambda place: reshape(place / "projector_2.pt"), "do not belong together"),
     "no arguments": (lambda place: (place / "projector_1.json").unlink(), "projector_1.json"),
     "unequal arguments": (lambda place: edit(place / "projector_1.json", init_args={}), "one class and size"),
-    "unknown class": (lambda place: [edit(place / f"projector_{i}.json", **{"class": "TrivialProjector"}) for i in range(3)], "TrivialPr"),
-    "no sizes": (lambda place: [edit(place / f"projector_{i}.json", init_args={}) for i in range(3)], "expected arguments"),
+    "unknown class": (
+        lambda place: [edit(place / f"projector_{i}.json", **{"class": "TrivialProjector"}) for i in range(3)],
+        "TrivialPr",
+    ),
+    "no sizes": (
+        lambda place: [edit(place / f"projector_{i}.json", init_args={}) for i in range(3)],
+        "expected arguments",
+    ),
     "no mapping": (lambda place: (place / "projector_config.json").unlink(), "projector_config.json"),
-    "odd mapping": (lambda place: (place / "projector_config.json").write_text('{"0": {"1": {"1": [[0, 0]]}}}'), "of the form"),
+    "odd mapping": (
+        lambda place: (place / "projector_config.json").write_text('{"0": {"1": {"1": [[0, 0]]}}}'),
+        "of the form",
+    ),
     "no recipe": (lambda place: (place.parent / "config.json").unlink(), "config.json"),
     "odd recipe": (lambda place: (place.parent / "config.json").write_text('{"model": 3}'), "base_model"),
 }
@@ -242,7 +263,10 @@ def test_models_and_alignment_come_from_the_recipe(folder):
         (True, "first", ("reencode-first", "messages")),
         (True, "longest", ("reencode-longest", "messages")),
     ):
-        edit(folder / "config.json", model={**model, "base_model": "R", "is_do_alignment": aligned, "alignment_strategy": strategy})
+        edit(
+            folder / "config.json",
+            model={**model, "base_model": "R", "is_do_alignment": aligned, "alignment_strategy": strategy},
+        )
         config = load_fuser(folder).config
         assert (config.receiver["name"], config.token_alignment, config.fuse) == ("R", *expected)
 
@@ -281,7 +305,13 @@ def test_listed_sizes_are_those_of_our_fuser(pair):
     identities = {
         whose: {
             "name": name,
-            "kv": dict(zip(("num_layers", "num_kv_heads", "key_dim", "value_dim"), (*SHAPES[name], SHAPES[name][2]), strict=True)),
+            "kv": dict(
+                zip(
+                    ("num_layers", "num_kv_heads", "key_dim", "value_dim"),
+                    (*SHAPES[name], SHAPES[name][2]),
+                    strict=True,
+                )
+            ),
         }
         for whose, name in (("receiver", pair.receiver), ("sharer", pair.sharer))
     }

@@ -14,7 +14,14 @@ from kvfuse.checkpoint import quantize as quantize_folder
 from kvfuse.errors import CheckpointError, PairError, RecipeError
 from kvfuse.fusers import FUSERS, FuserConfig, quantize
 from kvfuse.fusers.base import Fuser
-from kvfuse.fusers.execution.quantized import FORMATS, MIN_OUTPUTS, Int4Linear, Int8Linear, QuantizedLinear, cpu_multiplies_int8
+from kvfuse.fusers.execution.quantized import (
+    FORMATS,
+    MIN_OUTPUTS,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    cpu_multiplies_int8,
+)
 from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
@@ -83,7 +90,11 @@ def small_pair(receiver, sharer, weights):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_is_off_by_half_a_step_at_most(shape, weights, dtype):
     linear, small = linear_of(*shape, weights, dtype)
-    steps = small.scale if weights == "int8" else (small.steps * small.scale[:, None]).expand(-1, -1, 2 * small.levels.shape[2], -1)
+    steps = (
+        small.scale
+        if weights == "int8"
+        else (small.steps * small.scale[:, None]).expand(-1, -1, 2 * small.levels.shape[2], -1)
+    )
     steps = steps if weights == "int8" else steps.flatten(1, 2)[:, : shape[0]]
     off = (small.integers() * small.scale.float() - linear.weight.float()).abs()
     assert small.integers().dtype == torch.int8
@@ -104,7 +115,9 @@ def test_outputs_without_weight_stay_zero(weights):
     small = FORMATS[weights](1, 8, 16, bias=False)
     small.reset_parameters(zero=True)
     assert not small(torch.randn(1, 4, 8)).any()
-    assert not linear_of(8, 16, weights, bias=False)[1](torch.zeros(3, 4, 8)).any(), "nor do tokens of zero divide by it"
+    assert not linear_of(8, 16, weights, bias=False)[1](torch.zeros(3, 4, 8)).any(), (
+        "nor do tokens of zero divide by it"
+    )
 
 
 @needs_int8
@@ -214,7 +227,9 @@ def test_a_token_depends_on_that_token_alone(small, inputs):
 
 
 def test_a_closed_gate_gives_exactly_zero(receiver, sharer, full, weights, inputs):
-    closed = quantize(tiny_fuser(receiver, sharer, full.config.model_type.removeprefix("kvfuse-"), gate_init=-1.0), weights)
+    closed = quantize(
+        tiny_fuser(receiver, sharer, full.config.model_type.removeprefix("kvfuse-"), gate_init=-1.0), weights
+    )
     residual = closed(*inputs)
     assert not residual.key.any()
     assert not residual.value.any()
@@ -273,7 +288,10 @@ def test_it_is_loaded_in_the_dtype_it_was_saved_in(receiver, sharer, weights, dt
 
 def test_transformers_is_told_of_no_quantisation(full, small, weights, tmp_path):
     """Its ``quantization_config`` would have it look for another library's kernels."""
-    configs = [json.loads((save_fuser(one, tmp_path / name) / "config.json").read_text()) for name, one in (("a", full), ("b", small))]
+    configs = [
+        json.loads((save_fuser(one, tmp_path / name) / "config.json").read_text())
+        for name, one in (("a", full), ("b", small))
+    ]
     assert [config.get("weights") for config in configs] == ["full", weights]
     assert all("quantization_config" not in config for config in configs)
 
@@ -284,7 +302,10 @@ def test_a_pair_answers_with_it(saved_models, small_pair, tmp_path):
     loaded = CacheToCache.from_pretrained(**folders, fuser=tmp_path / "small", dtype=torch.float32)
     options = {"max_new_tokens": 4, "do_sample": False}
     assert loaded.chat("What is Oslo?", **options) == small_pair.chat("What is Oslo?", **options)
-    assert CacheToCache.from_pretrained(**folders, fuser=tmp_path / "small", dtype=torch.bfloat16).fusers[0].dtype == torch.float32
+    assert (
+        CacheToCache.from_pretrained(**folders, fuser=tmp_path / "small", dtype=torch.bfloat16).fusers[0].dtype
+        == torch.float32
+    )
 
 
 def test_a_random_fuser_can_take_its_place(small_pair):
@@ -319,7 +340,9 @@ def test_it_cannot_be_trained(small_pair, tmp_path, weights):
 
 
 def test_a_recipe_cannot_ask_for_it(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("{receiver: a, sharer: b, output: c, data: {path: d}, fuser: {weights: int8}}")
+    (tmp_path / "recipe.yaml").write_text(
+        "{receiver: a, sharer: b, output: c, data: {path: d}, fuser: {weights: int8}}"
+    )
     with pytest.raises(RecipeError, match=r"fuser\.weights"):
         load_recipe(tmp_path / "recipe.yaml")
 

@@ -17,7 +17,13 @@ from kvfuse.evaluation.predictions import append
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for language, text in FENCES if language == "bash" for line in text.splitlines() if line and not line.startswith("#")]
+COMMANDS = [
+    line
+    for language, text in FENCES
+    if language == "bash"
+    for line in text.splitlines()
+    if line and not line.startswith("#")
+]
 PYTHON = [text for language, text in FENCES if language == "python"]
 ENV = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 
@@ -47,7 +53,9 @@ def test_commands_run(command, tmp_path, monkeypatch):
 
 
 def test_the_command_is_installed():
-    ran = subprocess.run([sys.executable, "-m", "kvfuse.cli", "list", "pairs"], env=ENV, check=True, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvfuse.cli", "list", "pairs"], env=ENV, check=True, capture_output=True, text=True
+    )
     assert "qwen3_0.6b" in ran.stdout
 
 
@@ -55,7 +63,9 @@ def test_the_command_is_installed():
 def test_make_targets_exist(command):
     if shutil.which("make") is None:
         pytest.skip("needs make")
-    subprocess.run(["make", "--dry-run", *shlex.split(command, comments=True)[1:]], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        ["make", "--dry-run", *shlex.split(command, comments=True)[1:]], cwd=ROOT, check=True, capture_output=True
+    )
 
 
 def test_every_command_is_one_of_the_two():

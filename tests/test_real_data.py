@@ -57,7 +57,9 @@ def run(recipe, shared, out, tasks, methods, *words):
 def test_files_are_asked_end_to_end(recipe, shared, tmp_path, tasks, methods):
     words = ["evaluation.limit=3", "evaluation.timed=1", "evaluation.settings={hint_tokens: 4, sees_options: false}"]
     found, metrics = run(recipe, shared, tmp_path / "out", tasks, methods, *words)
-    assert {(row.task, row.method) for row in found.predictions} == {(task, method) for task in tasks for method in methods}
+    assert {(row.task, row.method) for row in found.predictions} == {
+        (task, method) for task in tasks for method in methods
+    }
     assert len(found.predictions) == 3 * len(methods) * len(tasks)
     assert not [row.failed for row in found.predictions if row.failed]
     for row in found.predictions:
@@ -76,7 +78,9 @@ def test_files_are_asked_end_to_end(recipe, shared, tmp_path, tasks, methods):
 
 @pytest.mark.slow
 def test_all_questions_of_two_files_are_asked(recipe, shared, tmp_path):
-    found, metrics = run(recipe, shared, tmp_path / "out", OPTIONS, ["receiver", "cache-to-cache"], "evaluation.batch_size=16")
+    found, metrics = run(
+        recipe, shared, tmp_path / "out", OPTIONS, ["receiver", "cache-to-cache"], "evaluation.batch_size=16"
+    )
     for task, count in COUNTS.items():
         assert metrics["tasks"][task]["items"] == count
         items = [row.item for row in found.predictions if (row.task, row.method) == (task, "receiver")]

@@ -31,12 +31,22 @@ def test_every_token_alignment_can_be_asked_for(recipe, how):
 
 def test_words_after_the_recipe_win(recipe):
     loaded = load_recipe(recipe(GOOD), ["train.steps=7", "fuser.hidden_dim=32", "receiver=other", "data.format=text"])
-    assert (loaded.train.steps, loaded.fuser.options["hidden_dim"], loaded.receiver, loaded.data.format) == (7, 32, "other", "text")
+    assert (loaded.train.steps, loaded.fuser.options["hidden_dim"], loaded.receiver, loaded.data.format) == (
+        7,
+        32,
+        "other",
+        "text",
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("train.learning_rat", "learning_rate"), ("recever", "receiver"), ("data.formt", "format"), ("fuser.hiden_dim", "hidden_dim")],
+    [
+        ("train.learning_rat", "learning_rate"),
+        ("recever", "receiver"),
+        ("data.formt", "format"),
+        ("fuser.hiden_dim", "hidden_dim"),
+    ],
 )
 def test_an_unknown_key_names_the_nearest(recipe, key, nearest):
     with pytest.raises(RecipeError, match=f"did you mean '{nearest}'"):

@@ -15,7 +15,9 @@ from kvfuse.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 COMMANDS = re.findall(r"^.* train (recipes/\S+)(.*)$", (FOLDER.parent / "docs/training.md").read_text(), re.MULTILINE)
-EVALUATIONS = re.findall(r"^kvfuse eval (recipes/\S+) (.*)$", (FOLDER.parent / "docs/evaluation.md").read_text(), re.MULTILINE)
+EVALUATIONS = re.findall(
+    r"^kvfuse eval (recipes/\S+) (.*)$", (FOLDER.parent / "docs/evaluation.md").read_text(), re.MULTILINE
+)
 PAPERS = sorted((FOLDER / "paper").glob("*.yaml"))
 RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - set(PAPERS))
 GPUS = 8
@@ -30,7 +32,10 @@ PAPER = {  # section A.3.5: examples a step, steps, the longest example
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_right_and_opens_with_its_command(path):
     load_recipe(path)
-    assert f"kvfuse{'.cli' * ('torchrun' in path.read_text().splitlines()[0])} train {path.relative_to(FOLDER.parent)}" in path.read_text()
+    assert (
+        f"kvfuse{'.cli' * ('torchrun' in path.read_text().splitlines()[0])} train {path.relative_to(FOLDER.parent)}"
+        in path.read_text()
+    )
 
 
 @pytest.mark.parametrize(("path", "words"), COMMANDS)
@@ -51,7 +56,9 @@ def test_a_published_recipe_is_the_papers(name):
     assert (train.learning_rate, train.gate_learning_rate, train.weight_decay, train.warmup) == (1e-4, 1e-4, 0.01, 0.1)
     assert (train.max_grad_norm, train.seed, data.validation_share) == (1.0, 42, 0.01)
     if data.limit:
-        assert train.steps == pytest.approx(data.limit * 0.99 / PAPER[name][0], rel=0.01)  # one epoch, less what is too long
+        assert train.steps == pytest.approx(
+            data.limit * 0.99 / PAPER[name][0], rel=0.01
+        )  # one epoch, less what is too long
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -86,14 +93,20 @@ def test_a_papers_pair_is_published_or_says_how_it_is_trained(why_not, run):
     if why_not:
         path, words = re.search(r"kvfuse train (\S+\.yaml)(.*)$", why_not).groups()
         trained = load_recipe(FOLDER.parent / path, words.split())
-        assert (trained.receiver, [trained.sharer], [str(trained.output / "fuser")]) == (run.receiver, sharers, run.fusers())
+        assert (trained.receiver, [trained.sharer], [str(trained.output / "fuser")]) == (
+            run.receiver,
+            sharers,
+            run.fusers(),
+        )
         fuser_class(trained.fuser.kind).config_class(
             **{whose: {"name": whose, "kv": vars(kv)} for whose, kv in KV.items()}, **trained.fuser.options
         )
     else:
         known = {(one.folder, one.receiver, one.sharer) for one in PUBLISHED_PAIRS}
         folders = run.evaluation.subfolder
-        asked = zip([folders] if isinstance(folders, str) else folders, [run.receiver] * len(sharers), sharers, strict=True)
+        asked = zip(
+            [folders] if isinstance(folders, str) else folders, [run.receiver] * len(sharers), sharers, strict=True
+        )
         assert known.issuperset(asked)
         assert {one for seed in run.fusers() for one in ([seed] if isinstance(seed, str) else seed)} == {REPOSITORY}
 

@@ -12,7 +12,9 @@ from kvfuse.training.loop.batches import collate
 from kvfuse.training.loop.loss import response_loss
 from kvfuse.training.memory.recompute import recomputed_layers, require_recomputable
 
-EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(4)]
+EXAMPLES = [
+    Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(4)
+]
 
 
 def loss_and_gradients(pair, recompute):
@@ -46,7 +48,9 @@ def test_the_model_is_left_as_it_was(receiver):
     before = [(module.training, {**vars(module)}.get("gradient_checkpointing")) for module in receiver.model.modules()]
     with recomputed_layers(receiver.model):
         assert any(module.training for module in receiver.model.modules())
-    after = [(module.training, {**vars(module)}.get("gradient_checkpointing") or None) for module in receiver.model.modules()]
+    after = [
+        (module.training, {**vars(module)}.get("gradient_checkpointing") or None) for module in receiver.model.modules()
+    ]
     assert [training for training, _ in after] == [training for training, _ in before]
     assert not any(flag for _, flag in after)
 
@@ -54,7 +58,10 @@ def test_the_model_is_left_as_it_was(receiver):
 @pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
 def test_every_layer_is_computed_again(pair, recompute, times):
     seen = []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda *args: seen.append(1)) for layer in pair.receiver.model.base_model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda *args: seen.append(1))
+        for layer in pair.receiver.model.base_model.layers
+    ]
     loss = response_loss(pair, collate(list(map(Encoder.of(pair).encode, EXAMPLES))), recompute=recompute)
     read = len(seen)
     loss.backward()
@@ -63,7 +70,9 @@ def test_every_layer_is_computed_again(pair, recompute, times):
     assert len(seen) - read == (times - 1) * len(hooks)
 
 
-@pytest.mark.parametrize("options", [{}, {"gate_noise": "gumbel"}, {"gate": "head"}, {"parts": "values"}, {"kind": "c2c-complex"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gate_noise": "gumbel"}, {"gate": "head"}, {"parts": "values"}, {"kind": "c2c-complex"}]
+)
 def test_gates_are_drawn_once_for_all_pieces(receiver, sharer, options, monkeypatch):
     """Token by token, the gates' draw is that of the whole; without dropout, whose draws are of each piece."""
     monkeypatch.setattr(gated, "RECOMPUTED_TOKENS", 1)
@@ -81,8 +90,13 @@ def test_the_fusers_memory_does_not_grow_with_the_prompt(receiver, sharer, monke
 
     def kept(tokens, recompute):
         fuser.recompute, sizes = recompute, []
-        mine, theirs = (KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, tokens, s.key_dim)) for s in (receiver.kv_spec, sharer.kv_spec))
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        mine, theirs = (
+            KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, tokens, s.key_dim))
+            for s in (receiver.kv_spec, sharer.kv_spec)
+        )
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
             fuser(mine, theirs)
         return sum(sizes), mine.key.numel() * 2 // tokens
 

@@ -54,11 +54,15 @@ def test_first_and_longest_differ_where_they_should():
 
 def test_special_tokens_keep_their_role_else_their_name():
     receiver, sharer = tiny_tokenizer(300), tiny_tokenizer(320)
-    receiver.add_special_tokens({"bos_token": "<|user|>", "unk_token": "<unknown>", "extra_special_tokens": ["<|system|>", "<nowhere>"]})
+    receiver.add_special_tokens(
+        {"bos_token": "<|user|>", "unk_token": "<unknown>", "extra_special_tokens": ["<|system|>", "<nowhere>"]}
+    )
     sharer.add_special_tokens({"bos_token": "<|assistant|>", "pad_token": "<|system|>"})
     table = reencoding(receiver, sharer, "reencode-first")
     expected = {"<pad>": "<|system|>", "<|end|>": "<|end|>", "<|user|>": "<|assistant|>", "<|system|>": "<|system|>"}
-    read_as = {name: sharer.convert_ids_to_tokens(int(table[receiver.convert_tokens_to_ids(name)])) for name in expected}
+    read_as = {
+        name: sharer.convert_ids_to_tokens(int(table[receiver.convert_tokens_to_ids(name)])) for name in expected
+    }
     assert read_as == expected
     assert table[receiver.convert_tokens_to_ids("<nowhere>")] == 0, "the sharer has no unknown token"
 
@@ -89,7 +93,9 @@ def test_padding_left_over_from_another_call_does_not_matter():
 
 def test_splice_keeps_both_orders():
     table = np.arange(100) + 100
-    ids, places, index = splice(np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table)
+    ids, places, index = splice(
+        np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table
+    )
     assert ids.tolist() == [7, 8, 102, 103, 105]
     assert places.tolist() == [0, 0, 1, 1, 3]
     assert index.tolist() == [1, 2, 3, 3, 4], "no template between the messages: the last token before"
@@ -107,13 +113,21 @@ def test_both_models_are_told_the_positions(receiver, sharer):
     row = align(chat("What is it?", "No.", "Oslo"), receiver, [(sharer, "reencode-first")], fuse="messages")
     (theirs, index), message = row.sharers[0], places_of(row.receiver) % 2 == 1
     assert row.receiver.positions[message].tolist() == theirs.positions[index[message]].tolist()
-    assert max(np.diff(row.receiver.positions).max(), np.diff(theirs.positions).max()) > 1, "the templates are of unlike length"
+    assert max(np.diff(row.receiver.positions).max(), np.diff(theirs.positions).max()) > 1, (
+        "the templates are of unlike length"
+    )
     plain = align("one two", receiver, [(sharer, "reencode-first")])
-    assert plain.receiver.positions.tolist() == list(range(len(plain.receiver.ids))), "nothing to skip without templates"
+    assert plain.receiver.positions.tolist() == list(range(len(plain.receiver.ids))), (
+        "nothing to skip without templates"
+    )
 
 
 @settings(deadline=None)
-@given(contents=st.lists(texts, min_size=1, max_size=3), tokenizers=st.permutations([FINE, COARSE]), how=st.sampled_from(REENCODINGS))
+@given(
+    contents=st.lists(texts, min_size=1, max_size=3),
+    tokenizers=st.permutations([FINE, COARSE]),
+    how=st.sampled_from(REENCODINGS),
+)
 def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, tokenizers, how):
     receiver, sharer = tokenizers
     row = align(chat(*contents), receiver, [(sharer, how)], fuse="messages")
@@ -136,7 +150,9 @@ def test_a_fuser_trained_that_way_answers(receiver, sharer):
 def test_skipped_positions_reach_both_models_and_what_is_generated(receiver, sharer):
     """The keys are those of a prefill at these positions, and generating goes on from the last of them."""
     pair = CacheToCache(
-        receiver, [sharer], [tiny_fuser(receiver, sharer, token_alignment="reencode-first", fuse="messages", gate_init=-1.0)]
+        receiver,
+        [sharer],
+        [tiny_fuser(receiver, sharer, token_alignment="reencode-first", fuse="messages", gate_init=-1.0)],
     )
     prompt = stack([pair.align(chat("What is it?", "No.", "Oslo")), pair.align(chat("hi"))])
     skipped = prompt.positions[:, -1] + 1 - prompt.mask.sum(-1)

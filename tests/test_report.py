@@ -54,22 +54,37 @@ class Page(HTMLParser):
 
 def rows(answer="A", task="t"):
     """Five methods, two fuser seeds, two categories, a failure."""
-    right = {name: [float((i * 7 + place * 3) % 10 < 4 + place) for i in range(20)] for place, name in enumerate(METHODS)}
+    right = {
+        name: [float((i * 7 + place * 3) % 10 < 4 + place) for i in range(20)] for place, name in enumerate(METHODS)
+    }
     right["text-to-text"][3] = 0.0
     out = []
     for name in METHODS:
         seeds = (0, 1) if name in METHODS[3:] else (None,)
         for seed in seeds:
             failed = [None] * 3 + ["out of memory"] + [None] * 16 if name == "text-to-text" else None
-            some = answers(name, right[name], task=task, seed=seed, category=["law", "physics"] * 10, failed=failed, question=f"{answer}?")
+            some = answers(
+                name,
+                right[name],
+                task=task,
+                seed=seed,
+                category=["law", "physics"] * 10,
+                failed=failed,
+                question=f"{answer}?",
+            )
             out += [one.model_copy(update={"answer": f"{answer} {one.score:.0f}"}) for one in some]
     return out
 
 
 def folder(path, answer="A", config=None, **fields):
     append(path / "predictions.jsonl", rows(answer, **fields))
-    append(path / "latency.jsonl", [row for name in METHODS for row in timings(name, [0.1, 0.2], {"decode": 0.4, "fuse": 0.1})])
-    (path / "config.yaml").write_text(yaml.safe_dump(config or {"receiver": "small", "sharer": "large", "evaluation": {"limit": 20}}))
+    append(
+        path / "latency.jsonl",
+        [row for name in METHODS for row in timings(name, [0.1, 0.2], {"decode": 0.4, "fuse": 0.1})],
+    )
+    (path / "config.yaml").write_text(
+        yaml.safe_dump(config or {"receiver": "small", "sharer": "large", "evaluation": {"limit": 20}})
+    )
     (path / "versions.json").write_text(json.dumps({"torch": "2.13.0", "date": "2026-01-01"}))
     return path
 
@@ -101,7 +116,9 @@ def test_the_page_needs_nothing_else(page, written):
 
 def test_the_verdict_stands_first_and_the_configuration_last(page, written):
     verdict = json.loads((written / "metrics.json").read_text())["tasks"]["t"]["verdict"]
-    places = [page.words.index(part) for part in ("small", verdict, "Differences", "Latency", "Sample answers", "limit: 20")]
+    places = [
+        page.words.index(part) for part in ("small", verdict, "Differences", "Latency", "Sample answers", "limit: 20")
+    ]
     assert places == sorted(places)
 
 
@@ -196,7 +213,9 @@ def test_samples_are_where_methods_disagree(page, written, undrawn):
 @pytest.mark.parametrize(("number", "drawn"), [(12, METHODS), (13, ["receiver", "sharer", "cache-to-cache"])])
 def test_many_categories_are_drawn_for_three_methods(number, drawn, undrawn, monkeypatch):
     given = []
-    monkeypatch.setattr("kvfuse.evaluation.report.figures.by_category", lambda categories, axis: given.append(categories))
+    monkeypatch.setattr(
+        "kvfuse.evaluation.report.figures.by_category", lambda categories, axis: given.append(categories)
+    )
     names = [f"subject {i}" for i in range(number)]
     run = run_of(*(answers(name, [1.0] * (number - 1) + [0.0], category=names, seed=0) for name in METHODS))
     text = to_markdown(list(report(run, metrics(run))))
@@ -205,7 +224,13 @@ def test_many_categories_are_drawn_for_three_methods(number, drawn, undrawn, mon
 
 
 def test_markdown_of_every_block():
-    blocks = [Heading("A_b", 1), Facts({"x": "1"}), Text("b", lead="a."), Table(["n", "v"], [["a|b", "1\n2"]]), Code("a\n```\n")]
+    blocks = [
+        Heading("A_b", 1),
+        Facts({"x": "1"}),
+        Text("b", lead="a."),
+        Table(["n", "v"], [["a|b", "1\n2"]]),
+        Code("a\n```\n"),
+    ]
     assert to_markdown(blocks).split("\n\n") == [
         "# A\\_b",
         "- x: 1",

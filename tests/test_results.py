@@ -68,7 +68,9 @@ def test_one_result_in_two_spellings(one, other):
     assert same_result(other, one)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "2"), ("\\frac{1}{2}", "\\frac{1}{3}"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("1/0", "0")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("1", "2"), ("\\frac{1}{2}", "\\frac{1}{3}"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("1/0", "0")]
+)
 def test_different_results(one, other):
     assert not same_result(one, other)
 

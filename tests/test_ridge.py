@@ -5,7 +5,7 @@ from test_fusers import random_kv
 
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import PairError
-from kvfuse.fusers.normal_equations import Moments
+from kvfuse.fusers.normal_equations import NormalEquations
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
 from kvfuse.testing import tiny_fuser
@@ -22,7 +22,7 @@ def tokens(count, groups=2, inputs=3, outputs=4):
 
 
 def seen(x, y):
-    moments = Moments(len(x), x.shape[2], y.shape[2], x.device)
+    moments = NormalEquations(len(x), x.shape[2], y.shape[2], x.device)
     for part in range(0, x.shape[1], 7):
         moments.add(x[:, part : part + 7], y[:, part : part + 7])
     return moments
@@ -103,7 +103,9 @@ def test_one_batch_is_too_few(fuser):
 
 def test_it_is_fitted_to_what_it_will_see(receiver, sharer, fuser):
     pair = CacheToCache(receiver, [sharer], [fuser])
-    examples = [Encoder.of(pair).encode(Example([{"role": "user", "content": f"What is {i}?"}], "a number")) for i in range(6)]
+    examples = [
+        Encoder.of(pair).encode(Example([{"role": "user", "content": f"What is {i}?"}], "a number")) for i in range(6)
+    ]
     inputs = []
     fuser.register_forward_pre_hook(lambda _, kvs: inputs.append(kvs))
     pair.prefill(stack([example.prompt for example in examples[:3]]))
@@ -115,14 +117,17 @@ def test_it_is_fitted_to_what_it_will_see(receiver, sharer, fuser):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("c2c", {"hidden_dim": 40}), ("c2c", {"hidden_dim": 40, "weighting": False}), ("low-rank", {"rank": 99})]
+    ("kind", "options"),
+    [("c2c", {"hidden_dim": 40}), ("c2c", {"hidden_dim": 40, "weighting": False}), ("low-rank", {"rank": 99})],
 )
 def test_other_kinds_begin_as_the_same_map(receiver, sharer, kind, options):
     ridge = tiny_fuser(receiver, sharer, "ridge", num_sources=1)
     torch.nn.init.uniform_(ridge.weight)
     fuser = tiny_fuser(receiver, sharer, kind, **options)
     fuser.start_from(*(part.detach() for part in ridge.linear()))
-    mine, theirs = (KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, 7, s.key_dim)) for s in (receiver.kv_spec, sharer.kv_spec))
+    mine, theirs = (
+        KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, 7, s.key_dim)) for s in (receiver.kv_spec, sharer.kv_spec)
+    )
     with torch.no_grad():
         expected, got = ridge(mine, theirs), fuser(mine, theirs)
     torch.testing.assert_close(got.key, expected.key, rtol=1e-4, atol=1e-5)
@@ -137,7 +142,10 @@ def test_a_start_still_learns_in_every_part(receiver, sharer):
         optimizer = torch.optim.AdamW(fuser.parameters(), lr=1e-2)
         before = {name: parameter.clone() for name, parameter in fuser.named_parameters()}
         for _ in range(4):
-            mine, theirs = (KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, 7, s.key_dim)) for s in (receiver.kv_spec, sharer.kv_spec))
+            mine, theirs = (
+                KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, 7, s.key_dim))
+                for s in (receiver.kv_spec, sharer.kv_spec)
+            )
             out = fuser(mine, theirs)
             (out.key.square().mean() + out.value.square().mean()).backward()
             optimizer.step()
@@ -146,6 +154,11 @@ def test_a_start_still_learns_in_every_part(receiver, sharer):
 
 def test_a_kind_that_cannot_hold_a_map_says_so(receiver, sharer):
     weight, bias = (part.detach() for part in tiny_fuser(receiver, sharer, "ridge", num_sources=1).linear())
-    for kind, options in (("c2c-complex", {}), ("c2c", {"hidden_dim": 8}), ("c2c", {"parts": "keys"}), ("c2c", {"receiver_input": False})):
+    for kind, options in (
+        ("c2c-complex", {}),
+        ("c2c", {"hidden_dim": 8}),
+        ("c2c", {"parts": "keys"}),
+        ("c2c", {"receiver_input": False}),
+    ):
         with pytest.raises(PairError, match="start at random"):
             tiny_fuser(receiver, sharer, kind, **options).start_from(weight, bias)

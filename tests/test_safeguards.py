@@ -67,7 +67,9 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_weights(saved_m
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
 
     def run(mode, output):
-        return subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, mode, output], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", KILLED_WHILE_SAVING, mode, output], cwd=tmp_path, capture_output=True, text=True
+        )
 
     assert run("kill", "killed").returncode == -signal.SIGKILL
     half = tmp_path / "killed/checkpoints/checkpoint-4"
@@ -103,7 +105,11 @@ def test_weights_that_are_no_numbers_are_not_saved(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "full disk"), (torch.OutOfMemoryError("no more"), "batch_size")]
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "full disk"),
+        (torch.OutOfMemoryError("no more"), "batch_size"),
+    ],
 )
 def test_what_runs_out_is_told_in_one_line(trainer, error, told):
     class RunOut(TrainerCallback):

@@ -15,20 +15,29 @@ from kvfuse.training.loop.loss import response_loss
 
 CHATS = [[{"role": "user", "content": text}] for text in ("What is the capital of Norway?", "hi", "Two models read")]
 PROMPTS = [*CHATS, "The capital of Norway is", "Q"]
-OPTIONS = [["Oslo", "the same question, and more", "A"], ["hi"], ["A", "B", "C", "Rotterdam"], [" Oslo", " it", "!"], ["uestion", " 1"]]
+OPTIONS = [
+    ["Oslo", "the same question, and more", "A"],
+    ["hi"],
+    ["A", "B", "C", "Rotterdam"],
+    [" Oslo", " it", "!"],
+    ["uestion", " 1"],
+]
 
 
 def whole(model, prompt, text):
     """The score of a text by one run over prompt and text, without a cache."""
     reading = read(prompt, model.tokenizer)
     ids = torch.from_numpy(follow_on(reading, text, model.tokenizer)[0])
-    logits = model.model(torch.cat([torch.from_numpy(reading.ids), ids])[None]).logits[0, len(reading.ids) - 1 : -1].float()
+    logits = (
+        model.model(torch.cat([torch.from_numpy(reading.ids), ids])[None]).logits[0, len(reading.ids) - 1 : -1].float()
+    )
     return logits.log_softmax(-1).gather(1, ids[:, None]).sum().item(), bool((logits.argmax(-1) == ids).all()), len(ids)
 
 
 def close(one, other):
     return all(
-        abs(mine.log_likelihood - theirs.log_likelihood) < 1e-4 and (mine.greedy, mine.tokens) == (theirs.greedy, theirs.tokens)
+        abs(mine.log_likelihood - theirs.log_likelihood) < 1e-4
+        and (mine.greedy, mine.tokens) == (theirs.greedy, theirs.tokens)
         for mine, theirs in zip(one, other, strict=True)
     )
 
@@ -62,12 +71,16 @@ def test_prompts_of_one_token_and_prompts_without_options(receiver):
     assert [len(scores) for scores in scored] == [1, 0, 2]
 
 
-@pytest.mark.parametrize("options", [{}, {"fuse_response": True}, {"rope": "removed"}, {"token_alignment": "reencode-longest"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fuse_response": True}, {"rope": "removed"}, {"token_alignment": "reencode-longest"}]
+)
 def test_fused_scores_are_the_loss_that_trains(receiver, sharer, options):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, **options)])
     encoder = Encoder.of(pair)
     prompts = PROMPTS[:-1] if pair.fuse_response else PROMPTS  # alone, one token is answered without a cache
-    for prompt, texts, scores in zip(prompts, OPTIONS, Fused(pair).score(prompts, OPTIONS[: len(prompts)]), strict=False):
+    for prompt, texts, scores in zip(
+        prompts, OPTIONS, Fused(pair).score(prompts, OPTIONS[: len(prompts)]), strict=False
+    ):
         for text, score in zip(texts, scores, strict=True):
             with torch.no_grad():
                 loss = response_loss(pair, collate([encoder.encode(Example(prompt, text, ends=False))]), num_items=1)
@@ -79,5 +92,8 @@ def test_several_sharers_are_scored_with(receiver, sharer):
     fusers = [tiny_fuser(receiver, sharer, fuse_response=True), tiny_fuser(receiver, other, fuse_response=True)]
     pair = CacheToCache(receiver, [sharer, other], fusers)
     both, first = Fused(pair).score(CHATS, OPTIONS[:3]), Fused(pair.select(0)).score(CHATS, OPTIONS[:3])
-    assert all(close(mine, Fused(pair).score([prompt], [texts])[0]) for prompt, texts, mine in zip(CHATS, OPTIONS, both, strict=False))
+    assert all(
+        close(mine, Fused(pair).score([prompt], [texts])[0])
+        for prompt, texts, mine in zip(CHATS, OPTIONS, both, strict=False)
+    )
     assert not any(close(mine, theirs) for mine, theirs in zip(both, first, strict=True))

@@ -18,10 +18,26 @@ METALS = ["wood", "iron", "air"]
 KNOWN = [
     ("messages", {"messages": WITH_SYSTEM}, WITH_SYSTEM),
     ("messages", {"messages": [{**message, "name": None} for message in ASKED], "id": 3}, ASKED),
-    ("messages", {"messages": chat(("user", [{"type": "text", "text": "q"}]), ("assistant", [{"type": "text", "value": "a"}]))}, ASKED),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system_prompt": None}, ASKED),
-    ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "system": "s"}, WITH_SYSTEM),
-    ("sharegpt", {"conversations": [{"from": role, "value": role[0]} for role in ("system",)], "system": "other"}, chat(("system", "s"))),
+    (
+        "messages",
+        {"messages": chat(("user", [{"type": "text", "text": "q"}]), ("assistant", [{"type": "text", "value": "a"}]))},
+        ASKED,
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system_prompt": None},
+        ASKED,
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "system": "s"},
+        WITH_SYSTEM,
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": role, "value": role[0]} for role in ("system",)], "system": "other"},
+        chat(("system", "s")),
+    ),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ASKED),
     ("alpaca", {"instruction": "q", "output": "a", "input": None, "system": "s", "history": []}, WITH_SYSTEM),
     (
@@ -91,7 +107,10 @@ def test_tool_calls_keep_their_text():
         ({"conversations": [{"from": "human"}, {"value": "a"}]}, "wrong shape"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "wrong shape: answer 2 to 2 choices"),
         ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "wrong shape"),
-        ({"question_stem": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "wrong shape: answerKey 'B'"),
+        (
+            {"question_stem": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"},
+            "wrong shape: answerKey 'B'",
+        ),
         ({"input": "q", "context": "c", "answers": []}, "wrong shape"),
     ],
 )

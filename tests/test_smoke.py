@@ -13,7 +13,9 @@ from kvfuse.evaluation.run import evaluate
 from kvfuse.evaluation.smoke import NOTE, QUESTIONS, tiny
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "evaluation" in yaml.safe_load(path.read_text()))
+RECIPES = sorted(
+    path for path in (ROOT / "recipes").rglob("*.yaml") if "evaluation" in yaml.safe_load(path.read_text())
+)
 QUICK = "table-13"  # several pairs, several sharers
 
 
@@ -67,6 +69,8 @@ def test_its_folder_is_not_gone_on_with_in_earnest(tmp_path):
 
 
 def test_tasks_of_others_would_be_fetched(tmp_path):
-    recipe = EvaluationRecipe.model_validate({"evaluation": {"fusers": ["f"], "tasks": ["hellaswag"], "harness_tasks": True}})
+    recipe = EvaluationRecipe.model_validate(
+        {"evaluation": {"fusers": ["f"], "tasks": ["hellaswag"], "harness_tasks": True}}
+    )
     with pytest.raises(EvaluationError, match="got 'hellaswag', whose data would be fetched"):
         tiny(recipe, tmp_path)

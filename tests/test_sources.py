@@ -133,7 +133,9 @@ def test_a_hub_data_set_is_asked_for_by_all_its_names(monkeypatch, streaming):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {"name": "main", "split": "test", "revision": "v1", "streaming": streaming}
-    assert read("someone/some-data", limit=2, **options) == [("someone/some-data", line, ROWS[line - 1]) for line in (1, 2)]
+    assert read("someone/some-data", limit=2, **options) == [
+        ("someone/some-data", line, ROWS[line - 1]) for line in (1, 2)
+    ]
     assert len(read("someone/some-data", limit=99, **options)) == len(ROWS)
     del options["name"]
     assert asked[0] == ("someone/some-data", "main", options)

@@ -5,7 +5,15 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from kvfuse.evaluation.scoring.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar, wilson
+from kvfuse.evaluation.scoring.statistics import (
+    accuracy,
+    bootstrap_average,
+    bootstrap_mean,
+    bootstrap_ratio,
+    holm,
+    mcnemar,
+    wilson,
+)
 
 
 def each(number):
@@ -31,7 +39,12 @@ def test_interval_of_a_paired_difference_agrees_with_scipy():
     one = rng.random(200) < 0.6
     other = np.where(rng.random(200) < 0.8, one, rng.random(200) < 0.5)
     theirs = scipy.stats.bootstrap(
-        (one, other), lambda a, b, axis: a.mean(axis) - b.mean(axis), paired=True, n_resamples=9999, method="percentile", rng=0
+        (one, other),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        paired=True,
+        n_resamples=9999,
+        method="percentile",
+        rng=0,
     ).confidence_interval
     ours = bootstrap_mean(one.astype(float) - other, each(200), draws=9999)
     assert ours[0] == pytest.approx(one.mean() - other.mean())
@@ -43,7 +56,12 @@ def test_interval_of_a_ratio_agrees_with_scipy():
     whole = rng.normal(0.5, 0.4, 150)
     part = 0.4 * whole + rng.normal(0, 0.2, 150)
     theirs = scipy.stats.bootstrap(
-        (part, whole), lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True, n_resamples=9999, method="percentile", rng=0
+        (part, whole),
+        lambda a, b, axis: a.mean(axis) / b.mean(axis),
+        paired=True,
+        n_resamples=9999,
+        method="percentile",
+        rng=0,
     ).confidence_interval
     ratio, interval = bootstrap_ratio(part, whole, each(150), draws=9999)
     assert ratio == pytest.approx(part.mean() / whole.mean())

@@ -21,7 +21,9 @@ def test_a_sharer_that_reads_the_story_along_saves_the_receiver_bits(shared, tmp
         "output": tmp_path / "run",
     }
     words = [f"{key}={value}" for key, value in overrides.items()]
-    subprocess.run([sys.executable, "-m", "kvfuse.cli", "train", "recipes/stories.yaml", *words], cwd=ROOT, check=True)  # on all cores
+    subprocess.run(
+        [sys.executable, "-m", "kvfuse.cli", "train", "recipes/stories.yaml", *words], cwd=ROOT, check=True
+    )  # on all cores
     gain = json.loads((tmp_path / "run" / "result.json").read_text())
     assert gain["examples"] > 100
     assert gain["fused"] < 0.96 * gain["receiver"]

@@ -75,7 +75,10 @@ def test_as_many_questions_as_published(shared, name):
     for doc in task.eval_docs:
         prompt = task.doc_to_text(doc)
         assert doc["question"] in prompt
-        assert all(f"\n{letter}. {text}\n" in prompt for letter, text in zip(doc.get("letters", ""), doc.get("choices", ()), strict=True))
+        assert all(
+            f"\n{letter}. {text}\n" in prompt
+            for letter, text in zip(doc.get("letters", ""), doc.get("choices", ()), strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -102,7 +105,9 @@ def test_questions_are_asked_as_in_training(tmp_path):
 
 
 def test_gpqa_hides_the_right_answer(tmp_path):
-    docs = load_task("gpqa_diamond_generate", write(tmp_path, [{**GPQA, "Question": f"Which {n}?"} for n in range(20)])).eval_docs
+    docs = load_task(
+        "gpqa_diamond_generate", write(tmp_path, [{**GPQA, "Question": f"Which {n}?"} for n in range(20)])
+    ).eval_docs
     assert {doc["choices"][doc["answer"]] for doc in docs} == {"right"}
     assert {doc["answer"] for doc in docs} == {0, 1, 2, 3}
 
@@ -131,7 +136,10 @@ def test_errors_in_mmlu_redux_are_left_out_or_corrected(tmp_path):
     ],
 )
 def test_results_are_compared(tmp_path, source, reply, right):
-    assert accuracy(load_task(f"{source.replace('-', '')}_generate", write(tmp_path, [made_up.ROWS[source]])), reply) == right
+    assert (
+        accuracy(load_task(f"{source.replace('-', '')}_generate", write(tmp_path, [made_up.ROWS[source]])), reply)
+        == right
+    )
 
 
 def test_the_embedded_facts_are_asked_by_kind():
@@ -144,11 +152,17 @@ def test_the_embedded_facts_are_asked_by_kind():
 
 
 def test_longbench_has_its_data_sets_and_lengths(tmp_path):
-    names = [one.task_name.split("::")[1] for one in task_manager_group("longbench_e_generate", tmp_path).get_all_tasks()]
+    names = [
+        one.task_name.split("::")[1] for one in task_manager_group("longbench_e_generate", tmp_path).get_all_tasks()
+    ]
     assert len(names) == 13
     assert all(family_of(name) for name in names)
     assert sorted(" ".join(FAMILIES.values()).split()) == sorted(" ".join(SCORERS.values()).split())
-    task = next(one for one in task_manager_group("longbench_e_generate", tmp_path).get_all_tasks() if one.task_name.endswith("::qasper"))
+    task = next(
+        one
+        for one in task_manager_group("longbench_e_generate", tmp_path).get_all_tasks()
+        if one.task_name.endswith("::qasper")
+    )
     assert task.eval_docs["kind"] == ["0-4k", "4-8k", "8k+"]
     prompt = task.doc_to_text(task.eval_docs[0])
     assert prompt.index("Once.") < prompt.index("Who?")
@@ -166,7 +180,9 @@ def test_every_data_set_has_made_up_questions():
 
 def test_answers_can_be_kept_short(tmp_path):
     def longest(**options):
-        return load_task("openbookqa_generate", write(tmp_path, [ROWS["openbookqa"]]), **options).config.generation_kwargs["max_gen_toks"]
+        return load_task(
+            "openbookqa_generate", write(tmp_path, [ROWS["openbookqa"]]), **options
+        ).config.generation_kwargs["max_gen_toks"]
 
     assert (longest(), longest(max_new_tokens=8), longest()) == (64, 8, 64)
 
@@ -184,7 +200,9 @@ def test_scores_of_longbench():
     assert number_share("Paragraph 3 or 4", "Paragraph 3", []) == 0.5
     assert number_share("none", "3", []) == 0
     assert code_similarity("```python\n# x\nreturn 1\nreturn 2", "return 1", []) == 1
-    assert score({"data_set": "trec", "family": "examples", "answers": ["a"], "classes": ["a", "b"]}, ["\na\nb"]) == {"score": 1}
+    assert score({"data_set": "trec", "family": "examples", "answers": ["a"], "classes": ["a", "b"]}, ["\na\nb"]) == {
+        "score": 1
+    }
 
 
 def test_options_that_could_not_be_scored_are_wrong():

@@ -20,7 +20,9 @@ from kvfuse.training.loop.validation import Validation
 from kvfuse.training.recipe import TrainSection, load_recipe
 from kvfuse.training.run import prepare_data, train
 
-EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(8)]
+EXAMPLES = [
+    Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them"[: 10 + i]) for i in range(8)
+]
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def fresh_pair(receiver, sharer, **options):
 
 def trainer(pair, encoded, folder, **changes):
     options = {"steps": 6, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 3, **changes}
-    return FuserTrainer(pair, TrainSection(**options), Dataset.from_list(list(map(to_columns, encoded))), folder, quiet=True)
+    return FuserTrainer(
+        pair, TrainSection(**options), Dataset.from_list(list(map(to_columns, encoded))), folder, quiet=True
+    )
 
 
 def weights(pair):
@@ -82,7 +86,9 @@ def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer,
     assert all(not torch.equal(before[name], after) for name, after in weights(pair).items())
     now = {name: tensor for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
     assert all(torch.equal(frozen[name], now[name]) for name in frozen)
-    assert validation.measure().fused < start.fused == pytest.approx(start.receiver), "it starts from a residual of zero"
+    assert validation.measure().fused < start.fused == pytest.approx(start.receiver), (
+        "it starts from a residual of zero"
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"group_by_length": True}], ids=["shuffled", "by length"])
@@ -253,7 +259,9 @@ def test_the_log_tells_how_many_tokens_a_second(receiver, sharer, encoded, tmp_p
     running = trainer(fresh_pair(receiver, sharer), encoded, tmp_path, accumulation=1, batch_size=8, steps=2)
     running.args.logging_strategy, running.args.logging_steps = "steps", 1
     pace = running.resume()
-    tokens = sum(len(one.prompt.receiver.ids) + len(one.response_ids) + len(one.prompt.sharers[0][0].ids) for one in encoded)
+    tokens = sum(
+        len(one.prompt.receiver.ids) + len(one.response_ids) + len(one.prompt.sharers[0][0].ids) for one in encoded
+    )
     assert (pace.steps, pace.tokens) == (2, 2 * tokens)
     logged = [entry for entry in running.state.log_history if "train_tokens_per_second" in entry]
     assert [entry["num_input_tokens_seen"] for entry in logged] == [tokens, 2 * tokens]
@@ -269,7 +277,9 @@ def test_the_result_tells_what_its_figures_hang_on(recipe, tmp_path, saved_model
     train(load_recipe(recipe), lambda line: None, quiet=True)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["training"]["steps"] == 2
-    assert result["training"]["tokens_per_second"] == pytest.approx(result["training"]["tokens"] / result["training"]["seconds"])
+    assert result["training"]["tokens_per_second"] == pytest.approx(
+        result["training"]["tokens"] / result["training"]["seconds"]
+    )
     assert (result["processes"], result["data"]["examples"], result["data"]["bad"]) == (1, 10, 0)
     mine = result["models"]["receiver"]
     assert (mine["name"], mine["revision"]) == (str(saved_models / "receiver"), None)

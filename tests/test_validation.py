@@ -57,7 +57,9 @@ def test_a_mismatched_sharer_changes_what_is_fused_and_nothing_else(some_pair):
     swapped = mismatch(one, other)
     assert swapped.prompt.receiver is one.prompt.receiver
     assert swapped.response_ids is one.response_ids
-    assert [reading.ids.tolist() for reading, _ in swapped.prompt.sharers] == [reading.ids.tolist() for reading, _ in other.prompt.sharers]
+    assert [reading.ids.tolist() for reading, _ in swapped.prompt.sharers] == [
+        reading.ids.tolist() for reading, _ in other.prompt.sharers
+    ]
     assert mismatch(one, one).prompt.sharers[0][1].tolist() == one.prompt.sharers[0][1].tolist()
 
 
@@ -80,7 +82,11 @@ def test_the_verdict_is_in_words(fused, told):
 
 def test_the_table_has_all_three_against_the_receiver():
     rows = Gain(2.0, 1.0, 1.9, 3).table().splitlines()
-    assert [row.split("|")[2:4] for row in rows[2:]] == [[" 2.000 ", " +0.0% "], [" 1.000 ", " -50.0% "], [" 1.900 ", " -5.0% "]]
+    assert [row.split("|")[2:4] for row in rows[2:]] == [
+        [" 2.000 ", " +0.0% "],
+        [" 1.000 ", " -50.0% "],
+        [" 1.900 ", " -5.0% "],
+    ]
 
 
 class Scripted(Validation):

@@ -13,7 +13,11 @@ def verdict_of(**scores):
     for name, score in scores.items():
         right = range(score) if isinstance(score, int) else score
         rows.append(
-            answers(name.replace("_", "-"), [float(i in right) for i in range(100)], seed=None if name in ("receiver", "sharer") else 0)
+            answers(
+                name.replace("_", "-"),
+                [float(i in right) for i in range(100)],
+                seed=None if name in ("receiver", "sharer") else 0,
+            )
         )
     return re.sub(r"\[.*?\]", "[]", metrics(run_of(*rows))["tasks"]["t"]["verdict"])
 
@@ -26,7 +30,10 @@ def verdict_of(**scores):
             "The gain over the receiver is 30.0 [] points; all of it needs the sharer to have read this question",
         ),
         ({"mismatched": 50}, "10.0 [] of it (33%) needs the sharer to have read this question."),
-        ({"mismatched": 59}, "no part of it can be shown to need the sharer to have read this question (+1.0 [] points)."),
+        (
+            {"mismatched": 59},
+            "no part of it can be shown to need the sharer to have read this question (+1.0 [] points).",
+        ),
         ({"mismatched": 80}, "none of it needs the sharer to have read this question"),
         ({}, "what part of it is communication is not known, for no mismatched control was run."),
     ],
@@ -74,7 +81,10 @@ def test_the_rest_is_said_where_it_is_known():
 
 def test_the_range_of_seeds_is_told():
     rows = [answers("cache-to-cache", [1] * right + [0] * (10 - right), seed=right) for right in (6, 7, 9)]
-    assert "3 fuser seeds lie between 60.0 and 90.0." in metrics(run_of(answers("receiver", [0] * 10), *rows))["tasks"]["t"]["verdict"]
+    assert (
+        "3 fuser seeds lie between 60.0 and 90.0."
+        in metrics(run_of(answers("receiver", [0] * 10), *rows))["tasks"]["t"]["verdict"]
+    )
 
 
 def test_points_have_no_negative_zero():

@@ -27,7 +27,9 @@ def run(tmp_path):
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: linear-fuser\nVersion: 1.0\n")
     ((group, points),) = tomllib.loads(TOML)["project"]["entry-points"].items()
-    (installed / "entry_points.txt").write_text("\n".join([f"[{group}]", *(f"{kind} = {cls}" for kind, cls in points.items())]))
+    (installed / "entry_points.txt").write_text(
+        "\n".join([f"[{group}]", *(f"{kind} = {cls}" for kind, cls in points.items())])
+    )
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):

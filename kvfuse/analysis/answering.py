@@ -52,9 +52,14 @@ def ask(study: Study, method: Method) -> Answered:
     method.prepare([one.prompt for one in questions], **options)
     replies, bits = [""] * len(questions), np.zeros(len(questions))
     for places in study.batches():
-        prompts, targets = [questions[place].prompt for place in places], [str(questions[place].answer) for place in places]
+        prompts, targets = (
+            [questions[place].prompt for place in places],
+            [str(questions[place].answer) for place in places],
+        )
         scores = method.score(prompts, [[target] for target in targets])
-        for place, reply, target, (score,) in zip(places, method.reply(prompts, **options), targets, scores, strict=True):
+        for place, reply, target, (score,) in zip(
+            places, method.reply(prompts, **options), targets, scores, strict=True
+        ):
             replies[place], bits[place] = reply.text, -score.log_likelihood / (math.log(2) * len(target))
     right = np.array([_same(reply, str(one.answer)) for reply, one in zip(replies, questions, strict=True)])
     return Answered(replies, right, bits, study.groups)

@@ -38,13 +38,16 @@ def run(study: Study, questions: int = 96) -> Finding:
         for batch in batches(asked, study.batch_size):
             seen = read(study.pair, batch)
             both = [attended(study, seen, kv) for kv in (seen.own, seen.fused)]  # (L, B, T) each
-            falls = torch.stack([padded_roles(seen.readings) == role for role in range(len(ROLES))]).float()  # (roles, B, T)
+            falls = torch.stack(
+                [padded_roles(seen.readings) == role for role in range(len(ROLES))]
+            ).float()  # (roles, B, T)
             sums.append(torch.stack([torch.einsum("lbt,rbt->lrb", one, falls) for one in both]))  # (ways, L, roles, B)
             moved.append((both[0] - both[1]).abs().sum(-1) / 2)  # (L, B)
             example = example or _example(study, seen, both)
     shares, distance = torch.cat(sums, -1).mean(-1), torch.cat(moved, -1).mean(-1)
     layers = [
-        {way: dict(zip(ROLES, shares[i, layer].tolist(), strict=True)) for i, way in enumerate(WAYS)} | {"moved": distance[layer].item()}
+        {way: dict(zip(ROLES, shares[i, layer].tolist(), strict=True)) for i, way in enumerate(WAYS)}
+        | {"moved": distance[layer].item()}
         for layer in range(len(distance))
     ]
     figures = {"questions": len(asked), "layers": layers, "example": example}
@@ -56,7 +59,9 @@ def attended(study: Study, seen: Read, kv: KV) -> Tensor:
     weights = first_run(study.pair.receiver.model, seen, kv, output_attentions=True).attentions
     weights = [one for one in weights or () if one is not None]
     if not weights:
-        raise AnalysisError(f"expected a receiver that tells its attention weights, got {study.pair.receiver.name}; use another")
+        raise AnalysisError(
+            f"expected a receiver that tells its attention weights, got {study.pair.receiver.name}; use another"
+        )
     return torch.stack([one[:, :, -1, -seen.prompt.ids.shape[1] :].float().mean(1).cpu() for one in weights])
 
 
@@ -87,9 +92,13 @@ def draw(figures: dict[str, Any]) -> "Figure":
     name_lines(bars, names)
     bars.set(xlim=(0, 100), xlabel="attention of the last prompt token (%), mean over heads and questions")
     legend_above(figure, shown)
-    image = grid.imshow([[100 * share for share in example[way][layer]] for layer, way in rows], cmap="cividis", aspect="auto", vmin=0)
+    image = grid.imshow(
+        [[100 * share for share in example[way][layer]] for layer, way in rows], cmap="cividis", aspect="auto", vmin=0
+    )
     grid.set_yticks(range(len(rows)), names)
-    grid.set_xticks(range(len(example["tokens"])), example["tokens"], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    grid.set_xticks(
+        range(len(example["tokens"])), example["tokens"], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+    )
     grid.set_xlabel("tokens of one prompt, in order (· space, ⏎ line break)")
     figure.colorbar(image, ax=grid, label="attention (%)", pad=0.01)
     for line in range(1, len(layers)):

@@ -19,7 +19,9 @@ MEASURES = (
 
 
 @styled
-def curves(axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping[str, Any]] | None = None, joined: bool = True) -> "Figure":
+def curves(
+    axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping[str, Any]] | None = None, joined: bool = True
+) -> "Figure":
     """Draw both measures with their 95% intervals.
 
     Args:
@@ -32,10 +34,13 @@ def curves(axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping
     shown: list[Any] = []
     for axes, (measure, spread, scale, label) in zip(panels, MEASURES, strict=True):
         shown = [
-            _points(axes, one, measure, spread, scale, name, look, joined) for (name, one), look in zip(series.items(), LOOKS, strict=False)
+            _points(axes, one, measure, spread, scale, name, look, joined)
+            for (name, one), look in zip(series.items(), LOOKS, strict=False)
         ]
         for (name, one), dashes in zip((levels or {}).items(), cycle(((4, 3), (1, 2))), strict=False):
-            shown.append(axes.axhline(scale * one[measure], color=INK, linewidth=1.2, linestyle=(0, dashes), label=name))
+            shown.append(
+                axes.axhline(scale * one[measure], color=INK, linewidth=1.2, linestyle=(0, dashes), label=name)
+            )
         axes.set(xlabel=axis, ylabel=label)
         axes.set_ylim(0, 102 if scale == 100 else None)
         axes.margins(x=0.08)
@@ -44,10 +49,17 @@ def curves(axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping
     return figure
 
 
-def _points(axes: Any, one: Series, measure: str, spread: str, scale: float, name: str, look: tuple[str, str], joined: bool) -> Any:
+def _points(
+    axes: Any, one: Series, measure: str, spread: str, scale: float, name: str, look: tuple[str, str], joined: bool
+) -> Any:
     (places, measured), (colour, marker) = one, look
     middle = [scale * figures[measure] for figures in measured]
     low, high = ([scale * figures[spread][side] for figures in measured] for side in (0, 1))
-    around = [[m - one for m, one in zip(middle, low, strict=True)], [one - m for m, one in zip(middle, high, strict=True)]]
+    around = [
+        [m - one for m, one in zip(middle, low, strict=True)],
+        [one - m for m, one in zip(middle, high, strict=True)],
+    ]
     line = f"-{marker}" if joined and len(middle) > 1 else marker
-    return axes.errorbar(places, middle, around, fmt=line, color=colour, label=name, markersize=6, elinewidth=1, capsize=2)
+    return axes.errorbar(
+        places, middle, around, fmt=line, color=colour, label=name, markersize=6, elinewidth=1, capsize=2
+    )

@@ -52,11 +52,15 @@ def sample_of(fuser: Sequence[str] = (), receiver: str | None = None, sharer: Se
         AnalysisError: Models without a fuser.
     """
     if not fuser and (receiver or sharer):
-        raise AnalysisError("expected --fuser for a pair of your own, got models without one; name the fuser's folder or Hub id")
+        raise AnalysisError(
+            "expected --fuser for a pair of your own, got models without one; name the fuser's folder or Hub id"
+        )
     embedded = Study.embedded(SAMPLE)
     if not fuser:
         return embedded
-    return replace(embedded, pair=CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), device_map="auto"))
+    return replace(
+        embedded, pair=CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), device_map="auto")
+    )
 
 
 def examine(study: Study) -> list[Check]:
@@ -66,7 +70,11 @@ def examine(study: Study) -> list[Check]:
         study: The pair, with prompts; answers are not needed.
     """
     prompts = [one.prompt for one in spread(study, SAMPLE)]
-    return [check for part in (_models, _fusers, _alignment, _closed_gates, _fused, _costs) for check in _told(part, study.pair, prompts)]
+    return [
+        check
+        for part in (_models, _fusers, _alignment, _closed_gates, _fused, _costs)
+        for check in _told(part, study.pair, prompts)
+    ]
 
 
 def table(checks: Sequence[Check]) -> Table:
@@ -108,13 +116,16 @@ def _models(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     for name, model in _named(pair):
         parameters = sum(parameter.numel() for parameter in model.model.parameters())
         seen = f"{model.name}: {model.kv_spec}, {parameters:,} parameters, {model.identity.dtype}, context {model.context or 'not told'}"
-        finite = all(bool(parameter.isfinite().all()) for parameter in model.model.parameters() if parameter.is_floating_point())
+        finite = all(
+            bool(parameter.isfinite().all()) for parameter in model.model.parameters() if parameter.is_floating_point()
+        )
         yield Check(name, seen if finite else f"{seen}; weights that are no numbers", finite)
     receiver = pair.receiver.identity.tokenizer
     for name, model in _named(pair)[1:]:
         same = "the same as" if model.identity.tokenizer == receiver else "another than"
         yield Check(
-            f"tokenizer of the {name}", f"{same} the receiver's: {len(model.tokenizer):,} and {len(pair.receiver.tokenizer):,} tokens"
+            f"tokenizer of the {name}",
+            f"{same} the receiver's: {len(model.tokenizer):,} and {len(pair.receiver.tokenizer):,} tokens",
         )
 
 
@@ -124,10 +135,18 @@ def _fusers(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
         kind = config.model_type.removeprefix("kvfuse-") + ("" if config.weights == "full" else f" as {config.weights}")
         seen = f"{kind}, {parameters:,} parameters, trained for these two models; layers {config.layers}"
         finite = all(bool(parameter.isfinite().all()) for parameter in fuser.parameters())
-        yield Check(_numbered("fuser", pair, number), seen if finite else "weights that are no numbers; train or download it again", finite)
+        yield Check(
+            _numbered("fuser", pair, number),
+            seen if finite else "weights that are no numbers; train or download it again",
+            finite,
+        )
         opened = fuser.open_gates().values()
         some = not opened or any(bool(gate.any()) for gate in opened)
-        yield Check(_numbered("gates", pair, number), describe_gates(fuser) + ("" if some else " Nothing is fused; train it longer."), some)
+        yield Check(
+            _numbered("gates", pair, number),
+            describe_gates(fuser) + ("" if some else " Nothing is fused; train it longer."),
+            some,
+        )
 
 
 def _alignment(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
@@ -165,14 +184,18 @@ def _fused(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
         changed += int(not torch.equal(fused, alone))
         finite &= bool(logits.isfinite().all()) and bool(others.isfinite().all())
     seen = f"{changed} of {len(prompts)} answers differ from the receiver's, in the first {NEW_TOKENS} tokens"
-    yield Check("fused answers", seen if finite else "logits that are no numbers; load the models in another dtype", finite)
+    yield Check(
+        "fused answers", seen if finite else "logits that are no numbers; load the models in another dtype", finite
+    )
 
 
 def _costs(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     parts = [model.model for _, model in _named(pair)] + list(pair.fusers)
     held = sum(parameter.numel() * parameter.element_size() for part in parts for parameter in part.parameters())
     by_token = sum(_token_bytes(model) for _, model in _named(pair))
-    yield Check("memory", f"{_size(held)} of weights; {_size(by_token)} of caches for each prompt token, all models together")
+    yield Check(
+        "memory", f"{_size(held)} of weights; {_size(by_token)} of caches for each prompt token, all models together"
+    )
     batch = stack([pair.align(prompts[0])])
     _generate(pair, batch)  # the first is slow
     start = time.perf_counter()
@@ -180,10 +203,15 @@ def _costs(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
         _generate(pair, batch)
     total = time.perf_counter() - start
     phases = ", ".join(f"{name.replace('_', ' ')} {1000 * seconds:.0f}" for name, seconds in stopwatch.seconds.items())
-    yield Check("time", f"{1000 * total:.0f} ms for {batch.ids.shape[1]} prompt tokens and up to {NEW_TOKENS} new ones ({phases})")
+    yield Check(
+        "time",
+        f"{1000 * total:.0f} ms for {batch.ids.shape[1]} prompt tokens and up to {NEW_TOKENS} new ones ({phases})",
+    )
 
 
-def _generate(pair: CacheToCache, batch: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _generate(
+    pair: CacheToCache, batch: AlignedPrompt, fusers: Sequence[nn.Module] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of a greedy answer ``(1, T + new)``, and the logits they were chosen by ``(new, V)`` float32."""
     return _traced(pair.answer(batch, fusers, **GREEDY))
 
@@ -198,7 +226,10 @@ def _traced(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _named(pair: CacheToCache) -> list[tuple[str, LanguageModel]]:
-    return [("receiver", pair.receiver), *((_numbered("sharer", pair, number), one) for number, one in enumerate(pair.sharers))]
+    return [
+        ("receiver", pair.receiver),
+        *((_numbered("sharer", pair, number), one) for number, one in enumerate(pair.sharers)),
+    ]
 
 
 def _numbered(name: str, pair: CacheToCache, number: int) -> str:

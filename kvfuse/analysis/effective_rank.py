@@ -90,9 +90,14 @@ class Gram:
 
 def reading(caches: Mapping[str, Any]) -> str:
     """Two sentences: what fusing does, and where the sharer stands."""
-    own, fused, sharer = caches["receiver"], caches["fused"], next(one for name, one in caches.items() if name.startswith("sharer"))
+    own, fused, sharer = (
+        caches["receiver"],
+        caches["fused"],
+        next(one for name, one in caches.items() if name.startswith("sharer")),
+    )
     changes = ", ".join(
-        f"of {name} from {own[name]['mean']:.1f} to {fused[name]['mean']:.1f} (of {own[name]['dimensions']})" for name in PARTS
+        f"of {name} from {own[name]['mean']:.1f} to {fused[name]['mean']:.1f} (of {own[name]['dimensions']})"
+        for name in PARTS
     )
     theirs = ", ".join(f"{sharer[name]['mean']:.1f} in {name} (of {sharer[name]['dimensions']})" for name in PARTS)
     return f"Over {own['tokens']:,} tokens, fusing takes the effective rank, averaged over layers, {changes}. The sharer's is {theirs}."

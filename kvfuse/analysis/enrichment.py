@@ -27,9 +27,9 @@ from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.errors import AnalysisError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import FewShot, Single, TextToText
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, from_ids, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, from_ids, pad_left
 from kvfuse.prompts.chat import Message, as_chat
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.prompts.tokenized import read as read_prompt
 from kvfuse.stages.prefill import prefill
 from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, styled
@@ -56,7 +56,7 @@ class Enriched:
         categories: Of which kind each question is.
     """
 
-    readings: Sequence[AlignedReading]
+    readings: Sequence[AlignedRow]
     prompt: AlignedPrompt
     prefilled: Cache
     direct: KV
@@ -107,7 +107,9 @@ def run(
         for batch in batches(asked, study.batch_size):
             chats = _hinted(hinting, batch) if shots is None else [_few_shot(study, one, shots) for one in batch]
             seen.append(enrich(receiver, batch, chats, positions))
-            sight.append(enrich(receiver, [replace(one, prompt=chat) for one, chat in zip(batch, chats, strict=True)], chats))
+            sight.append(
+                enrich(receiver, [replace(one, prompt=chat) for one, chat in zip(batch, chats, strict=True)], chats)
+            )
         layers = list(range(receiver.kv_spec.num_layers))
         judged = {
             "direct": _judge(study, seen, []),
@@ -135,7 +137,10 @@ def run(
 
 
 def enrich(
-    receiver: LanguageModel, questions: Sequence[Question], contexts: Sequence[Sequence[Message]], positions: str = "moved"
+    receiver: LanguageModel,
+    questions: Sequence[Question],
+    contexts: Sequence[Sequence[Message]],
+    positions: str = "moved",
 ) -> Enriched:
     """Read questions alone and behind a context.
 
@@ -146,10 +151,13 @@ def enrich(
         positions: See the module.
     """
     mine, theirs = (
-        [read_prompt(prompt, receiver.tokenizer) for prompt in prompts] for prompts in ([one.prompt for one in questions], contexts)
+        [read_prompt(prompt, receiver.tokenizer) for prompt in prompts]
+        for prompts in ([one.prompt for one in questions], contexts)
     )
     prompt, behind = _batch(mine), _batch(theirs)
-    source = pad_left([kept_tokens(one.ids, other.ids) for one, other in zip(mine, theirs, strict=True)], 0)[0]  # within a row
+    source = pad_left([kept_tokens(one.ids, other.ids) for one, other in zip(mine, theirs, strict=True)], 0)[
+        0
+    ]  # within a row
     source = source + (behind.mask.shape[1] - behind.mask.sum(1))[:, None]  # within the batch
     if positions == "kept":
         prompt = replace(prompt, positions=torch.where(prompt.mask > 0, behind.positions.gather(1, source), 0))
@@ -157,9 +165,15 @@ def enrich(
     direct = read_cache(prefilled)
     full = read_cache(prefill(receiver.model, behind.ids[:, :-1], behind.mask[:, :-1], behind.positions[:, :-1]))
     oracle = _kept(receiver, direct, full, prompt, behind, source, turned=positions == "moved")
-    readings = [AlignedReading(one, np.zeros(len(one.ids), dtype=bool), ()) for one in mine]
+    readings = [AlignedRow(one, np.zeros(len(one.ids), dtype=bool), ()) for one in mine]
     return Enriched(
-        readings, prompt, prefilled, direct, oracle, [str(one.answer) for one in questions], [one.category or "all" for one in questions]
+        readings,
+        prompt,
+        prefilled,
+        direct,
+        oracle,
+        [str(one.answer) for one in questions],
+        [one.category or "all" for one in questions],
     )
 
 
@@ -180,7 +194,9 @@ def kept_tokens(ids: np.ndarray, behind: np.ndarray) -> np.ndarray:
     same = ids == behind[more:] if more >= 0 else np.zeros(count, dtype=bool)
     before = 0 if same.all() else count - int(np.argmin(same[::-1]))  # tokens that differ, and all before them
     if more < 0 or not np.array_equal(ids[:before], behind[:before]):
-        raise AnalysisError("expected a context that leaves the question's own tokens as they are, got others; write it apart from it")
+        raise AnalysisError(
+            "expected a context that leaves the question's own tokens as they are, got others; write it apart from it"
+        )
     return np.arange(count) + np.where(np.arange(count) < before, 0, more)
 
 
@@ -221,7 +237,9 @@ def _panels(height: float) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height + 2.8), layout="constrained")
-    panels: dict[str, Axes] = figure.subplot_mosaic([["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8])
+    panels: dict[str, Axes] = figure.subplot_mosaic(
+        [["kinds", "kinds"], ["single", "together"]], height_ratios=[height - 1.2, 2.8]
+    )
     return figure, [panels[name] for name in ("kinds", "single", "together")]
 
 
@@ -246,7 +264,7 @@ def _draw_layers(single: "Axes", together: "Axes", figures: dict[str, Any]) -> N
 
 
 def _hinted(hinting: TextToText, batch: Sequence[Question]) -> list[Sequence[Message]]:
-    return [as_chat(one.prompt) for one in hinting.retell([one.prompt for one in batch])]
+    return [as_chat(one.prompt) for one in hinting.augment([one.prompt for one in batch])]
 
 
 def _few_shot(study: Study, question: Question, shots: int) -> Sequence[Message]:
@@ -254,24 +272,36 @@ def _few_shot(study: Study, question: Question, shots: int) -> Sequence[Message]
     others = [one for one in study.questions if one.category == question.category and one.prompt != question.prompt]
     others = [one for one in others if one.group is None or one.group != question.group] or list(study.questions)
     drawn = [others[place] for place in np.random.default_rng(study.seed).permutation(len(others))[:shots]]
-    turns = [message for one in drawn for message in (*as_chat(one.prompt), {"role": "assistant", "content": str(one.answer)})]
-    return as_chat(FewShot(Single("receiver", study.pair.receiver), turns).retell([question.prompt])[0].prompt)
+    turns = [
+        message
+        for one in drawn
+        for message in (*as_chat(one.prompt), {"role": "assistant", "content": str(one.answer)})
+    ]
+    return as_chat(FewShot(Single("receiver", study.pair.receiver), turns).augment([question.prompt])[0].prompt)
 
 
-def _batch(readings: Sequence[Reading]) -> AlignedPrompt:
+def _batch(readings: Sequence[TokenizedPrompt]) -> AlignedPrompt:
     ids, mask = pad_left([one.ids for one in readings], readings[0].pad_id)
     return from_ids(ids, num_sharers=0, mask=mask)
 
 
-def _kept(receiver: LanguageModel, direct: KV, full: KV, prompt: AlignedPrompt, behind: AlignedPrompt, source: Tensor, turned: bool) -> KV:
+def _kept(
+    receiver: LanguageModel,
+    direct: KV,
+    full: KV,
+    prompt: AlignedPrompt,
+    behind: AlignedPrompt,
+    source: Tensor,
+    turned: bool,
+) -> KV:
     """The cache behind the context, at the tokens of the question alone; keys turned to the question's own positions if need be."""
     rows, columns = prompt.mask[:, :-1].nonzero(as_tuple=True)
     theirs = source[rows, columns]
     kept = full.tokens(rows, theirs)
     if turned and not torch.equal(prompt.positions[rows, columns], behind.positions[rows, theirs]):
         dtype = full.key.dtype
-        kept = receiver.rotation.at(behind.positions, rows, theirs, dtype).back(kept)
-        kept = receiver.rotation.at(prompt.positions, rows, columns, dtype).forward(kept)
+        kept = receiver.rope.at(behind.positions, rows, theirs, dtype).remove(kept)
+        kept = receiver.rope.at(prompt.positions, rows, columns, dtype).apply(kept)
     return direct.zeros_like().add_tokens(rows, columns, kept)
 
 

@@ -62,14 +62,19 @@ class Seen:
 
     def notes(self) -> dict[Any, Note]:
         """What to watch, and who is told."""
-        weights: dict[Any, Note] = {module: self._weigh for module in self.fuser.modules() if isinstance(module, HeadWeights)}
+        weights: dict[Any, Note] = {
+            module: self._weigh for module in self.fuser.modules() if isinstance(module, HeadWeights)
+        }
         return {self.fuser: self._compare, **weights}
 
     def to_dict(self) -> dict[str, Any]:
         """By ``keys`` and ``values``, lists of layers, within them of heads: ``open``, ``weight`` and ``relative_size``."""
         gates = self.fuser.open_gates()
         size = (self.added / self.own).sqrt()
-        out: dict[str, Any] = {"tokens": self.tokens, "gates": {name: opened.tolist() for name, opened in gates.items()}}
+        out: dict[str, Any] = {
+            "tokens": self.tokens,
+            "gates": {name: opened.tolist() for name, opened in gates.items()},
+        }
         for place, (part, name) in enumerate(NAMES.items()):
             weight = self._weights_of(part)
             opened = gates.get(name, gates.get("layers"))
@@ -113,14 +118,19 @@ def reading(figures: dict[str, Any]) -> str:
 def draw(figures: dict[str, Any]) -> "Figure":
     """Maps of layers by heads: weights above, sizes below, closed gates crossed out; one pair of rows a sharer."""
     shown = [
-        (one, kind) for one in figures["sharers"] for kind in ("weight", "relative_size") if any(one[name][kind] for name in NAMES.values())
+        (one, kind)
+        for one in figures["sharers"]
+        for kind in ("weight", "relative_size")
+        if any(one[name][kind] for name in NAMES.values())
     ]
     heads = len(figures["sharers"][0]["keys"]["relative_size"][0])
     figure, panels = new_panels(len(shown) * (1.75 + 0.17 * heads), 2, len(shown))
     for row, (one, kind) in enumerate(shown):
         top = 1.0 if kind == "weight" else max(max(map(max, one[name][kind])) for name in NAMES.values())
         pair = panels[2 * row : 2 * row + 2]
-        images = [_map(axes, one[name][kind], one[name]["open"], top) for axes, name in zip(pair, NAMES.values(), strict=True)]
+        images = [
+            _map(axes, one[name][kind], one[name]["open"], top) for axes, name in zip(pair, NAMES.values(), strict=True)
+        ]
         label = "mean weight (0 to 1)" if kind == "weight" else "size of what is added\n/ of the receiver's own"
         figure.colorbar(next(image for image in images if image), ax=pair, label=label, pad=0.02)
         for axes, name in zip(pair, NAMES.values(), strict=True):
@@ -145,7 +155,9 @@ def _map(axes: "Axes", values: list[list[float]] | None, opened: list[list[bool]
                 axes.plot(layer, head, "x", color="white", markersize=size + 1, markeredgewidth=3)
                 axes.plot(layer, head, "x", color=INK, markersize=size, markeredgewidth=1.2)
             elif len(values) <= WRITTEN:
-                axes.text(layer, head, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.55 * top else INK)
+                axes.text(
+                    layer, head, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.55 * top else INK
+                )
     return image
 
 

@@ -19,5 +19,7 @@ def watching(notes: dict[nn.Module, Note]) -> Iterator[None]:
     """
     with ExitStack() as hooks:
         for module, note in notes.items():
-            hooks.callback(module.register_forward_hook(lambda _, inputs, output, note=note: note(inputs, output)).remove)
+            hooks.callback(
+                module.register_forward_hook(lambda _, inputs, output, note=note: note(inputs, output)).remove
+            )
         yield

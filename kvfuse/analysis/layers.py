@@ -83,7 +83,9 @@ def run(study: Study) -> Finding:
 
 def reading(figures: dict[str, Any]) -> str:
     """Two sentences: the best layer alone, the worst to leave out, by right answers, then by the surprise at them."""
-    alone, without = ([(one["accuracy"], -one["bits_per_character"]) for one in figures[name]] for name in ("alone", "without"))
+    alone, without = (
+        [(one["accuracy"], -one["bits_per_character"]) for one in figures[name]] for name in ("alone", "without")
+    )
     best, worst = alone.index(max(alone)), without.index(min(without))
     none, whole = (100 * figures[name]["accuracy"] for name in ("none", "all"))
     return (
@@ -96,7 +98,12 @@ def draw(figures: dict[str, Any]) -> "Figure":
     """By layer, with the receiver and Cache-to-Cache as levels."""
     places = range(len(figures["alone"]))
     series = {"this layer alone": (places, figures["alone"]), "all but this layer": (places, figures["without"])}
-    figure = curves("receiver layer (0 = first)", series, {"receiver": figures["none"], "cache-to-cache": figures["all"]}, joined=False)
+    figure = curves(
+        "receiver layer (0 = first)",
+        series,
+        {"receiver": figures["none"], "cache-to-cache": figures["all"]},
+        joined=False,
+    )
     for axes in figure.axes:
         count_whole(axes.xaxis)
     return figure

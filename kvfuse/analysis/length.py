@@ -40,7 +40,13 @@ FIT_BATCH = 16
 
 
 def run(
-    study: Study, removed: str | None = None, questions: int = 60, most: int = 64, points: int = 5, filler: str = FILLER, fitted: int = 320
+    study: Study,
+    removed: str | None = None,
+    questions: int = 60,
+    most: int = 64,
+    points: int = 5,
+    filler: str = FILLER,
+    fitted: int = 320,
 ) -> Finding:
     """Ask the same questions at growing length.
 
@@ -57,7 +63,9 @@ def run(
         AnalysisError: Questions without answers, several sharers, or fewer than two points.
     """
     if len(study.pair.sharers) != 1 or points < 2:
-        raise AnalysisError(f"expected one sharer and two points or more, got {len(study.pair.sharers)} and {points}; change them")
+        raise AnalysisError(
+            f"expected one sharer and two points or more, got {len(study.pair.sharers)} and {points}; change them"
+        )
     asked = spread(study.with_answers(), questions)
     if study.smoke:
         points = 2
@@ -83,7 +91,11 @@ def run(
 def fit_ridge(study: Study, questions: Sequence[Question], rope: str) -> CacheToCache:
     """The study's pair with a fuser in closed form, fitted to the caches of some prompts."""
     config = study.pair.fusers[0].config
-    options = {"token_alignment": config.token_alignment, "layer_alignment": config.layer_alignment, "fuse": config.fuse}
+    options = {
+        "token_alignment": config.token_alignment,
+        "layer_alignment": config.layer_alignment,
+        "fuse": config.fuse,
+    }
     fuser = make_fuser("ridge", receiver=config.receiver, sharer=config.sharer, rope=rope, **options).eval()
     pair = CacheToCache(study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)])
     half = max(1, min(FIT_BATCH, len(questions) // 2))
@@ -104,7 +116,9 @@ def reading(figures: dict[str, Any]) -> str:
     gains = {way: [100 * one["gain"] for one in figures["prompts"][way][name]] for way in ("filled", "shifted")}
     others = [other for other in figures["prompts"]["shifted"] if other not in ("alone", name)]
     lost = [
-        f"{other} {100 * (rows[-1]['gain'] - rows[0]['gain']):+.1f}" for other in others for rows in [figures["prompts"]["shifted"][other]]
+        f"{other} {100 * (rows[-1]['gain'] - rows[0]['gain']):+.1f}"
+        for other in others
+        for rows in [figures["prompts"]["shifted"][other]]
     ]
     return (
         f"Fused with rope {name}, the receiver gains {gains['filled'][0]:+.1f} points over itself; with {most} tokens of filler "
@@ -118,7 +132,9 @@ def draw(figures: dict[str, Any]) -> "Figure":
     """Accuracy by length of the prompt in both ways, and by tokens of the answer."""
     figure, panels = new_panels(4.0, 3, sharey=True)
     shown: list[Any] = []
-    for axes, way, label in zip(panels, ("filled", "shifted"), ("tokens of filler added", "positions shifted"), strict=False):
+    for axes, way, label in zip(
+        panels, ("filled", "shifted"), ("tokens of filler added", "positions shifted"), strict=False
+    ):
         for place, (name, rows) in enumerate(figures["prompts"][way].items()):
             shown += _line(axes, figures["added_tokens"], rows, place, name if way == "filled" else None)
         axes.set(xlabel=label)
@@ -135,7 +151,9 @@ def draw(figures: dict[str, Any]) -> "Figure":
 def _line(axes: "Axes", x: Sequence[float], rows: Sequence[dict[str, Any]], place: int, label: str | None) -> Any:
     colour = INK if place == 0 else COLOURS[place - 1]
     named = "alone" if label == "alone" else label and f"rope {label}"
-    return axes.plot(x, [100 * one["accuracy"] for one in rows], marker=MARKERS[place], color=colour, label=named, markersize=5)
+    return axes.plot(
+        x, [100 * one["accuracy"] for one in rows], marker=MARKERS[place], color=colour, label=named, markersize=5
+    )
 
 
 def _others(study: Study, asked: Sequence[Question], removed: str | None, fitted: int) -> dict[str, CacheToCache]:
@@ -143,12 +161,20 @@ def _others(study: Study, asked: Sequence[Question], removed: str | None, fitted
     if removed is not None:
         fuser = load_fuser(removed, dtype=study.pair.fusers[0].dtype)
         if fuser.config.rope != "removed":
-            raise AnalysisError(f"expected a fuser trained with fuser.rope=removed, got {fuser.config.rope!r}; name another folder")
-        return {"removed (trained)": CacheToCache(study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)])}
+            raise AnalysisError(
+                f"expected a fuser trained with fuser.rope=removed, got {fuser.config.rope!r}; name another folder"
+            )
+        return {
+            "removed (trained)": CacheToCache(
+                study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)]
+            )
+        }
     texts = {str(one.prompt) for one in asked}
     unasked = [one for one in study.questions if str(one.prompt) not in texts] or list(asked)
     chosen = spread(replace(study, questions=unasked), fitted)
-    ropes = [rope for rope in ROPES if rope == "kept" or all(map(turns_keys, (study.pair.receiver, *study.pair.sharers)))]
+    ropes = [
+        rope for rope in ROPES if rope == "kept" or all(map(turns_keys, (study.pair.receiver, *study.pair.sharers)))
+    ]
     return {f"{rope} (ridge)": fit_ridge(study, chosen, rope) for rope in ropes}
 
 
@@ -157,11 +183,20 @@ def _caches(pair: CacheToCache, fuser: Fuser, batch: Sequence[Question]) -> Any:
     with torch.no_grad():
         prompt = stack([pair.align(one.prompt) for one in batch])
         streams = pair.read(prompt)
-        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, next(fuser.parameters()), pair.rotations)
+        picked = pick(
+            read_cache(streams.receiver),
+            read_cache(streams.sharers[0]),
+            prompt,
+            0,
+            next(fuser.parameters()),
+            pair.ropes,
+        )
     return None if picked is None else (picked.receiver, picked.sharer)
 
 
-def _ask(study: Study, pair: CacheToCache, questions: Sequence[Question], shifted: int, fused: bool = True) -> np.ndarray:
+def _ask(
+    study: Study, pair: CacheToCache, questions: Sequence[Question], shifted: int, fused: bool = True
+) -> np.ndarray:
     """``(2, questions)``, see :func:`judge`, in the order of the questions."""
     judged = np.zeros((2, len(questions)))
     order = sorted(range(len(questions)), key=lambda place: len(str(questions[place].prompt)))
@@ -173,7 +208,9 @@ def _ask(study: Study, pair: CacheToCache, questions: Sequence[Question], shifte
         kv = read_cache(streams.receiver)
         if fused:
             kv = pair.fuse_kv(prompt, kv, list(map(read_cache, streams.sharers)), pair.fusers)
-        judged[:, places] = judge(pair, readings, prompt, streams.receiver, kv, [str(questions[place].answer) for place in places])
+        judged[:, places] = judge(
+            pair, readings, prompt, streams.receiver, kv, [str(questions[place].answer) for place in places]
+        )
     return judged
 
 
@@ -181,7 +218,9 @@ def _fill(receiver: LanguageModel, question: Question, filler: str, count: int) 
     """The question behind as much filler as is so many of the receiver's tokens, the last sentence cut short."""
     if not count:
         return question
-    ids = receiver.tokenizer(filler * count, add_special_tokens=False).input_ids[: count - 1]  # a space is one more, or none
+    ids = receiver.tokenizer(filler * count, add_special_tokens=False).input_ids[
+        : count - 1
+    ]  # a space is one more, or none
     return replace(question, prompt=_before(question.prompt, receiver.tokenizer.decode(ids).strip() + " "))
 
 
@@ -194,7 +233,8 @@ def _room(pair: CacheToCache, questions: Sequence[Question]) -> int:
     """Tokens that can be added to every prompt and its answer in every model's context."""
     models = pair.receiver, *pair.sharers
     rooms = [
-        model.context - max(len(read_prompt(one.prompt, model.tokenizer).ids) + _answer_length(model, one) for one in questions)
+        model.context
+        - max(len(read_prompt(one.prompt, model.tokenizer).ids) + _answer_length(model, one) for one in questions)
         for model in models
         if model.context is not None
     ]
@@ -205,17 +245,24 @@ def _answer_length(model: LanguageModel, question: Question) -> int:
     return 1 + len(model.tokenizer(str(question.answer), add_special_tokens=False).input_ids)
 
 
-def _by_response(study: Study, asked: Sequence[Question], alone: np.ndarray, fused: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def _by_response(
+    study: Study, asked: Sequence[Question], alone: np.ndarray, fused: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
     """By tokens of the answer, everything at no added length."""
     receiver = study.pair.receiver.tokenizer
-    lengths = np.array([len(read_response(study.pair.align(one.prompt), str(one.answer), receiver).ids) for one in asked])
+    lengths = np.array(
+        [len(read_response(study.pair.align(one.prompt), str(one.answer), receiver).ids) for one in asked]
+    )
     groups = []
     for length in sorted(set(lengths.tolist())):
         mine = np.flatnonzero(lengths == length)
         some = [asked[place] for place in mine.tolist()]
         ways = {"alone": _figures(alone[:, mine], alone[:, mine], some)}
         groups.append(
-            {"tokens": length, "ways": ways | {name: _figures(one[:, mine], alone[:, mine], some) for name, one in fused.items()}}
+            {
+                "tokens": length,
+                "ways": ways | {name: _figures(one[:, mine], alone[:, mine], some) for name, one in fused.items()},
+            }
         )
     return groups
 
@@ -225,4 +272,10 @@ def _figures(judged: np.ndarray, alone: np.ndarray, questions: Sequence[Question
     groups = [one.group or str(place) for place, one in enumerate(questions)]
     gain, interval = bootstrap_mean((judged - alone)[0], groups)
     nats = float((judged - alone)[1].mean())
-    return {"questions": len(groups), "accuracy": float(judged[0].mean()), "gain": gain, "interval": interval, "nats": nats}
+    return {
+        "questions": len(groups),
+        "accuracy": float(judged[0].mean()),
+        "gain": gain,
+        "interval": interval,
+        "nats": nats,
+    }

@@ -61,8 +61,14 @@ def look(study: Study, question: Question) -> dict[str, Any]:
     (wanted,) = answer_ids(pair, seen, [question]).tolist()
     fused = seen.fused_positions[0].nonzero()[:, 0]
     if not len(fused):
-        raise AnalysisError("expected prompts with a position that is fused, got one without; use another fuser or other data")
-    logits = first_run(model, seen, mix(seen.own, seen.fused, _variants(seen, fused)[None, :, None, :, None])).logits[:, -1].float()
+        raise AnalysisError(
+            "expected prompts with a position that is fused, got one without; use another fuser or other data"
+        )
+    logits = (
+        first_run(model, seen, mix(seen.own, seen.fused, _variants(seen, fused)[None, :, None, :, None]))
+        .logits[:, -1]
+        .float()
+    )
     chances = logits.softmax(-1)[:, wanted].tolist()
     steps = len(fused) + 1
     mine = seen.readings[0].receiver
@@ -141,7 +147,9 @@ def _panels() -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 8.4), layout="constrained")
-    panels: dict[str, Axes] = figure.subplot_mosaic([["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1])
+    panels: dict[str, Axes] = figure.subplot_mosaic(
+        [["path", "path"], ["worth", "worth"], ["share", "layer"]], height_ratios=[1.2, 1, 1]
+    )
     return figure, [panels[name] for name in ("path", "worth", "share", "layer")]
 
 
@@ -150,19 +158,29 @@ def _draw_path(axes: "Axes", example: dict[str, Any]) -> Sequence[Any]:
     for order, colour, marker in zip(ORDERS, COLOURS, MARKERS, strict=False):
         chances = example[order] if order == ORDERS[0] else example[order][::-1]
         places = range(len(chances)) if order == ORDERS[0] else range(1, len(chances) + 1)
-        shown += axes.plot(list(places), chances, marker=marker, color=colour, label=f"fused {order} up to here", markersize=4)
+        shown += axes.plot(
+            list(places), chances, marker=marker, color=colour, label=f"fused {order} up to here", markersize=4
+        )
     said = example["says"]
     for place in (i for i in range(len(said)) if i == 0 or said[i] != said[i - 1]):
         axes.text(place, 1.06, said[place], rotation=45, ha="left", va="bottom", fontsize=8)
     axes.set(ylabel=f"probability of\n{example['wanted']!r} (0 to 1)", ylim=(0, 1.04), xlim=(-0.5, len(said) - 0.2))
-    axes.set_title("one prompt; above: what is likeliest when fused from the left up to there", loc="left", fontsize=9, pad=34)
-    axes.set_xticks(range(len(said)), ["(none)", *example["tokens"]], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_title(
+        "one prompt; above: what is likeliest when fused from the left up to there", loc="left", fontsize=9, pad=34
+    )
+    axes.set_xticks(
+        range(len(said)), ["(none)", *example["tokens"]], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+    )
     return shown
 
 
 def _draw_worth(axes: "Axes", example: dict[str, Any]) -> None:
     places = range(1, len(example["lost"]) + 1)
-    axes.bar(list(places), example["lost"], color=[COLOURS[3] if role == "message" else COLOURS[7] for role in example["roles"]])
+    axes.bar(
+        list(places),
+        example["lost"],
+        color=[COLOURS[3] if role == "message" else COLOURS[7] for role in example["roles"]],
+    )
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.set(ylabel="probability lost\nwithout this position", xlim=(-0.5, len(places) + 0.8))
     axes.set_title("the same prompt: words of the message in pink, template in grey", loc="left", fontsize=9)
@@ -187,5 +205,7 @@ def _half(figures: dict[str, Any], order: str) -> str:
     chances = figures["probability"][order]
     middle = (chances[0] + chances[-1]) / 2
     rises = chances[-1] >= chances[0]
-    share = next(share for share, chance in zip(SHARES, chances, strict=True) if (chance >= middle) == rises or share == 1)
+    share = next(
+        share for share, chance in zip(SHARES, chances, strict=True) if (chance >= middle) == rises or share == 1
+    )
     return f"{100 * share:.0f}%"

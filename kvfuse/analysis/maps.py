@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvfuse.fusers.normal_equations import Moments
+from kvfuse.fusers.normal_equations import NormalEquations
 
 Map = Callable[[Tensor], Tensor]
 NEIGHBOURS = 5
@@ -24,7 +24,7 @@ def mean(y: Tensor) -> Map:
 
 def ridge(x: Tensor, y: Tensor) -> Map:
     """Ridge regression of ``y`` ``(N, C)`` on ``x`` ``(N, P)``."""
-    moments = Moments(1, x.shape[1], y.shape[1], x.device)
+    moments = NormalEquations(1, x.shape[1], y.shape[1], x.device)
     moments.add(x[None], y[None])
     weight, bias = (part[0].float() for part in moments.solve(RIDGE_PENALTY))
     return lambda x: x @ weight + bias

@@ -42,7 +42,9 @@ def run(study: Study, predictions: str | None = None, task: str | None = None) -
     scores = _choose(by_task(read_run(predictions).predictions), task) if predictions else _asked(study)
     found = task_figures(scores)
     if found["overlap"] is None or RECEIVER not in found["overlap"]["methods"]:
-        raise AnalysisError(f"expected answers of {RECEIVER} and {FUSED} to the same items, got {', '.join(found['methods'])}; ask both")
+        raise AnalysisError(
+            f"expected answers of {RECEIVER} and {FUSED} to the same items, got {', '.join(found['methods'])}; ask both"
+        )
     methods, regions = found["overlap"]["methods"], found["overlap"]["regions"]
     figures = {
         "task": scores.rows[0].task,
@@ -92,10 +94,16 @@ def reading(figures: dict[str, Any]) -> str:
     """Two sentences: what is kept of each, and what nobody knew."""
     known = {name: one for name, one in figures["knowledge"].items() if sum(one.values())}
     told = [f"what {KNEW[name]} had right, {_share(one)}" for name, one in known.items() if name]
-    kept = f"Fused, the receiver still has right: of {'; of '.join(told)}." if told else "Without fusing, nobody had anything right."
+    kept = (
+        f"Fused, the receiver still has right: of {'; of '.join(told)}."
+        if told
+        else "Without fusing, nobody had anything right."
+    )
     nobody = known.get("")
     new = (
-        f"{_share(nobody)} of the {sum(nobody.values()):,.0f} questions that nobody had right" if nobody else "nothing, as nothing was left"
+        f"{_share(nobody)} of the {sum(nobody.values()):,.0f} questions that nobody had right"
+        if nobody
+        else "nothing, as nothing was left"
     )
     return f"{kept} New is {new}."
 
@@ -109,7 +117,11 @@ def draw(figures: dict[str, Any]) -> "Figure":
     """Circles, below them what is kept and lost, below that accuracy by category where there are several."""
     methods = figures["overlap"]["methods"]
     categories = shares(figures["categories"], methods)
-    heights = [3.3, 0.6 + 0.4 * len(figures["knowledge"]), *([0.6 + categories_height(categories)] if categories else [])]
+    heights = [
+        3.3,
+        0.6 + 0.4 * len(figures["knowledge"]),
+        *([0.6 + categories_height(categories)] if categories else []),
+    ]
     figure, panels = new_panels(sum(heights) + 0.4, 1, len(heights), height_ratios=heights)
     draw_venn(panels[0], methods, figures["overlap"]["regions"])
     _draw_knowledge(panels[1], figures["knowledge"])

@@ -17,7 +17,7 @@ from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.message_axis import in_messages, own_spans
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = (0.25, 0.5, 0.75)
-Chosen = Callable[[AlignedReading], np.ndarray]
+Chosen = Callable[[AlignedRow], np.ndarray]
 """Which positions of a prompt to fuse, ``(n,)`` bool."""
 
 
@@ -43,7 +43,7 @@ class Partly(Fused):
         super().__init__(pair)
         self.chosen = chosen
 
-    def align(self, prompt: Prompt) -> AlignedReading:
+    def align(self, prompt: Prompt) -> AlignedRow:
         """The prompt, less of it to be fused."""
         aligned = self.pair.align(prompt)
         return replace(aligned, fusable=aligned.fusable & self.chosen(aligned))
@@ -59,13 +59,13 @@ def last(share: float) -> Chosen:
     return lambda aligned: np.cumsum(aligned.fusable[::-1])[::-1] <= round(share * int(aligned.fusable.sum()))
 
 
-def messages(aligned: AlignedReading) -> np.ndarray:
+def messages(aligned: AlignedRow) -> np.ndarray:
     """Positions that cover something of a message."""
     starts, ends = in_messages(aligned.receiver, own_spans(aligned.receiver.prompt))
     return ends > starts
 
 
-def template(aligned: AlignedReading) -> np.ndarray:
+def template(aligned: AlignedRow) -> np.ndarray:
     """All others."""
     return ~messages(aligned)
 
@@ -88,13 +88,18 @@ def run(study: Study, shares: Sequence[float] = SHARES) -> Finding:
         return ask(study, Partly(study.pair, chosen)).to_dict()
 
     none, whole = measure(first(0.0)), measure(first(1.0))
-    ends = {name: [none, *(measure(cut(share)) for share in inner), whole] for name, cut in (("first", first), ("last", last))}
+    ends = {
+        name: [none, *(measure(cut(share)) for share in inner), whole]
+        for name, cut in (("first", first), ("last", last))
+    }
     figures = {
         "questions": len(study.questions),
         "shares": [0.0, *inner, 1.0],
         "ends": ends,
         "kinds": {"messages": measure(messages), "template": measure(template)},
-        "fused_positions": {name: _counted(study, chosen) for name, chosen in (("messages", messages), ("template", template))},
+        "fused_positions": {
+            name: _counted(study, chosen) for name, chosen in (("messages", messages), ("template", template))
+        },
     }
     return Finding(figures, reading(figures), lambda: draw(figures))
 
@@ -110,7 +115,8 @@ def reading(figures: dict[str, Any]) -> str:
     none, whole = (100 * figures["ends"]["first"][place]["accuracy"] for place in (0, -1))
     middle = len(figures["shares"]) // 2
     halves = " and ".join(
-        f"the {name} {figures['shares'][middle]:.0%} {100 * some[middle]['accuracy']:.1f}%" for name, some in figures["ends"].items()
+        f"the {name} {figures['shares'][middle]:.0%} {100 * some[middle]['accuracy']:.1f}%"
+        for name, some in figures["ends"].items()
     )
     kinds = ", ".join(
         f"{name} alone ({figures['fused_positions'][name]:.0%} of the positions) {100 * one['accuracy']:.1f}%"
@@ -122,6 +128,11 @@ def reading(figures: dict[str, Any]) -> str:
 
 def draw(figures: dict[str, Any]) -> "Figure":
     """Against the fused share, from both ends; both kinds of positions at the share that they make up."""
-    ends = {f"the {name} part": ([100 * share for share in figures["shares"]], some) for name, some in figures["ends"].items()}
-    kinds = {f"{name} alone": ([100 * figures["fused_positions"][name]], [one]) for name, one in figures["kinds"].items()}
+    ends = {
+        f"the {name} part": ([100 * share for share in figures["shares"]], some)
+        for name, some in figures["ends"].items()
+    }
+    kinds = {
+        f"{name} alone": ([100 * figures["fused_positions"][name]], [one]) for name, one in figures["kinds"].items()
+    }
     return curves("fused share of the prompt's positions (%)", {**ends, **kinds})

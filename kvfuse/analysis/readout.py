@@ -16,10 +16,10 @@ from kvfuse.cache.transformers_cache import CACHE, KV, read_cache, read_only_cac
 from kvfuse.errors import PairError
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, pad_left, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, pad_left, stack
 from kvfuse.prompts.message_axis import own_spans, places
 from kvfuse.prompts.response import read_response, stack_responses
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.stages.decode import score
 
 ROLES = ("template", "message", "last token")
@@ -37,7 +37,7 @@ class Read:
         fused: Likewise, fused.
     """
 
-    readings: Sequence[AlignedReading]
+    readings: Sequence[AlignedRow]
     prompt: AlignedPrompt
     prefilled: Cache
     own: KV
@@ -56,7 +56,13 @@ def read(pair: CacheToCache, questions: Sequence[Question]) -> Read:
     prompt = stack(readings)
     streams = pair.read(prompt)
     own = read_cache(streams.receiver)
-    return Read(readings, prompt, streams.receiver, own, pair.fuse_kv(prompt, own, list(map(read_cache, streams.sharers)), pair.fusers))
+    return Read(
+        readings,
+        prompt,
+        streams.receiver,
+        own,
+        pair.fuse_kv(prompt, own, list(map(read_cache, streams.sharers)), pair.fusers),
+    )
 
 
 @torch.no_grad()
@@ -70,7 +76,11 @@ def first_run(model: PreTrainedModel, seen: Read, kv: KV, **outputs: Any) -> Any
         outputs: What the run is asked for beside logits, e.g. ``output_attentions=True``.
     """
     rows = kv.key.shape[1] if len(seen.prompt.ids) == 1 else -1
-    given = {"input_ids": seen.prompt.ids[:, -1:], "attention_mask": seen.prompt.mask, "position_ids": seen.prompt.positions[:, -1:]}
+    given = {
+        "input_ids": seen.prompt.ids[:, -1:],
+        "attention_mask": seen.prompt.mask,
+        "position_ids": seen.prompt.positions[:, -1:],
+    }
     given = {name: tensor.expand(rows, -1).to(model.device) for name, tensor in given.items()}
     prefilled = seen.prefilled
     if rows > 1:  # recurrent state is not in kv
@@ -85,7 +95,12 @@ def mix(own: KV, fused: KV, chosen: Tensor) -> KV:
 
 
 def judge(
-    pair: CacheToCache, readings: Sequence[AlignedReading], prompt: AlignedPrompt, prefilled: Cache, kv: KV, answers: Sequence[str]
+    pair: CacheToCache,
+    readings: Sequence[AlignedRow],
+    prompt: AlignedPrompt,
+    prefilled: Cache,
+    kv: KV,
+    answers: Sequence[str],
 ) -> np.ndarray:
     """How well the right answers follow from a cache.
 
@@ -101,7 +116,9 @@ def judge(
         ``(2, B)`` float64: whether the receiver would say just that, greedily, and the log-probability of it in nats.
     """
     receiver = pair.receiver
-    responses = [read_response(one, answer, receiver.tokenizer, ends=True) for one, answer in zip(readings, answers, strict=True)]
+    responses = [
+        read_response(one, answer, receiver.tokenizer, ends=True) for one, answer in zip(readings, answers, strict=True)
+    ]
     tail = stack_responses(prompt, responses)
     likely, greedy = score(receiver.model, prompt, tail, read_only_cache(prefilled, kv))
     return np.stack([greedy.double().cpu().numpy(), likely.double().cpu().numpy()])
@@ -116,19 +133,19 @@ def answer_ids(pair: CacheToCache, seen: Read, questions: Sequence[Question]) ->
     return wanted
 
 
-def roles(reading: Reading) -> np.ndarray:
+def roles(reading: TokenizedPrompt) -> np.ndarray:
     """``(n,)`` int64: the place in :data:`ROLES` of each token of a prompt."""
     role = places(reading, own_spans(reading.prompt)) % 2
     role[-1] = 2
     return role
 
 
-def padded_roles(readings: Sequence[AlignedReading]) -> Tensor:
+def padded_roles(readings: Sequence[AlignedRow]) -> Tensor:
     """``(B, T)`` int64: :func:`roles`, padded left with -1."""
     return pad_left([roles(one.receiver) for one in readings], -1)[0]
 
 
-def told(reading: Reading, tokenizer: Any) -> list[str]:
+def told(reading: TokenizedPrompt, tokenizer: Any) -> list[str]:
     """What each token says, white space visible."""
     return [show(tokenizer.decode([token])) for token in reading.ids]
 
@@ -155,7 +172,7 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]
 def turns_keys(model: LanguageModel) -> bool:
     """Whether a rotary embedding turns a model's keys by their positions."""
     try:
-        return bool(model.rotation.layers)
+        return bool(model.rope.layers)
     except PairError:
         return False
 

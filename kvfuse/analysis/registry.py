@@ -53,7 +53,9 @@ def analyze(name: str, study: Study, **options: Any) -> Finding:
 def module_of(name: str) -> str:
     """Where an analysis is. Raises AnalysisError: there is none of that name."""
     if name not in ANALYSES:
-        raise AnalysisError(f"expected an analysis of {', '.join(ANALYSES)}, got {name!r}; did you mean {nearest(name, list(ANALYSES))!r}?")
+        raise AnalysisError(
+            f"expected an analysis of {', '.join(ANALYSES)}, got {name!r}; did you mean {nearest(name, list(ANALYSES))!r}?"
+        )
     return ANALYSES[name]
 
 

@@ -42,7 +42,11 @@ YLABELS = {
 
 
 def run(
-    study: Study, runs: Sequence[str] = (), against: str = "training.tokens", at: Sequence[float] = (), task: str | None = None
+    study: Study,
+    runs: Sequence[str] = (),
+    against: str = "training.tokens",
+    at: Sequence[float] = (),
+    task: str | None = None,
 ) -> Finding:
     """Put runs in the order of a figure.
 
@@ -63,7 +67,11 @@ def run(
         return train_and_ask(study)
     if at and len(at) != len(runs):
         raise AnalysisError(f"expected a number for each of {len(runs)} runs in at, got {len(at)}; give as many")
-    found = [point for place, one in enumerate(runs) for point in _points(Path(one), against, at[place] if at else None, task)]
+    found = [
+        point
+        for place, one in enumerate(runs)
+        for point in _points(Path(one), against, at[place] if at else None, task)
+    ]
     figures = {"against": against, "points": sorted(found, key=lambda point: point["x"])}
     return Finding(figures, reading(figures), lambda: draw(figures))
 
@@ -93,7 +101,9 @@ def _scores(folder: Path, task: str | None) -> TaskScores:
 
 def _answered(scores: TaskScores, which: np.ndarray) -> dict[str, Any]:
     """Accuracy of each method, and what fusing gains, on some of the items."""
-    names = [name for name in (RECEIVER, SHARER, FUSED) if name in scores.scores and (scores.answered(name) & which).any()]
+    names = [
+        name for name in (RECEIVER, SHARER, FUSED) if name in scores.scores and (scores.answered(name) & which).any()
+    ]
     methods = {}
     for name in names:
         done = scores.answered(name) & which
@@ -109,11 +119,16 @@ def _by_length(scores: TaskScores | None, folder: Path) -> list[dict[str, Any]]:
     """A point for each quarter of the items, from the shortest to the longest that the receiver reads, at their mean length."""
     read = {row.item: row.tokens_in for row in scores.rows if row.method == RECEIVER} if scores else {}
     if scores is None or any(read.get(item) is None for item in scores.items):
-        raise AnalysisError(f"expected the receiver's {LENGTH} of every item in {folder}, got items without; evaluate it again")
+        raise AnalysisError(
+            f"expected the receiver's {LENGTH} of every item in {folder}, got items without; evaluate it again"
+        )
     lengths = np.array([read[item] for item in scores.items], dtype=float)
     quarters = np.array_split(np.argsort(lengths, kind="stable"), min(BINS, len(lengths)))
     items = np.arange(len(lengths))
-    return [{"run": folder.name, "x": float(lengths[places].mean()), **_answered(scores, np.isin(items, places))} for places in quarters]
+    return [
+        {"run": folder.name, "x": float(lengths[places].mean()), **_answered(scores, np.isin(items, places))}
+        for places in quarters
+    ]
 
 
 def _training_of(folder: Path) -> dict[str, Any] | None:
@@ -135,7 +150,9 @@ def _figure(told: dict[str, Any], against: str, folder: Path) -> float:
     for key in against.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise AnalysisError(f"expected a number at {against!r} in {folder / CONFIG} or {RESULT}, got {value!r}; choose another, or give at")
+        raise AnalysisError(
+            f"expected a number at {against!r} in {folder / CONFIG} or {RESULT}, got {value!r}; choose another, or give at"
+        )
     return float(value)
 
 
@@ -160,7 +177,9 @@ def reading(figures: dict[str, Any]) -> str:
     found = figures["points"]
     gains = [(one["gain"]["difference"], one["x"], _points_of(one["gain"])) for one in found if "gain" in one]
     losses = [(one["bits_per_character"], one["x"]) for one in found if "bits_per_character" in one]
-    said = gains or [(1 - bits["fused"] / bits["receiver"], x, f"{bits['fused']:.3f} bits per character") for bits, x in losses]
+    said = gains or [
+        (1 - bits["fused"] / bits["receiver"], x, f"{bits['fused']:.3f} bits per character") for bits, x in losses
+    ]
     if not said:
         return f"No run has answers of both {RECEIVER} and {FUSED}. There is no gain to compare."
     (_, low, first), (_, high, last), (_, best, _) = said[0], said[-1], max(said)
@@ -186,7 +205,9 @@ def draw(figures: dict[str, Any]) -> "Figure":
         for name, (xs, middle, low, high) in lines.items():
             colour, marker = LOOKS[name]
             around = [np.subtract(middle, low), np.subtract(high, middle)]
-            drawn = axes.errorbar(xs, middle, around, fmt=f"-{marker}", color=colour, markersize=6, elinewidth=1, capsize=2)
+            drawn = axes.errorbar(
+                xs, middle, around, fmt=f"-{marker}", color=colour, markersize=6, elinewidth=1, capsize=2
+            )
             shown.setdefault(name, drawn).set_label(name)
         if max(one["x"] for one in found) >= LARGE:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -197,12 +218,16 @@ def draw(figures: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _lines(points: list[dict[str, Any]], kind: str) -> dict[str, tuple[list[float], list[float], list[float], list[float]]]:
+def _lines(
+    points: list[dict[str, Any]], kind: str
+) -> dict[str, tuple[list[float], list[float], list[float], list[float]]]:
     """By name: places, figures and both ends of their intervals, as they are drawn."""
     lines: dict[str, tuple[list[float], list[float], list[float], list[float]]] = {}
     for point in points:
         for name, middle, (low, high) in _drawn(point, kind):
-            for values, value in zip(lines.setdefault(name, ([], [], [], [])), (point["x"], middle, low, high), strict=True):
+            for values, value in zip(
+                lines.setdefault(name, ([], [], [], [])), (point["x"], middle, low, high), strict=True
+            ):
                 values.append(value)
     return lines
 
@@ -211,4 +236,7 @@ def _drawn(point: dict[str, Any], kind: str) -> list[tuple[str, float, tuple[flo
     if kind == "bits_per_character":
         return [(FUSED if name == "fused" else name, bits, (bits, bits)) for name, bits in point[kind].items()]
     some = {GAIN: {**point["gain"], "accuracy": point["gain"]["difference"]}} if kind == "gain" else point[kind]
-    return [(name, 100 * one["accuracy"], (100 * one["interval"][0], 100 * one["interval"][1])) for name, one in some.items()]
+    return [
+        (name, 100 * one["accuracy"], (100 * one["interval"][0], 100 * one["interval"][1]))
+        for name, one in some.items()
+    ]

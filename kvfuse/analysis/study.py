@@ -73,7 +73,8 @@ class Study:
         folder = PairFolder()
         lessons = sample(all_questions(folder.places, "train"), LESSONS)
         asked, learnt = (
-            [Question(as_chat(one.text), one.answer, one.kind, one.place) for one in some] for some in (held_out(folder, limit), lessons)
+            [Question(as_chat(one.text), one.answer, one.kind, one.place) for one in some]
+            for some in (held_out(folder, limit), lessons)
         )
         return cls(folder.fused(0), asked, smoke, learnt)
 
@@ -81,7 +82,9 @@ class Study:
     def tiny(cls, family: str = "qwen3") -> Self:
         """Random models for smoke runs: a receiver of a family of :data:`kvfuse.testing.FAMILIES`, and a sharer of another."""
         receiver = tiny_model(family)
-        sharer = tiny_model("qwen3" if family == "llama" else "llama", tiny_tokenizer(300, "lines"), seed=1, num_hidden_layers=4)
+        sharer = tiny_model(
+            "qwen3" if family == "llama" else "llama", tiny_tokenizer(300, "lines"), seed=1, num_hidden_layers=4
+        )
         pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
         questions = [Question(as_chat(text), answer, kind) for text, answer, kind in TINY_QUESTIONS]
         return cls(pair, questions, smoke=True, lessons=questions)
@@ -153,7 +156,9 @@ def choose(
     if fuser and data:
         return Study.load(list(fuser), data, receiver, list(sharer) or None, limit, smoke, device_map="auto")
     if fuser or data or receiver or sharer:
-        raise AnalysisError("expected both --fuser and --data for a pair of your own, got one without the other; name both or neither")
+        raise AnalysisError(
+            "expected both --fuser and --data for a pair of your own, got one without the other; name both or neither"
+        )
     return Study.tiny() if smoke else Study.embedded(limit or FEW)
 
 

@@ -40,7 +40,9 @@ def train_and_ask(study: Study) -> Finding:
     steps, pair = SMOKE_STEPS if study.smoke else STEPS, _untrained(study)
     watch = _Watch(study, pair, steps)
     with tempfile.TemporaryDirectory() as folder:
-        train = TrainSection(steps=steps[-1], batch_size=32, learning_rate=LEARNING_RATE, save_steps=10**6, seed=study.seed)
+        train = TrainSection(
+            steps=steps[-1], batch_size=32, learning_rate=LEARNING_RATE, save_steps=10**6, seed=study.seed
+        )
         trainer = FuserTrainer(pair, train, _encoded(study, pair), Path(folder), quiet=True)
         trainer.add_callback(watch)
         trainer.resume()
@@ -72,7 +74,11 @@ def reading(figures: dict[str, Any]) -> str:
 def draw(figures: dict[str, Any]) -> "Figure":
     """By tokens of training, with the receiver and the pair's own fuser as levels."""
     series = {"a new fuser": ([tokens / 1000 for tokens in figures["tokens"]], figures["asked"])}
-    return curves("training tokens (thousands)", series, {"receiver": figures["receiver"], "the pair's own fuser": figures["own_fuser"]})
+    return curves(
+        "training tokens (thousands)",
+        series,
+        {"receiver": figures["receiver"], "the pair's own fuser": figures["own_fuser"]},
+    )
 
 
 def _untrained(study: Study) -> CacheToCache:

@@ -55,7 +55,9 @@ class Tokens:
         for batch in batches(questions, study.batch_size):
             seen = read(study.pair, batch)
             theirs = read_cache(study.pair.read_sharers(seen.prompt, 1)[0])
-            picked = pick(seen.own, theirs, seen.prompt, 0, torch.empty(0, device=seen.own.key.device), study.pair.rotations)
+            picked = pick(
+                seen.own, theirs, seen.prompt, 0, torch.empty(0, device=seen.own.key.device), study.pair.ropes
+            )
             if picked is None:
                 continue
             self.reads.append(seen)
@@ -68,18 +70,27 @@ class Tokens:
 
     def mapped(self, run: Map) -> list[KV]:
         """For each batch the receiver's cache with the mapped layer in place of its own, at the aligned tokens."""
-        return [self._replace(*one) for one in zip(self.reads, self.picked, run(self.sharer).split(self.counts), strict=True)]
+        return [
+            self._replace(*one)
+            for one in zip(self.reads, self.picked, run(self.sharer).split(self.counts), strict=True)
+        ]
 
     def _replace(self, seen: Read, picked: Picked, mapped: Tensor) -> KV:
         residual = picked.receiver.zeros_like()
         _, _, heads, _, key_dim = residual.key.shape
         parts = mapped.split([heads * key_dim, heads * residual.value.shape[-1]], dim=1)
-        for part, own, its in zip((residual.key, residual.value), (picked.receiver.key, picked.receiver.value), parts, strict=True):
+        for part, own, its in zip(
+            (residual.key, residual.value), (picked.receiver.key, picked.receiver.value), parts, strict=True
+        ):
             part[self.layer, 0] = its.unflatten(1, (heads, -1)).transpose(0, 1).to(part) - own[self.layer, 0]
-        return seen.own.add_tokens(picked.rows, picked.positions, residual if picked.turn is None else picked.turn.forward(residual))
+        return seen.own.add_tokens(
+            picked.rows, picked.positions, residual if picked.turn is None else picked.turn.apply(residual)
+        )
 
 
-def run(study: Study, layer: int = -1, questions: int = 160, hidden: int = 256, samples: int = 300, perplexity: float = 50) -> Finding:
+def run(
+    study: Study, layer: int = -1, questions: int = 160, hidden: int = 256, samples: int = 300, perplexity: float = 50
+) -> Finding:
     """Fit both maps and see where they lead.
 
     Args:
@@ -103,16 +114,22 @@ def run(study: Study, layer: int = -1, questions: int = 160, hidden: int = 256, 
     held = {place for place in range(len(asked)) if place % 4 == 1}
     with torch.no_grad():
         training, validation = (
-            Tokens(study, [one for place, one in enumerate(asked) if (place in held) == wanted], layer % layers) for wanted in (False, True)
+            Tokens(study, [one for place, one in enumerate(asked) if (place in held) == wanted], layer % layers)
+            for wanted in (False, True)
         )
     stages = [stage for stage in STAGES if not study.smoke or stage <= 60]
     maps = {"mean": mean(training.receiver), "ridge": ridge(training.sharer, training.receiver)}
     maps |= {
         f"mlp, {stage} steps": one
-        for stage, one in zip(stages, perceptrons(training.sharer, training.receiver, hidden, stages, study.seed), strict=True)
+        for stage, one in zip(
+            stages, perceptrons(training.sharer, training.receiver, hidden, stages, study.seed), strict=True
+        )
     }
     with torch.no_grad():
-        quality = {name: {**_errors(one, training, validation), **_quality(study, one, validation)} for name, one in maps.items()}
+        quality = {
+            name: {**_errors(one, training, validation), **_quality(study, one, validation)}
+            for name, one in maps.items()
+        }
         best = maps[f"mlp, {stages[-1]} steps"]
         clouds, volume = picture(validation, best, samples, perplexity, study.seed)
     figures = {
@@ -132,7 +149,9 @@ def flat(kv: KV, layer: int) -> Tensor:
     return torch.cat([part[layer, 0].transpose(0, 1).flatten(1) for part in (kv.key, kv.value)], dim=1).float()
 
 
-def picture(tokens: Tokens, run: Map, samples: int, perplexity: float, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def picture(
+    tokens: Tokens, run: Map, samples: int, perplexity: float, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The clouds of :data:`CLOUDS` in two dimensions, by PCA and by t-SNE, and how much of the receiver's the mapped one fills.
 
     Where the two models' sizes differ, the sharer's tokens are shown by as many of their own principal components.
@@ -158,7 +177,8 @@ def picture(tokens: Tokens, run: Map, samples: int, perplexity: float, seed: int
     planes = {"PCA": PCA(2, random_state=seed).fit_transform(points), "t-SNE": spread_out.fit_transform(points)}
     split = {name: np.split(plane, 3) for name, plane in planes.items()}
     return {
-        name: {cloud: np.round(one, 3).tolist() for cloud, one in zip(CLOUDS, parts, strict=True)} for name, parts in split.items()
+        name: {cloud: np.round(one, 3).tolist() for cloud, one in zip(CLOUDS, parts, strict=True)}
+        for name, parts in split.items()
     }, volume
 
 
@@ -203,7 +223,9 @@ def draw(figures: dict[str, Any]) -> "Figure":
         axes.set(xlabel="first dimension (no unit)", ylabel="second dimension" if axes is panels[0] else "")
     for axes, (field, label) in zip(panels[2:], PREDICTORS.items(), strict=True):
         _draw_maps(axes, figures["maps"], field)
-        axes.set(xlabel=label, ylabel="divergence of the first token (nats)" if axes is panels[2] else "", ylim=(0, None))
+        axes.set(
+            xlabel=label, ylabel="divergence of the first token (nats)" if axes is panels[2] else "", ylim=(0, None)
+        )
         axes.margins(0.2, 0.15)
     panels[3].legend(loc="lower right")
     legend_above(figure, shown)
@@ -213,17 +235,32 @@ def draw(figures: dict[str, Any]) -> "Figure":
 def _draw_maps(axes: "Axes", maps: dict[str, dict[str, float]], field: str) -> None:
     """The perceptron's stages in their order, the first and the last named, and the other maps."""
     stages = {name.removeprefix("mlp, "): one for name, one in maps.items() if name.startswith("mlp")}
-    groups = [("perceptron while trained", list(stages.values())), *((name, [maps[name]]) for name in ("mean", "ridge"))]
+    groups = [
+        ("perceptron while trained", list(stages.values())),
+        *((name, [maps[name]]) for name in ("mean", "ridge")),
+    ]
     for place, (name, some) in enumerate(groups, start=2):
         x, y = [one[field] for one in some], [one["divergence"] for one in some]
         axes.plot(x, y, MARKERS[place], linestyle="-", color=COLOURS[place], markersize=7, linewidth=0.8, label=name)
     for name in (next(iter(stages)), list(stages)[-1]):
-        axes.annotate(name, (stages[name][field], stages[name]["divergence"]), (6, -13), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            name, (stages[name][field], stages[name]["divergence"]), (6, -13), textcoords="offset points", fontsize=8
+        )
 
 
 def _cloud(axes: "Axes", name: str, place: int, points: list[list[float]]) -> Any:
     x, y = np.array(points).T
-    return axes.plot(x, y, MARKERS[place], color=COLOURS[place], markersize=3.5, alpha=0.7, markeredgewidth=0, linestyle="", label=name)[0]
+    return axes.plot(
+        x,
+        y,
+        MARKERS[place],
+        color=COLOURS[place],
+        markersize=3.5,
+        alpha=0.7,
+        markeredgewidth=0,
+        linestyle="",
+        label=name,
+    )[0]
 
 
 def _errors(run: Map, training: Tokens, validation: Tokens) -> dict[str, float]:
@@ -255,7 +292,11 @@ def _attend(model: Any, seen: Read, kv: KV, layer: int) -> tuple[Tensor, Tensor]
 
 def attentions(model: Any) -> list[nn.Module]:
     """The modules that attend to keys and values, one per layer that keeps them."""
-    return [module for module in model.base_model.modules() if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")]
+    return [
+        module
+        for module in model.base_model.modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+    ]
 
 
 def _require_sklearn() -> None:

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.cache.transformers_cache import KV, copy_side_by_side, read_cache
+from kvfuse.cache.transformers_cache import KV, copy_stacked, read_cache
 from kvfuse.errors import PairError
-from kvfuse.stages.prefill import can_go_on, prefill
+from kvfuse.stages.prefill import prefill, supports_prefix_reuse
 
 SHORTEST, STEPS = 64, 4  # tokens; lengths an octave
 MOST = 4096  # tokens of a batch; longer ones keep a GPU busy for longer than they take to queue
 KEPT = 20  # graphs of a model, each with a cache of its length
 
 
-class CapturedPrefill:
+class CudaGraphPrefill:
     """:func:`kvfuse.stages.prefill.prefill`, recorded where there is no padding and nothing to go on from; all else is read as ever.
 
     Threads may share one. A model's weights may change in place, but must stay where they are.
@@ -32,7 +32,9 @@ class CapturedPrefill:
         self._recorded = WeakIdKeyDictionary()
         self._lock = Lock()
 
-    def __call__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Cache:
+    def __call__(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None
+    ) -> Cache:
         """Arguments and result as those of :func:`kvfuse.stages.prefill.prefill`. Raises PairError: The model's run cannot be recorded."""
         if cache is not None or ids.numel() > MOST or not bool(mask.all()):
             return prefill(model, ids, mask, positions, cache)
@@ -40,7 +42,7 @@ class CapturedPrefill:
             graphs = self._graphs(model)
             if graphs is None:
                 return prefill(model, ids, mask, positions)
-            shape = len(ids), captured_length(ids.shape[1])
+            shape = len(ids), graph_length(ids.shape[1])
             if shape not in graphs:
                 graphs[shape] = _Recording(model, *shape)
             graphs.move_to_end(shape)
@@ -53,7 +55,7 @@ class CapturedPrefill:
         if model not in self._recorded:
             devices = {parameter.device for parameter in model.parameters()}
             alone = len(devices) == 1 and model.device.type == "cuda"
-            self._recorded[model] = OrderedDict() if alone and can_go_on(model) else None
+            self._recorded[model] = OrderedDict() if alone and supports_prefix_reuse(model) else None
         return self._recorded[model]
 
 
@@ -81,16 +83,18 @@ class _Recording:
     def read(self, ids: Tensor, positions: Tensor) -> Cache:
         """A cache of ``(B, t)`` tokens, not more than were recorded, which is the caller's own."""
         length = ids.shape[1]
-        torch.cuda.current_stream(self.ids.device).wait_event(self.copied)  # another stream may still read the last cache
+        torch.cuda.current_stream(self.ids.device).wait_event(
+            self.copied
+        )  # another stream may still read the last cache
         self.ids[:, :length].copy_(ids)
         self.positions[:, :length].copy_(positions)
         self.graph.replay()
-        cache = copy_side_by_side(self.config, KV(self.kv.key[..., :length, :], self.kv.value[..., :length, :]))
+        cache = copy_stacked(self.config, KV(self.kv.key[..., :length, :], self.kv.value[..., :length, :]))
         self.copied.record(torch.cuda.current_stream(self.ids.device))
         return cache
 
 
-def captured_length(tokens: int) -> int:
+def graph_length(tokens: int) -> int:
     """The next of the lengths that are recorded: 64, and four an octave from 256 on."""
     step = max(SHORTEST, (1 << (tokens - 1).bit_length()) // (2 * STEPS))
     return -(-tokens // step) * step

@@ -18,9 +18,9 @@ ROWS, WEIGHTS = 32, 2**18  # of ``x``, and of a matrix: fewer take as long eithe
 
 
 @contextmanager
-def quick_products(rows: int) -> Iterator[None]:
+def onednn_linears(rows: int) -> Iterator[None]:
     """Within it, linear layers of any model multiply by :func:`linear`, in this thread; not for fewer rows than are worth it."""
-    if rows < ROWS or not is_quicker():
+    if rows < ROWS or not onednn_is_faster():
         yield
         return
     with _LinearLayers():
@@ -29,21 +29,21 @@ def quick_products(rows: int) -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` but for rounding: ``(…, in)``, ``(out, in)`` and ``(out,)`` to ``(…, out)``; itself where the layer learns."""
-    if not (is_quicker() and _is_worth_it(x, weight)) or _is_learnt(weight, bias):
+    if not (onednn_is_faster() and _is_worth_it(x, weight)) or _is_learnt(weight, bias):
         return F.linear(x, weight, bias)
     return _Frozen.apply(x, weight, bias)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``torch.bmm`` but for rounding, one group at a time: ``(1, N, K)`` and ``(1, K, M)`` to ``(1, N, M)``; without a gradient."""
-    if len(a) > 1 or not (is_quicker() and _is_worth_it(a, b)):
+    if len(a) > 1 or not (onednn_is_faster() and _is_worth_it(a, b)):
         return torch.bmm(a, b, out=out)
     product = linear(a[0], b[0].mT)[None]
     return product if out is None else out.copy_(product)
 
 
 @cache
-def is_quicker() -> bool:
+def onednn_is_faster() -> bool:
     """Whether this is a processor of AMD, and torch has oneDNN's product, which has no public name."""
     able = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return able and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")

@@ -10,7 +10,7 @@ ROOM = 64  # tokens, behind those that come first
 GROWTH = 1.5
 
 
-class SideBySide:
+class LayerStack:
     """Where the first tokens of all layers of a cache lie: ``(L, B, H, room, D)`` for keys, and for values.
 
     Args:
@@ -38,7 +38,7 @@ class SideBySide:
             self.rooms[part][..., :length, :] = tokens
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """transformers' layer of full attention, with room behind its keys and values.
 
     Args:
@@ -47,9 +47,9 @@ class GrowingLayer(DynamicLayer):
         windowed: Whether transformers' own layer would keep the last tokens alone.
     """
 
-    def __init__(self, beside: SideBySide, place: int, windowed: bool = False) -> None:
+    def __init__(self, beside: LayerStack, place: int, windowed: bool = False) -> None:
         super().__init__()
-        self.beside: SideBySide | None = beside  # until it has moved out
+        self.beside: LayerStack | None = beside  # until it has moved out
         self.place, self.windowed = place, windowed
         self._rooms: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # what was last given out of the rooms
@@ -67,7 +67,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def take(self, tokens: int) -> None:
-        """Hold the first tokens that :meth:`SideBySide.fill` has laid down."""
+        """Hold the first tokens that :meth:`LayerStack.fill` has laid down."""
         assert self.beside is not None
         self._rooms = {part: self.beside.rooms[part][self.place] for part in PARTS}
         self.lazy_initialization(*self._rooms.values())
@@ -110,12 +110,14 @@ class GrowingLayer(DynamicLayer):
         held, room = getattr(self, part), self._rooms.get(part)
         if room is None or held is self._held[part]:
             return room is not None
-        return held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2] and held.stride() == room.stride()
+        return (
+            held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2] and held.stride() == room.stride()
+        )
 
 
-def side_by_side(layers: list[Any]) -> tuple[Tensor, Tensor] | None:
+def stacked_layers(layers: list[Any]) -> tuple[Tensor, Tensor] | None:
     """Keys and values of a cache's layers as one view each, ``(L, B, H, T, D)``; None where they do not lie side by side."""
-    together: SideBySide | None = getattr(layers[0], "beside", None)
+    together: LayerStack | None = getattr(layers[0], "beside", None)
     if together is None or len(layers) != together.num_layers:
         return None
     if not all(getattr(layer, "beside", None) is together and layer.is_at_home for layer in layers):

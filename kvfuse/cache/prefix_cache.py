@@ -48,7 +48,9 @@ def fused_text(prompt: AlignedPrompt, num_sharers: int) -> Text:
     fused = prompt.fuse_mask[0, :-1]
     own = torch.stack([prompt.ids[0, :-1], prompt.positions[0, :-1], fused.long()])
     reads = prompt.sharers[:num_sharers]
-    return Text(own, tuple((torch.stack([one.ids[0], one.positions[0]]), one.index[0, :-1].where(fused, -1)) for one in reads))
+    return Text(
+        own, tuple((torch.stack([one.ids[0], one.positions[0]]), one.index[0, :-1].where(fused, -1)) for one in reads)
+    )
 
 
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class Entry:
     used: int
 
 
-class Shelf:
+class PrefixCache:
     """Entries by their maker. Threads may share one.
 
     Args:
@@ -103,7 +105,9 @@ class Shelf:
             self._make_room()
 
     def _make_room(self) -> None:
-        entries = sorted(((maker, entry) for maker, some in self._by_maker.items() for entry in some), key=lambda one: one[1].used)
+        entries = sorted(
+            ((maker, entry) for maker, some in self._by_maker.items() for entry in some), key=lambda one: one[1].used
+        )
         excess = sum(entry.nbytes for _, entry in entries) - self.max_bytes
         for maker, entry in entries:
             if excess <= 0:

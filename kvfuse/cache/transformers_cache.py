@@ -11,10 +11,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from kvfuse.cache.preallocated import GrowingLayer, SideBySide, side_by_side
+from kvfuse.cache.preallocated import LayerStack, PreallocatedLayer, stacked_layers
 from kvfuse.errors import PairError
 
-CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 """What models and ``generate`` call the cache that they are given; transformers renamed it in 5.24."""
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -76,7 +80,9 @@ class KV:
         if stretch is not None:
             return type(self)(*(part[:, stretch[0], :, stretch[1]] for part in (self.key, self.value)))
         rows, positions = rows.to(self.key.device), positions.to(self.key.device)
-        return type(self)(*(part[:, rows, :, positions].permute(1, 2, 0, 3)[:, None] for part in (self.key, self.value)))
+        return type(self)(
+            *(part[:, rows, :, positions].permute(1, 2, 0, 3)[:, None] for part in (self.key, self.value))
+        )
 
     def add_tokens(self, rows: Tensor, positions: Tensor, residual: "KV") -> Self:
         """A copy with ``residual`` ``(L, 1, H, N, D)`` added at the tokens that :meth:`tokens` picks, in this KV's dtype."""
@@ -106,7 +112,9 @@ class KV:
 
     def split(self, tokens: int) -> list[Self]:
         """In pieces of so many tokens, without a copy."""
-        return [type(self)(*parts) for parts in zip(self.key.split(tokens, 3), self.value.split(tokens, 3), strict=True)]
+        return [
+            type(self)(*parts) for parts in zip(self.key.split(tokens, 3), self.value.split(tokens, 3), strict=True)
+        ]
 
     def zeros_like(self) -> Self:
         return type(self)(torch.zeros_like(self.key), torch.zeros_like(self.value))
@@ -114,7 +122,12 @@ class KV:
 
 def _stretch(rows: Tensor, positions: Tensor) -> tuple[slice, slice] | None:
     """Tokens on the CPU that follow one another in one row, as slices of rows and of positions; None: they do not."""
-    if rows.device.type != "cpu" or not len(rows) or bool((rows != rows[0]).any()) or bool((positions.diff() != 1).any()):
+    if (
+        rows.device.type != "cpu"
+        or not len(rows)
+        or bool((rows != rows[0]).any())
+        or bool((positions.diff() != 1).any())
+    ):
         return None
     row, first = int(rows[0]), int(positions[0])
     return slice(row, row + 1), slice(first, first + len(positions))
@@ -136,15 +149,15 @@ def empty_cache(config: PreTrainedConfig, more: int = 0) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     attention = [i for i, layer in enumerate(cache.layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-    beside = SideBySide(len(attention), more)
+    beside = LayerStack(len(attention), more)
     for place, i in enumerate(attention):
-        cache.layers[i] = GrowingLayer(beside, place, windowed=type(cache.layers[i]) is not DynamicLayer)
+        cache.layers[i] = PreallocatedLayer(beside, place, windowed=type(cache.layers[i]) is not DynamicLayer)
     return cache
 
 
 def is_plain(config: PreTrainedConfig) -> bool:
     """Whether all layers of :func:`empty_cache` keep every position, and nothing beside keys and values."""
-    return all(type(layer) is GrowingLayer for layer in empty_cache(config).layers)
+    return all(type(layer) is PreallocatedLayer for layer in empty_cache(config).layers)
 
 
 def read_layers(cache: Cache) -> Layers:
@@ -172,7 +185,7 @@ def start_cache(config: PreTrainedConfig, layers: Layers, tokens: int, more: int
     return cache
 
 
-def copy_side_by_side(config: PreTrainedConfig, kv: KV) -> DynamicCache:
+def copy_stacked(config: PreTrainedConfig, kv: KV) -> DynamicCache:
     """A copy of ``kv`` ``(L, B, H, T, D)`` as :func:`empty_cache` would hold it, for a model of plain layers; not layer by layer."""
     cache = empty_cache(config)
     cache.layers[0].beside.fill(kv.key, kv.value)
@@ -195,15 +208,24 @@ def read_cache(cache: Cache, last: int = 0) -> KV:
     shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers}
     if len(shapes) != 1:
         got = "none" if not shapes else f"layers of {len(shapes)} shapes, such as {sorted(shapes)[:2]}"
-        raise PairError(f"expected a model with a KV-cache of one shape in all its attention layers, got {got}; use another model")
-    together = side_by_side(layers)
+        raise PairError(
+            f"expected a model with a KV-cache of one shape in all its attention layers, got {got}; use another model"
+        )
+    together = stacked_layers(layers)
     if together is not None:
         return KV(*(part[..., -last:, :] for part in together))
     device = layers[0].keys.device
-    return KV(*(torch.stack([getattr(layer, part)[:, :, -last:].to(device) for layer in layers]) for part in ("keys", "values")))
+    return KV(
+        *(
+            torch.stack([getattr(layer, part)[:, :, -last:].to(device) for layer in layers])
+            for part in ("keys", "values")
+        )
+    )
 
 
-def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None, take_over: bool = False) -> Cache:
+def write_cache(
+    config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_len: int | None = None, take_over: bool = False
+) -> Cache:
     """A cache to decode from: ``kv`` in the layers that hold keys and values, everything else as it was prefilled.
 
     Args:
@@ -215,7 +237,11 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
     """
     if take_over and max_cache_len is None and _is_in_place(prefilled, kv):
         return prefilled
-    cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
+    cache = (
+        DynamicCache(config=config)
+        if max_cache_len is None
+        else StaticCache(config=config, max_cache_len=max_cache_len)
+    )
     cache.layers += [DynamicLayer() for _ in prefilled.layers[len(cache.layers) :]]
     for i, layer in enumerate(prefilled.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):  # its state changes in place
@@ -234,8 +260,8 @@ def write_cache(config: PreTrainedConfig, prefilled: Cache, kv: KV, max_cache_le
 
 def _is_in_place(prefilled: Cache, kv: KV) -> bool:
     """Whether a cache holds ``kv`` itself, in layers that all keep every position, as transformers' own do."""
-    plain = all(type(layer) is GrowingLayer and not layer.windowed for layer in prefilled.layers)
-    together = side_by_side(prefilled.layers) if plain else None
+    plain = all(type(layer) is PreallocatedLayer and not layer.windowed for layer in prefilled.layers)
+    together = stacked_layers(prefilled.layers) if plain else None
     return together is not None and together[0].data_ptr() == kv.key.data_ptr() and together[0].shape == kv.key.shape
 
 
@@ -246,7 +272,10 @@ def read_only_cache(prefilled: Cache, kv: KV) -> Cache:
         prefilled: The cache that ``kv`` was read from; it is left untouched.
         kv: ``(L, B, H, T, D)``.
     """
-    layers = [copy.deepcopy(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else layer for layer in prefilled.layers]
+    layers = [
+        copy.deepcopy(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else layer
+        for layer in prefilled.layers
+    ]
     for i, key, value in zip(_kv_layers(prefilled), kv.key, kv.value, strict=True):
         key, value = key.to(layers[i].keys.device), value.to(layers[i].keys.device)
         if isinstance(layers[i], LinearAttentionCacheLayerMixin):  # whose run can not be repeated
@@ -273,7 +302,9 @@ class _Prefix(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = self.staged or (key_states, value_states)
-        return torch.cat([self.keys, key.to(key_states)], dim=-2), torch.cat([self.values, value.to(value_states)], dim=-2)
+        return torch.cat([self.keys, key.to(key_states)], dim=-2), torch.cat(
+            [self.values, value.to(value_states)], dim=-2
+        )
 
 
 def stage(cache: Cache, kv: KV) -> None:
@@ -311,12 +342,16 @@ def keep_rows(cache: Cache, kept: list[int], held: list[int]) -> None:
     width, columns = max(kept), torch.arange(max(kept))
     total = cache.get_seq_length()
     starts = torch.tensor([total - there - (width - keep) for keep, there in zip(kept, held, strict=True)])
-    index = (columns + starts[:, None]).clamp(min=0)[:, None, :, None]  # (B, 1, width, 1); what falls under padding is arbitrary
+    index = (columns + starts[:, None]).clamp(min=0)[
+        :, None, :, None
+    ]  # (B, 1, width, 1); what falls under padding is arbitrary
     for i in _kv_layers(cache):
         layer = cache.layers[i]
         for part in ("keys", "values"):
             tensor = getattr(layer, part)
-            setattr(layer, part, tensor.gather(2, index.to(tensor.device).expand(-1, tensor.shape[1], -1, tensor.shape[3])))
+            setattr(
+                layer, part, tensor.gather(2, index.to(tensor.device).expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            )
 
 
 def has_state(config: PreTrainedConfig) -> bool:

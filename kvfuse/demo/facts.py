@@ -60,8 +60,13 @@ def collect_places(seed: int = 0) -> list[Place]:
     for code, facts in facts_of.items():
         names = [city["name"] for city in cities if city["countrycode"] == code and city["name"] not in taken]
         places += [Place(name, facts, split) for name, split in _share_out(names[:MOST_CITIES], HELD_OUT, rng)]
-    countries = {facts["country"]: {key: value for key, value in facts.items() if key != "country"} for facts in facts_of.values()}
-    return places + [Place(name, countries[name], split) for name, split in _share_out(list(countries), HELD_OUT_COUNTRIES, rng)]
+    countries = {
+        facts["country"]: {key: value for key, value in facts.items() if key != "country"}
+        for facts in facts_of.values()
+    }
+    return places + [
+        Place(name, countries[name], split) for name, split in _share_out(list(countries), HELD_OUT_COUNTRIES, rng)
+    ]
 
 
 def save_places(places: list[Place], path: Path) -> None:

@@ -30,7 +30,10 @@ class Teacher:
     def __init__(self, places: list[Place], seed: int) -> None:
         self.places = places
         self.rng = random.Random(seed)
-        self.values = {relation: sorted({place.facts[relation] for place in places if relation in place.facts}) for relation in RELATIONS}
+        self.values = {
+            relation: sorted({place.facts[relation] for place in places if relation in place.facts})
+            for relation in RELATIONS
+        }
 
     def lessons(self, mix: dict[Callable[[], Lesson], float]) -> Iterator[Lesson]:
         """An endless stream of lessons, kinds drawn by their weight."""
@@ -44,7 +47,9 @@ class Teacher:
 
     def receiver(self) -> Iterator[Lesson]:
         """Questions it can answer, one or two parts, and the reading of hints, alone or beside its own knowledge."""
-        return self.lessons({self._answer_one_r: 0.36, self._read: 0.27, self._answer_two_r: 0.16, self._read_and_answer: 0.21})
+        return self.lessons(
+            {self._answer_one_r: 0.36, self._read: 0.27, self._answer_two_r: 0.16, self._read_and_answer: 0.21}
+        )
 
     def _some(self, known: tuple[str, ...], place: Place, count: int) -> list[str]:
         return self.rng.sample([relation for relation in known if relation in place.facts], count)

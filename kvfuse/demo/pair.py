@@ -75,7 +75,10 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
     special = [AddedToken(token, special=True, normalized=False) for token in recipe.special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=recipe.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=recipe.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     pad, eos, *_ = recipe.special
     return PreTrainedTokenizerFast(
@@ -87,7 +90,9 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
 def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """One training example; only the reply and its end-of-turn token are labelled."""
     question, reply = lesson
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     reply_ids = [*tokenizer(reply, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return {"input_ids": prompt_ids + reply_ids, "labels": [-100] * len(prompt_ids) + reply_ids}
@@ -97,7 +102,9 @@ def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: i
     """Tokenizer and model of the recipe, trained on the stream of lessons; both end up in ``folder`` as float16."""
     torch.manual_seed(seed)
     taught = list(itertools.islice(lessons, recipe.steps * recipe.batch_size))
-    tokenizer = train_tokenizer((text for lesson in taught[:20000] for text in ("assistant\n" + lesson[0], lesson[1])), recipe)
+    tokenizer = train_tokenizer(
+        (text for lesson in taught[:20000] for text in ("assistant\n" + lesson[0], lesson[1])), recipe
+    )
     config = type(recipe.config)(**{**recipe.config.to_dict(), **_special_ids(tokenizer)})
     model = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}[type(config)](config)
     arguments = TrainingArguments(

@@ -37,7 +37,9 @@ class PairFolder:
 
     def __post_init__(self) -> None:
         if not (self.path / "facts.json").is_file():
-            raise CheckpointError(f"expected an embedded pair in {self.path}, got no facts.json there; make one with 'kvfuse demo build'")
+            raise CheckpointError(
+                f"expected an embedded pair in {self.path}, got no facts.json there; make one with 'kvfuse demo build'"
+            )
 
     @cached_property
     def places(self) -> list[Place]:
@@ -73,7 +75,9 @@ class PairFolder:
             raise CheckpointError(
                 f"expected a seed of {', '.join(map(str, self.seeds))}, got {seed}; choose one of the fusers in {self.path}"
             )
-        return CacheToCache(self.receiver, [self.sharer], [load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)])
+        return CacheToCache(
+            self.receiver, [self.sharer], [load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)]
+        )
 
     def save_router(self, router: Router) -> None:
         save_file(router.state_dict(), self.path / "router.safetensors")

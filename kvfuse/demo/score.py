@@ -59,13 +59,17 @@ def donors(questions: Sequence[Question]) -> Callable[[Any], Any]:
     for i, question in enumerate(questions):
         others = [*questions[i + 1 :], *questions[:i]]
         chosen[question.text] = next(
-            (other.text for other in others if other.relations == question.relations and not _share(other, question)), question.text
+            (other.text for other in others if other.relations == question.relations and not _share(other, question)),
+            question.text,
         )
     return lambda prompt: as_prompt(chosen[prompt[0]["content"]])
 
 
 def score(
-    folder: PairFolder, seeds: Sequence[int], questions: Sequence[Question], progress: Callable[[str, int], None] = lambda name, done: None
+    folder: PairFolder,
+    seeds: Sequence[int],
+    questions: Sequence[Question],
+    progress: Callable[[str, int], None] = lambda name, done: None,
 ) -> dict[str, Scores]:
     """Ask every method everything in batches, then some questions one at a time, methods interleaved, for the clock.
 
@@ -83,10 +87,15 @@ def score(
                 answers.setdefault(name, []).append(ask_all(method, questions, progress))
     progress("timing", 0)
     seconds = time_methods(by_seed[0], questions)
-    return {name: Scores(np.array([is_right(run, questions) for run in runs]), runs[0], seconds[name]) for name, runs in answers.items()}
+    return {
+        name: Scores(np.array([is_right(run, questions) for run in runs]), runs[0], seconds[name])
+        for name, runs in answers.items()
+    }
 
 
-def ask_all(method: Method, questions: Sequence[Question], progress: Callable[[str, int], None] = lambda name, done: None) -> list[Answer]:
+def ask_all(
+    method: Method, questions: Sequence[Question], progress: Callable[[str, int], None] = lambda name, done: None
+) -> list[Answer]:
     """Answer in batches of like length, so that little is padding; ``progress`` as in :func:`score`."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].text))
     answers: dict[int, Answer] = {}
@@ -123,9 +132,14 @@ def figures(scores: dict[str, Scores], questions: Sequence[Question], seeds: Seq
         "questions": len(questions),
         "seeds": list(seeds),
         "kept": float(fused[knew].mean()) if knew.any() else None,
-        "kinds": {kind: {name: float(one.per_question[of_kind[kind]].mean()) for name, one in scores.items()} for kind in kinds},
+        "kinds": {
+            kind: {name: float(one.per_question[of_kind[kind]].mean()) for name, one in scores.items()}
+            for kind in kinds
+        },
         "methods": {name: _method_figures(one, places) for name, one in scores.items()},
-        "gains": {name: _gain(fused - one.per_question, places) for name, one in scores.items() if name != "cache-to-cache"},
+        "gains": {
+            name: _gain(fused - one.per_question, places) for name, one in scores.items() if name != "cache-to-cache"
+        },
         "mismatched_over_receiver": _gain(scores["mismatched"].per_question - scores["receiver"].per_question, places),
     }
 
@@ -151,7 +165,12 @@ def as_prompt(text: str) -> list[dict[str, str]]:
 def _method_figures(one: Scores, places: Sequence[str]) -> dict[str, Any]:
     accuracy, interval = bootstrap_mean(one.per_question, places)
     tokens = fmean(answer.tokens for answer in one.answers)
-    return {"accuracy": accuracy, "interval": interval, "median_seconds": median(one.seconds), "generated_tokens": tokens}
+    return {
+        "accuracy": accuracy,
+        "interval": interval,
+        "median_seconds": median(one.seconds),
+        "generated_tokens": tokens,
+    }
 
 
 def _gain(difference: np.ndarray, places: Sequence[str]) -> dict[str, float | Interval]:

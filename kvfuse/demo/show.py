@@ -20,7 +20,12 @@ SIDE_BY_SIDE = ("receiver", "sharer", "text-to-text", "cache-to-cache")
 CONTROLS = ("zeroed", "mismatched")
 
 
-def run(path: Path | None = None, json_file: Path | None = None, seeds: Sequence[int] | None = None, limit: int | None = None) -> None:
+def run(
+    path: Path | None = None,
+    json_file: Path | None = None,
+    seeds: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> None:
     """Score every method on the held-out questions and show it.
 
     Args:
@@ -32,7 +37,9 @@ def run(path: Path | None = None, json_file: Path | None = None, seeds: Sequence
     torch.set_num_threads(1)  # fastest for models this small
     folder, console = PairFolder(path or SHIPPED), Console()
     seeds, questions = list(seeds or folder.seeds), held_out(folder, limit)
-    with Progress(TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
         runs = len(seeds) * 3 + 5
         task = bar.add_task("loading", total=runs * len(questions))
         scores = score(folder, seeds, questions, lambda name, done: bar.update(task, advance=done, description=name))
@@ -41,7 +48,7 @@ def run(path: Path | None = None, json_file: Path | None = None, seeds: Sequence
     console.print(table(record))
     for line in reading(record):
         console.print(line, highlight=False)
-    console.print(side_by_side(questions, scores))
+    console.print(stacked_layers(questions, scores))
     if json_file is not None:
         write_file(json_file, json.dumps(record, indent=2) + "\n")
 
@@ -92,7 +99,11 @@ def markdown(record: dict[str, Any]) -> str:
     """:func:`rows` and :func:`reading` for the README."""
     header, *body = rows(record)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n\n" + "\n".join(f"- {line}" for line in reading(record))
+    return (
+        "\n".join(f"| {' | '.join(row)} |" for row in lines)
+        + "\n\n"
+        + "\n".join(f"- {line}" for line in reading(record))
+    )
 
 
 def reading(record: dict[str, Any]) -> list[str]:
@@ -102,19 +113,24 @@ def reading(record: dict[str, Any]) -> list[str]:
     if record["kept"] is not None:
         lines.append(f"Of what the receiver alone answers right, cache-to-cache keeps {100 * record['kept']:.1f}%.")
     gains = ", ".join(
-        f"{_points(record['gains'][name])} over {name}" for name in ("receiver", "sharer", "text-to-text", "routing", "cascade")
+        f"{_points(record['gains'][name])} over {name}"
+        for name in ("receiver", "sharer", "text-to-text", "routing", "cascade")
     )
     lines.append(f"Cache-to-cache gains {gains} (points, paired 95% intervals).")
-    lines.append(f"A sharer that read another question: {_points(record['mismatched_over_receiver'])} points over the receiver.")
+    lines.append(
+        f"A sharer that read another question: {_points(record['mismatched_over_receiver'])} points over the receiver."
+    )
     ratios = seconds["cache-to-cache"] / seconds["receiver"], seconds["cache-to-cache"] / seconds["text-to-text"]
     lines.append(f"Median time: {ratios[0]:.2f} x the receiver's, {ratios[1]:.2f} x text-to-text's.")
     return lines
 
 
-def side_by_side(questions: Sequence[Question], scores: dict[str, Scores]) -> Table:
+def stacked_layers(questions: Sequence[Question], scores: dict[str, Scores]) -> Table:
     """One question of each kind that cache-to-cache gets right, where there is one, and one that it gets wrong."""
     names = [name for name in SIDE_BY_SIDE if name in scores]
-    out = Table("question", "answer", *names, title="Side by side", title_justify="left", header_style="bold", show_lines=True)
+    out = Table(
+        "question", "answer", *names, title="Side by side", title_justify="left", header_style="bold", show_lines=True
+    )
     right = scores["cache-to-cache"].right[0]
     chosen = [next((i for i, one in enumerate(questions) if one.kind == kind and right[i]), None) for kind in KINDS]
     chosen.append(next((i for i in range(len(questions)) if not right[i]), None))

@@ -24,5 +24,6 @@ def load(only: str | Sequence[str] | None = None, limit: int | None = None, **_:
     kinds = {only} if isinstance(only, str) else set(only or ())
     asked = (one for one in held_out(PairFolder(), limit) if not kinds or one.kind in kinds)
     return as_dataset(
-        ({"question": one.text, "answer": one.answer, "kind": one.kind, "group": one.place} for one in asked), "the embedded pair"
+        ({"question": one.text, "answer": one.answer, "kind": one.kind, "group": one.place} for one in asked),
+        "the embedded pair",
     )

@@ -23,7 +23,14 @@ METRICS = ("acc", "score", "exact_match", "f1")
 
 
 def ask(
-    method: Method, task: "Task | Group", name: str, seed: int | None, cache: Path, batch_size: int, chat: bool = True, quiet: bool = False
+    method: Method,
+    task: "Task | Group",
+    name: str,
+    seed: int | None,
+    cache: Path,
+    batch_size: int,
+    chat: bool = True,
+    quiet: bool = False,
 ) -> list[Prediction]:
     """Ask all questions of a task; those that a killed run has answered already are read from the cache.
 
@@ -59,7 +66,10 @@ def ask(
     failed = {(one.task, one.doc_id): one for some in failures for one in some}
     samples = [(part, sample) for part, some in results["samples"].items() for sample in some]
     samples.sort(key=lambda one: (one[0], one[1]["doc_id"]))
-    return [_prediction(name, part, sample, method.name, seed, failed.get((part, sample["doc_id"]))) for part, sample in samples]
+    return [
+        _prediction(name, part, sample, method.name, seed, failed.get((part, sample["doc_id"])))
+        for part, sample in samples
+    ]
 
 
 def prompts_of(task: "Task | Group", chat: bool = True) -> Iterator[tuple[str, "Prompt", dict[str, Any]]]:
@@ -78,7 +88,9 @@ def prompts_of(task: "Task | Group", chat: bool = True) -> Iterator[tuple[str, "
                 yield item, to_prompt(one.args[0]), generation_options(options_key(one))[1]
 
 
-def _prediction(name: str, part: str, sample: dict[str, Any], method: str, seed: int | None, failure: "Failure | None") -> Prediction:
+def _prediction(
+    name: str, part: str, sample: dict[str, Any], method: str, seed: int | None, failure: "Failure | None"
+) -> Prediction:
     doc = sample["doc"]
     answer, extracted, target = _read(sample)
     metrics = sample["metrics"]
@@ -104,7 +116,11 @@ def _read(sample: dict[str, Any]) -> tuple[str, str, str]:
     """What was answered, what was read out of it, and what is right."""
     doc, resps = sample["doc"], sample["resps"]
     letters = doc.get("letters")
-    target = letters[doc["answer"]] if letters and isinstance(doc.get("answer"), int) else str(doc.get("answer") or sample["target"])
+    target = (
+        letters[doc["answer"]]
+        if letters and isinstance(doc.get("answer"), int)
+        else str(doc.get("answer") or sample["target"])
+    )
     if isinstance(resps[0][0], str):
         return resps[0][0], str(sample["filtered_resps"][0]), target
     best = max(range(len(resps)), key=lambda place: resps[place][0][0])

@@ -27,7 +27,12 @@ class Models:
         section = self.recipe.evaluation
         self._options = {"dtype": self.recipe.dtype, "device_map": processes().device}
         self._first = CacheToCache.from_pretrained(
-            self.recipe.receiver, self.recipe.sharer, self.recipe.fusers()[0], section.subfolder, section.fusion, **self._options
+            self.recipe.receiver,
+            self.recipe.sharer,
+            self.recipe.fusers()[0],
+            section.subfolder,
+            section.fusion,
+            **self._options,
         )
 
     def pair(self, seed: int) -> CacheToCache:
@@ -65,7 +70,9 @@ def _load_router(path: str | Path, receiver: LanguageModel) -> Router:
         router = Router(len(receiver.tokenizer))
         router.load_state_dict(load_file(path))
     except (OSError, RuntimeError) as error:
-        raise EvaluationError(f"expected a router for {receiver.name} at {path}, got: {str(error).splitlines()[0]}; train one") from error
+        raise EvaluationError(
+            f"expected a router for {receiver.name} at {path}, got: {str(error).splitlines()[0]}; train one"
+        ) from error
     return router
 
 
@@ -73,9 +80,14 @@ def _read_examples(path: Path, shots: int) -> list[Message]:
     """The first examples of a file, as turns of a chat."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:shots]]
-        turns = [({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}) for row in rows]
+        turns = [
+            ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]})
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"expected lines with prompt and response in {path}, got: {error}; correct the file") from error
+        raise EvaluationError(
+            f"expected lines with prompt and response in {path}, got: {error}; correct the file"
+        ) from error
     return [message for turn in turns for message in turn]
 
 

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvfuse.errors import EvaluationError
 
-PREDICTIONS, LATENCY, CONFIG, VERSIONS, METRICS = "predictions.jsonl", "latency.jsonl", "config.yaml", "versions.json", "metrics.json"
+PREDICTIONS, LATENCY, CONFIG, VERSIONS, METRICS = (
+    "predictions.jsonl",
+    "latency.jsonl",
+    "config.yaml",
+    "versions.json",
+    "metrics.json",
+)
 
 Key = tuple[str, str, str, int | None]
 """What is asked once: task, item, method, seed."""
@@ -163,7 +169,8 @@ def read_run(folder: str | Path) -> Run:
         config=config,
         versions=_mapping(folder / VERSIONS),
         published=[
-            _checked(Published.model_validate, one, f"the published figures of {folder / CONFIG}") for one in config.get("published") or []
+            _checked(Published.model_validate, one, f"the published figures of {folder / CONFIG}")
+            for one in config.get("published") or []
         ],
         note=str((config.get("evaluation") or {}).get("note") or ""),
     )
@@ -232,7 +239,9 @@ def _checked(read: Callable[[Any], RowT], content: Any, place: str) -> RowT:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "an object"
         wrong, got = first["msg"].lower(), repr(first["input"])[:80]
-        raise EvaluationError(f"expected {field} to be right in {place} ({wrong}), got {got}; correct or remove it") from error
+        raise EvaluationError(
+            f"expected {field} to be right in {place} ({wrong}), got {got}; correct or remove it"
+        ) from error
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -240,9 +249,15 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+        content = (
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+            if path.suffix == ".yaml"
+            else json.loads(path.read_bytes())
+        )
     except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise EvaluationError(f"expected keys and values in {path}, got: {str(error).splitlines()[0]}; correct the file") from error
+        raise EvaluationError(
+            f"expected keys and values in {path}, got: {str(error).splitlines()[0]}; correct the file"
+        ) from error
     if not isinstance(content, dict):
         raise EvaluationError(f"expected keys and values in {path}, got a {type(content).__name__}; correct the file")
     return content

@@ -12,7 +12,7 @@ from kvfuse.evaluation.report.published_figures import as_rows
 from kvfuse.methods import find_method
 from kvfuse.support.config import Section, check, read_recipe
 
-OF_OTHERS = ("fuser", "data", "train", "token_alignment")
+FOREIGN_SECTIONS = ("fuser", "data", "train", "token_alignment")
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
 
 
@@ -66,7 +66,7 @@ class EvaluationSection(Section):
     methods: list[str] = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
     """See ``kvfuse list methods``."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of the methods (:class:`kvfuse.methods.Setting`); ``router`` is a file."""
+    """Of the methods (:class:`kvfuse.methods.MethodContext`); ``router`` is a file."""
     examples: Path | None = None
     """JSON lines of ``prompt`` and ``response``: what ``few-shot`` reads before each question, the first ``shots`` of them."""
     shots: int = Field(5, ge=1)
@@ -116,7 +116,9 @@ class EvaluationRecipe(Section):
 
         section = self.evaluation
         pairs = [pair.model_copy(update=more(pair.methods)) if pair.methods else pair for pair in section.pairs]
-        return self.model_copy(update={"evaluation": section.model_copy(update={**more(section.methods), "pairs": pairs})})
+        return self.model_copy(
+            update={"evaluation": section.model_copy(update={**more(section.methods), "pairs": pairs})}
+        )
 
     def runs(self) -> list["EvaluationRecipe"]:
         """The recipe of each pair, without :attr:`EvaluationSection.pairs`."""
@@ -127,7 +129,9 @@ class EvaluationRecipe(Section):
         if self.evaluation.fusers:
             return self.evaluation.fusers
         if self.output is None:
-            raise RecipeError("expected evaluation.fusers, or output where one was trained, got none; name the folder of a fuser")
+            raise RecipeError(
+                "expected evaluation.fusers, or output where one was trained, got none; name the folder of a fuser"
+            )
         return [str(self.output / "fuser")]
 
     def _of(self, pair: PairSection) -> "EvaluationRecipe":
@@ -146,7 +150,7 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluati
         RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
         MethodError: A method is unknown.
     """
-    recipe = check(read_recipe(path, overrides), EvaluationRecipe, OF_OTHERS)
+    recipe = check(read_recipe(path, overrides), EvaluationRecipe, FOREIGN_SECTIONS)
     for run in recipe.runs():
         for name in run.evaluation.methods:
             find_method(name)

@@ -79,7 +79,13 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
     section = recipe.evaluation
     tasks = {
         name: load_task(
-            name, section.data, section.template, section.limit, section.only or None, section.harness_tasks, section.max_new_tokens
+            name,
+            section.data,
+            section.template,
+            section.limit,
+            section.only or None,
+            section.harness_tasks,
+            section.max_new_tokens,
         )
         for name in section.tasks
     }
@@ -93,7 +99,14 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
                 if key not in done.predictions:
                     say(f"{name}: {method.name}{f', seed {seed}' if method.fuses else ''}")
                     rows = ask(
-                        method, task, name, key[2], folder / "unfinished" / "-".join(map(str, key)), section.batch_size, section.chat, quiet
+                        method,
+                        task,
+                        name,
+                        key[2],
+                        folder / "unfinished" / "-".join(map(str, key)),
+                        section.batch_size,
+                        section.chat,
+                        quiet,
                     )
                     if rows:
                         append(folder / PREDICTIONS, rows)
@@ -106,14 +119,20 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
     processes().wait_for_everyone()
 
 
-def _time(recipe: EvaluationRecipe, pair: CacheToCache, tasks: dict[str, "Task | Group"], folder: Path, done: Asked, say: Say) -> None:
+def _time(
+    recipe: EvaluationRecipe, pair: CacheToCache, tasks: dict[str, "Task | Group"], folder: Path, done: Asked, say: Say
+) -> None:
     """Latency, by the first process alone."""
     for name, task in tasks.items():
         if name in done.timings or not recipe.evaluation.timed:
             continue
         say(f"{name}: timing")
         questions = list(prompts_of(task, recipe.evaluation.chat))
-        rows = [row for some in time_methods(methods_of(recipe, pair, 0), name, questions, recipe.evaluation.timed) for row in some]
+        rows = [
+            row
+            for some in time_methods(methods_of(recipe, pair, 0), name, questions, recipe.evaluation.timed)
+            for row in some
+        ]
         append(folder / LATENCY, rows)
 
 
@@ -139,5 +158,9 @@ def _config(recipe: EvaluationRecipe) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     versions = {name.replace("_", "-"): importlib.metadata.version(name) for name in VERSIONS_OF}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     return {"date": datetime.date.today().isoformat(), "machine": device, **versions}

@@ -35,20 +35,35 @@ def tiny(recipe: EvaluationRecipe, out: Path) -> EvaluationRecipe:
     section, folder, runs = recipe.evaluation, out / "tiny", recipe.runs()
     for name in (name for run in runs for name in run.evaluation.tasks):
         if name not in task_names():
-            raise EvaluationError(f"expected tasks of kvfuse for a smoke run, got {name!r}, whose data would be fetched; leave it out")
+            raise EvaluationError(
+                f"expected tasks of kvfuse for a smoke run, got {name!r}, whose data would be fetched; leave it out"
+            )
     if processes().is_main_process:
         _write(folder, max(map(_sharers, runs)), max(len(run.fusers()) for run in runs))
     processes().wait_for_everyone()
-    small = {"data": folder, "limit": QUESTIONS, "only": [], "timed": min(section.timed, TIMED), "batch_size": 8, "note": NOTE}
+    small = {
+        "data": folder,
+        "limit": QUESTIONS,
+        "only": [],
+        "timed": min(section.timed, TIMED),
+        "batch_size": 8,
+        "note": NOTE,
+    }
     small |= {"max_new_tokens": NEW_TOKENS, "settings": _settings(section.settings, folder)}
     small |= {"examples": folder / "examples.jsonl"} if section.examples else {}
     pairs = [
-        pair.model_copy(update={**_models(run, folder), **_fusers(run, folder), "data": None, "max_new_tokens": None, "why_not": ""})
+        pair.model_copy(
+            update={**_models(run, folder), **_fusers(run, folder), "data": None, "max_new_tokens": None, "why_not": ""}
+        )
         for pair, run in zip(section.pairs, runs, strict=False)
     ]
     first = _fusers(runs[0], folder)
     return recipe.model_copy(
-        update={**_models(runs[0], folder), "dtype": "float32", "evaluation": section.model_copy(update={**small, **first, "pairs": pairs})}
+        update={
+            **_models(runs[0], folder),
+            "dtype": "float32",
+            "evaluation": section.model_copy(update={**small, **first, "pairs": pairs}),
+        }
     )
 
 
@@ -59,12 +74,18 @@ def _sharers(run: EvaluationRecipe) -> int:
 
 
 def _models(run: EvaluationRecipe, folder: Path) -> dict[str, Any]:
-    return {"receiver": str(folder / "receiver"), "sharer": [str(folder / f"sharer-{place}") for place in range(_sharers(run))]}
+    return {
+        "receiver": str(folder / "receiver"),
+        "sharer": [str(folder / f"sharer-{place}") for place in range(_sharers(run))],
+    }
 
 
 def _fusers(run: EvaluationRecipe, folder: Path) -> dict[str, Any]:
     places = range(_sharers(run))
-    return {"fusers": [[str(_fuser(folder, place, seed)) for place in places] for seed in range(len(run.fusers()))], "subfolder": ""}
+    return {
+        "fusers": [[str(_fuser(folder, place, seed)) for place in places] for seed in range(len(run.fusers()))],
+        "subfolder": "",
+    }
 
 
 def _fuser(folder: Path, place: int, seed: int) -> Path:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfuse.cache.transformers_cache import KV, KVSpec
 from kvfuse.errors import PairError
-from kvfuse.fusers.execution.quantized import FULL, WEIGHTS, stand_in
+from kvfuse.fusers.execution.quantized import FULL, WEIGHTS, quantize_linears_
 from kvfuse.fusers.layer_alignment import align_layers
 
 ROPES = ("kept", "removed")
@@ -61,12 +61,12 @@ class Fuser(PreTrainedModel):
 
     Attributes:
         sharer_layers: The sharer layer that feeds each receiver layer.
-        solved: Whether training is one call of :meth:`fit` instead of many steps along a gradient.
+        closed_form: Whether training is one call of :meth:`fit` instead of many steps along a gradient.
         recompute: Whether to keep less for the backward pass and compute it again there; for kinds that can.
     """
 
     config_class: ClassVar = FuserConfig
-    solved: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = False
     recompute: bool = False
     base_model_prefix = "fuser"
     config: FuserConfig
@@ -115,7 +115,7 @@ class Fuser(PreTrainedModel):
 
     def post_init(self) -> None:
         """transformers' hook, with which every constructor ends: here linear layers become those that the configuration asks for."""
-        stand_in(self, self.config.weights)
+        quantize_linears_(self, self.config.weights)
         super().post_init()
 
     def train(self, mode: bool = True) -> Self:
@@ -139,7 +139,9 @@ def describe_gates(fuser: Fuser) -> str:
     if not gates:
         return "The fuser has no gates."
     counts = ", ".join(f"{name} {int(opened.sum())} of {opened.numel()}" for name, opened in gates.items())
-    shut = {name: (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist() for name, opened in gates.items()}
+    shut = {
+        name: (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist() for name, opened in gates.items()
+    }
     closed = "; ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in shut.items() if layers)
     return f"Open gates: {counts}." + (f" Closed layers: {closed}." if closed else "")
 
@@ -161,7 +163,9 @@ def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:
     """
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise PairError(f"expected fuser.{name} to be one of {', '.join(known)}, got {getattr(config, name)!r}; choose one")
+            raise PairError(
+                f"expected fuser.{name} to be one of {', '.join(known)}, got {getattr(config, name)!r}; choose one"
+            )
 
 
 def require_uniform(config: FuserConfig) -> None:
@@ -172,4 +176,6 @@ def require_uniform(config: FuserConfig) -> None:
     """
     for whose, spec in (("receiver", config.receiver_kv), ("sharer", config.sharer_kv)):
         if spec.key_dim != spec.value_dim:
-            raise PairError(f"expected a {whose} with keys and values of one size, got {spec}; use another fuser or model")
+            raise PairError(
+                f"expected a {whose} with keys and values of one size, got {spec}; use another fuser or model"
+            )

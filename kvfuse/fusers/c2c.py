@@ -98,14 +98,19 @@ class C2CFuser(GatedFuser):
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
         """See :meth:`GatedFuser.start_from`: the map is the first layer's, all blocks begin as the identity."""
         _, inputs, width = weight.shape
-        if self.fusion_in.weight.shape[1] != inputs or len(self.parts) < 2 or self.config.hidden_dim < width or self.config.replace:
+        if (
+            self.fusion_in.weight.shape[1] != inputs
+            or len(self.parts) < 2
+            or self.config.hidden_dim < width
+            or self.config.replace
+        ):
             raise PairError(
                 f"expected a fuser of both caches, keys and values, at least {width} wide, to start from a linear map, got other options; "
                 "start at random"
             )
         for block in (self.fusion, *self.projection):
             if block is not None:
-                block.silence()
+                block.zero_output_()
         self.fusion_in.place(weight, bias)
         self.projection_out.reset_parameters(zero=True)
         half = 1.0
@@ -116,7 +121,9 @@ class C2CFuser(GatedFuser):
 
     def _fuse_features(self, theirs: Tensor, mine: Tensor) -> Tensor:
         """``(G, N, hidden)`` of both caches, or of the sharer's alone."""
-        hidden = self.fusion_in(torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs)  # sharer first
+        hidden = self.fusion_in(
+            torch.cat([theirs, mine], dim=-1) if self.config.receiver_input else theirs
+        )  # sharer first
         return hidden if self.fusion is None else self.fusion(hidden)
 
     def _project(self, hidden: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class C2CComplexFuser(GatedFuser):
         layers, groups = receiver.num_layers, 2 * receiver.num_layers
         width = receiver.num_kv_heads * receiver.key_dim
         widths = [sharer.num_kv_heads * sharer.key_dim, *[config.hidden_dim] * (config.num_layers - 1)]
-        self.translation = nn.ModuleList(_Stage(groups, inputs, config.hidden_dim, config.dropout) for inputs in widths[:-1])
+        self.translation = nn.ModuleList(
+            _Stage(groups, inputs, config.hidden_dim, config.dropout) for inputs in widths[:-1]
+        )
         self.translation_out = GroupedLinear(groups, widths[-1], width)
         self.combiner = GroupedLinear(groups, 2 * width, width)
         self.weighting_in = GroupedLinear(layers, 2 * width, config.weight_hidden_dim)
@@ -61,7 +63,14 @@ class C2CComplexFuser(GatedFuser):
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        for part in (*self.translation, self.translation_out, self.weighting_in, self.weighting_norm, self.weighting, self.weighting_out):
+        for part in (
+            *self.translation,
+            self.translation_out,
+            self.weighting_in,
+            self.weighting_norm,
+            self.weighting,
+            self.weighting_out,
+        ):
             part.reset_parameters()
         self.combiner.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)

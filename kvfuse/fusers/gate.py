@@ -25,7 +25,9 @@ class Gate(Grouped):
             shard that.)
     """
 
-    def __init__(self, groups: int, initial_temperature: float, final_temperature: float, heads: int = 1, noise: str = "logistic") -> None:
+    def __init__(
+        self, groups: int, initial_temperature: float, final_temperature: float, heads: int = 1, noise: str = "logistic"
+    ) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.empty(groups, 1, heads))
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature

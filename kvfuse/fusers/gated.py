@@ -14,7 +14,9 @@ from kvfuse.fusers.execution.by_group import cut, fits, has_lanes, is_watched, r
 from kvfuse.fusers.gate import GATE_NOISES, Gate
 from kvfuse.fusers.layers import PARTS, GroupedFFN, from_groups, to_groups, write_groups
 
-RECOMPUTED_TOKENS = 2048  # of one piece, whose insides are then as large as the gradient that a second piece would keep twice
+RECOMPUTED_TOKENS = (
+    2048  # of one piece, whose insides are then as large as the gradient that a second piece would keep twice
+)
 T = TypeVar("T")
 
 
@@ -79,13 +81,17 @@ class GatedFuser(Fuser):
         """
         raise NotImplementedError
 
-    def their_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
+    def sharer_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
         """What :meth:`network` reads of the sharer, ``(G, N, C_s)``, for all groups or some, ascending."""
         return to_groups(sharer, self.sharer_layers, self.parts, groups)
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`."""
-        return self._trained(receiver, sharer) if self.training or torch.is_grad_enabled() else self._inferred(receiver, sharer)
+        return (
+            self._trained(receiver, sharer)
+            if self.training or torch.is_grad_enabled()
+            else self._inferred(receiver, sharer)
+        )
 
     def _trained(self, receiver: KV, sharer: KV) -> KV:
         """All groups at once; one draw of the gates is for all tokens, however they are computed."""
@@ -95,7 +101,9 @@ class GatedFuser(Fuser):
         layers, batch, heads, tokens, _ = receiver.key.shape
         switch = self.gate(batch * tokens, heads)  # (G, B * T or 1, H or 1)
         switch = switch.unflatten(1, (batch, tokens) if switch.shape[1] > 1 else (1, 1)).transpose(2, 3).unsqueeze(-1)
-        key, value = switch.chunk(2) if len(switch) > layers else (switch, switch)  # (L, B, H, T, 1), or what broadcasts to it
+        key, value = (
+            switch.chunk(2) if len(switch) > layers else (switch, switch)
+        )  # (L, B, H, T, 1), or what broadcasts to it
         return KV(residual.key * key, residual.value * value)
 
     def _inferred(self, receiver: KV, sharer: KV) -> KV:
@@ -112,7 +120,9 @@ class GatedFuser(Fuser):
         for some in lanes:
             chosen = [first + lane for first in range(0, groups, of) for lane in range(of)[some]]
             part = cut(self, some, of)
-            projected, weight = part.network(self.their_groups(sharer, chosen), to_groups(receiver, None, self.parts, chosen))
+            projected, weight = part.network(
+                self.sharer_groups(sharer, chosen), to_groups(receiver, None, self.parts, chosen)
+            )
             if by_head and part.gate is not None:
                 weight = part.gate() if weight is None else part.gate() * weight
             write_groups(residual, projected, weight, self.parts, chosen)
@@ -131,7 +141,11 @@ class GatedFuser(Fuser):
 
     def stage(self, function: Callable[..., T], *inputs: Any) -> T:
         """``function(*inputs)``, of which training keeps the inputs alone where it recomputes; for the parts of :meth:`network`."""
-        return checkpoint(function, *inputs, use_reentrant=False) if self.recompute and self.training else function(*inputs)
+        return (
+            checkpoint(function, *inputs, use_reentrant=False)
+            if self.recompute and self.training
+            else function(*inputs)
+        )
 
     def _in_pieces(self, receiver: KV, sharer: KV) -> KV:
         """Where training recomputes, so many tokens at a time that what is inside of them does not grow with the prompt.
@@ -142,11 +156,16 @@ class GatedFuser(Fuser):
         if pieces < 2 or not (self.recompute and self.training):
             return self._ungated(receiver, sharer)
         tokens = -(-receiver.key.shape[3] // pieces)
-        return concatenate([self.stage(self._ungated, *both) for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)])
+        return concatenate(
+            [
+                self.stage(self._ungated, *both)
+                for both in zip(receiver.split(tokens), sharer.split(tokens), strict=True)
+            ]
+        )
 
     def _ungated(self, receiver: KV, sharer: KV) -> KV:
         """All groups at once, behind open gates."""
-        projected, weight = self.network(self.their_groups(sharer), to_groups(receiver, parts=self.parts))
+        projected, weight = self.network(self.sharer_groups(sharer), to_groups(receiver, parts=self.parts))
         return from_groups(projected, weight, receiver, self.parts)
 
     def start_from(self, weight: Tensor, bias: Tensor) -> None:

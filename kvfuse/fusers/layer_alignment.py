@@ -31,7 +31,9 @@ def align_layers(num_receiver: int, num_sharer: int, how: str | Sequence[int] = 
     if how == "depth-normalized":
         return [round(layer * (num_sharer - 1) / max(num_receiver - 1, 1)) for layer in range(num_receiver)]
     if isinstance(how, str):
-        raise PairError(f"expected layer_alignment to be one of {', '.join(LAYER_ALIGNMENTS)} or a list, got {how!r}; choose one")
+        raise PairError(
+            f"expected layer_alignment to be one of {', '.join(LAYER_ALIGNMENTS)} or a list, got {how!r}; choose one"
+        )
     if len(how) != num_receiver or not all(0 <= layer < num_sharer for layer in how):
         raise PairError(
             f"expected {num_receiver} sharer layers between 0 and {num_sharer - 1}, got {list(how)}; name one per receiver layer"

@@ -126,7 +126,7 @@ class GroupedFFN(nn.Module):
         for part in (self.norm, self.w1, self.w2):
             part.reset_parameters()
 
-    def silence(self) -> None:
+    def zero_output_(self) -> None:
         """Begin as the identity, from where it still learns."""
         nn.init.zeros_(self.w2.weight)
 
@@ -134,7 +134,9 @@ class GroupedFFN(nn.Module):
         """Map ``(G, N, C)`` to ``(G, N, C)``."""
         if torch.is_grad_enabled() and self._is_full and not torch.is_autocast_enabled(x.device.type):
             dropout = self.dropout.p if self.training else 0.0
-            return feed_forward(x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps, not self.recompute)
+            return feed_forward(
+                x, self.norm.weight, self.w1.weight, self.w2.weight, dropout, self.norm.eps, not self.recompute
+            )
         return x + self.dropout(self.w2(self._inner(x)))
 
     def into(self, out: GroupedLinear, x: Tensor) -> Tensor:
@@ -155,7 +157,11 @@ class GroupedFFN(nn.Module):
     @property
     def _is_full(self) -> bool:
         """Whether all weights are there as they were trained, neither quantised nor folded."""
-        return isinstance(self.norm, GroupedRMSNorm) and isinstance(self.w1, GroupedLinear) and isinstance(self.w2, GroupedLinear)
+        return (
+            isinstance(self.norm, GroupedRMSNorm)
+            and isinstance(self.w1, GroupedLinear)
+            and isinstance(self.w2, GroupedLinear)
+        )
 
     def _inner(self, x: Tensor) -> Tensor:
         return F.gelu(self.w1(self.norm(x)))
@@ -169,7 +175,9 @@ class HeadWeights(nn.Module):
         return torch.sigmoid(logits)
 
 
-def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS, groups: Sequence[int] | None = None) -> Tensor:
+def to_groups(
+    kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PARTS, groups: Sequence[int] | None = None
+) -> Tensor:
     """Every token's heads side by side, for the chosen layers of the first part, then of the second.
 
     Args:
@@ -182,7 +190,10 @@ def to_groups(kv: KV, layers: list[int] | None = None, parts: Sequence[str] = PA
         ``(G, B * T, H * D)``.
     """
     layers = list(range(len(kv.key))) if layers is None else layers
-    chosen = [_select(getattr(kv, part), some).transpose(2, 3) for part, some in _by_part([layers] * len(parts), parts, groups)]
+    chosen = [
+        _select(getattr(kv, part), some).transpose(2, 3)
+        for part, some in _by_part([layers] * len(parts), parts, groups)
+    ]
     return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).flatten(3).flatten(1, 2)
 
 
@@ -202,7 +213,9 @@ def from_groups(projected: Tensor, weight: Tensor | None, like: KV, parts: Seque
     return KV(*(by_part[part] if part in by_part else torch.zeros_like(getattr(like, part)) for part in PARTS))
 
 
-def write_groups(out: KV, projected: Tensor, weight: Tensor | None, parts: Sequence[str], groups: Sequence[int]) -> None:
+def write_groups(
+    out: KV, projected: Tensor, weight: Tensor | None, parts: Sequence[str], groups: Sequence[int]
+) -> None:
     """Write some groups, ascending, over those of ``out``; else as :func:`from_groups`."""
     weighted, start = _weighted(projected, weight, out), 0
     for part, layers in _by_part([list(range(len(out.key)))] * len(parts), parts, groups):
@@ -218,7 +231,9 @@ def _weighted(projected: Tensor, weight: Tensor | None, like: KV) -> Tensor:
     return by_head.unflatten(1, (batch, tokens)).transpose(2, 3)
 
 
-def _by_part(layers: list[list[int]], parts: Sequence[str], groups: Sequence[int] | None) -> list[tuple[str, list[int]]]:
+def _by_part(
+    layers: list[list[int]], parts: Sequence[str], groups: Sequence[int] | None
+) -> list[tuple[str, list[int]]]:
     """Each part with its layers, where ``layers`` has those of all groups of a part; parts of which no group is wanted are left out."""
     pairs = [(place, layer) for place, some in enumerate(layers) for layer in some]
     pairs = pairs if groups is None else [pairs[group] for group in groups]
@@ -229,7 +244,9 @@ def _by_part(layers: list[list[int]], parts: Sequence[str], groups: Sequence[int
 def _select(part: Tensor, layers: list[int]) -> Tensor:
     """Some layers of ``(L, B, H, T, D)``: neighbours without a copy."""
     first, last = layers[0], layers[-1]
-    return part[first : last + 1] if layers == list(range(first, last + 1)) else part[_index(tuple(layers), part.device)]
+    return (
+        part[first : last + 1] if layers == list(range(first, last + 1)) else part[_index(tuple(layers), part.device)]
+    )
 
 
 @cache

@@ -60,7 +60,7 @@ class LowRankFuser(GatedFuser):
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)  # (G, C, K), (G, K), (G, K, C_r)
         rank = min(self.config.rank, strength.shape[1])
         root = strength[:, :rank].sqrt()
-        self.fusion.silence()
+        self.fusion.zero_output_()
         self.weighting.reset_parameters(zero=True)  # every weight is sigmoid(0), a half
         for part in (self.down, self.up):
             part.reset_parameters(zero=True)

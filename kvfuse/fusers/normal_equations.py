@@ -6,7 +6,7 @@ from torch import Tensor
 SMALLEST = 1e-12  # in place of a variance of zero
 
 
-class Moments:
+class NormalEquations:
     """Second moments of ``(x, 1)`` and ``y`` over all tokens seen, in float64.
 
     Attributes:
@@ -46,7 +46,9 @@ class Moments:
         x, y = (part[:, -1:] / self.count for part in (self.xx[:, :, :-1], self.xy))  # means, (G, 1, P) and (G, 1, C)
         covariance = self.xx[:, :-1, :-1] - self.count * x.mT @ x
         variance = covariance.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST)
-        weight = torch.linalg.solve(covariance + penalty * torch.diag_embed(variance), self.xy[:, :-1] - self.count * x.mT @ y)
+        weight = torch.linalg.solve(
+            covariance + penalty * torch.diag_embed(variance), self.xy[:, :-1] - self.count * x.mT @ y
+        )
         return weight, y - x @ weight
 
     def explained(self, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:

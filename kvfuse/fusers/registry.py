@@ -32,12 +32,23 @@ def register_fuser(kind: str, cls: type[Fuser]) -> None:
         PairError: It is no fuser, its ``model_type`` is another, or the kind is taken.
     """
     config = getattr(cls, "config_class", None)
-    if not (isinstance(cls, type) and issubclass(cls, Fuser) and isinstance(config, type) and issubclass(config, FuserConfig)):
-        raise PairError(f"expected a Fuser with a config_class of its own for the kind {kind!r}, got {cls!r}; subclass both")
+    if not (
+        isinstance(cls, type)
+        and issubclass(cls, Fuser)
+        and isinstance(config, type)
+        and issubclass(config, FuserConfig)
+    ):
+        raise PairError(
+            f"expected a Fuser with a config_class of its own for the kind {kind!r}, got {cls!r}; subclass both"
+        )
     if config.model_type != PREFIX + kind:
-        raise PairError(f"expected {config.__name__}.model_type to be {PREFIX + kind!r}, got {config.model_type!r}; set it")
+        raise PairError(
+            f"expected {config.__name__}.model_type to be {PREFIX + kind!r}, got {config.model_type!r}; set it"
+        )
     if FUSERS.setdefault(kind, cls) is not cls:
-        raise PairError(f"expected a new fuser.kind, got {kind!r}, which is {FUSERS[kind].__name__}; choose another name")
+        raise PairError(
+            f"expected a new fuser.kind, got {kind!r}, which is {FUSERS[kind].__name__}; choose another name"
+        )
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, cls, exist_ok=True)
 
@@ -67,5 +78,10 @@ def make_fuser(kind: str, **options: Any) -> Fuser:
     return fuser
 
 
-for _kind, _cls in {"c2c": C2CFuser, "c2c-complex": C2CComplexFuser, "low-rank": LowRankFuser, "ridge": RidgeFuser}.items():
+for _kind, _cls in {
+    "c2c": C2CFuser,
+    "c2c-complex": C2CComplexFuser,
+    "low-rank": LowRankFuser,
+    "ridge": RidgeFuser,
+}.items():
     register_fuser(_kind, _cls)

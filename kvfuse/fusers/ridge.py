@@ -12,7 +12,7 @@ from kvfuse.fusers.base import FuserConfig, require_uniform
 from kvfuse.fusers.gate import Gate
 from kvfuse.fusers.gated import GatedFuser
 from kvfuse.fusers.layers import GroupedLinear, to_groups
-from kvfuse.fusers.normal_equations import Moments
+from kvfuse.fusers.normal_equations import NormalEquations
 
 HELD_OUT_EVERY = 8  # one batch in so many decides the weights; the others decide the map
 
@@ -51,14 +51,16 @@ class RidgeFuser(GatedFuser):
     config_class: ClassVar = RidgeConfig
     config: RidgeConfig
     gate: Gate
-    solved = True
+    closed_form = True
 
     def __init__(self, config: RidgeConfig) -> None:
         super().__init__(config)
         require_uniform(config)
         receiver, sharer, count = config.receiver_kv, config.sharer_kv, config.num_sources
         if not 1 <= count <= sharer.num_layers:
-            raise PairError(f"expected fuser.num_sources from 1 to the sharer's {sharer.num_layers} layers, got {count}; change it")
+            raise PairError(
+                f"expected fuser.num_sources from 1 to the sharer's {sharer.num_layers} layers, got {count}; change it"
+            )
         firsts = [min(max(layer - count // 2, 0), sharer.num_layers - count) for layer in self.sharer_layers]
         self.sources = [[first + i for first in firsts] for i in range(count)]
         groups, width = 2 * receiver.num_layers, receiver.num_kv_heads * receiver.key_dim
@@ -77,7 +79,7 @@ class RidgeFuser(GatedFuser):
         """See :meth:`GatedFuser.network`."""
         return self.projection(theirs) - mine, self.weight
 
-    def their_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
+    def sharer_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
         """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""
         return torch.cat([to_groups(sharer, layers, self.parts, groups) for layers in self.sources], dim=-1)
 
@@ -85,11 +87,13 @@ class RidgeFuser(GatedFuser):
     def fit(self, batches: Iterable[tuple[KV, KV]]) -> None:
         """See :meth:`Fuser.fit`; every eighth batch, from the second on, is held out."""
         groups, inputs, outputs = self.projection.weight.shape
-        fitted, held_out = (Moments(groups, inputs, outputs, self.device) for _ in range(2))
+        fitted, held_out = (NormalEquations(groups, inputs, outputs, self.device) for _ in range(2))
         for place, (receiver, sharer) in enumerate(batches):
-            (held_out if place % HELD_OUT_EVERY == 1 else fitted).add(self.their_groups(sharer), to_groups(receiver))
+            (held_out if place % HELD_OUT_EVERY == 1 else fitted).add(self.sharer_groups(sharer), to_groups(receiver))
         if not held_out.count:
-            raise PairError("expected at least two batches to fit, got fewer; use a smaller train.batch_size or more examples")
+            raise PairError(
+                "expected at least two batches to fit, got fewer; use a smaller train.batch_size or more examples"
+            )
         weight, bias = fitted.solve(self.config.penalty)
         by_head, by_layer = held_out.explained(weight, bias, self.weight.shape[2])
         by_head = by_head.clamp(0, 1)

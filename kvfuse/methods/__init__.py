@@ -5,7 +5,7 @@ from kvfuse.methods.base import Answer, Method, OptionScore, Reply
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.calibrated import Calibrated
 from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
-from kvfuse.methods.registry import METHODS, Setting, find_method, make_method, register_method
+from kvfuse.methods.registry import METHODS, MethodContext, find_method, make_method, register_method
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import Hybrid, TextToText
@@ -19,6 +19,7 @@ __all__ = [
     "Fused",
     "Hybrid",
     "Method",
+    "MethodContext",
     "Mismatched",
     "OptionScore",
     "ProjectedOnly",
@@ -26,7 +27,6 @@ __all__ = [
     "Reply",
     "Routed",
     "Router",
-    "Setting",
     "Shuffled",
     "Single",
     "TextToText",

@@ -10,7 +10,7 @@ from kvfuse.prompts.chat import Message, Prompt, as_chat
 
 
 @dataclass(frozen=True)
-class Retelling:
+class AugmentedPrompt:
     """What is answered in place of a prompt, and how many tokens were generated and read to come by it."""
 
     prompt: Prompt
@@ -18,8 +18,8 @@ class Retelling:
     tokens_in: int = 0
 
 
-class Retold(Method):
-    """Another method answers what :meth:`retell` makes of the prompts.
+class Augmented(Method):
+    """Another method answers what :meth:`augment` makes of the prompts.
 
     Args:
         reader: The method that answers.
@@ -29,28 +29,28 @@ class Retold(Method):
         self.reader, self.fuses = reader, reader.fuses
 
     @abstractmethod
-    def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:
+    def augment(self, prompts: Sequence[Prompt], **options: Any) -> list[AugmentedPrompt]:
         """What is answered in place of the prompts; ``options`` as in :meth:`Method.reply`."""
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        retold = self.retell(prompts, **options)
-        replies = self.reader.reply([one.prompt for one in retold], **options)
+        augmented = self.augment(prompts, **options)
+        replies = self.reader.reply([one.prompt for one in augmented], **options)
         return [
             Reply(reply.text, reply.tokens + one.tokens, reply.tokens_in + one.tokens_in)
-            for reply, one in zip(replies, retold, strict=True)
+            for reply, one in zip(replies, augmented, strict=True)
         ]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
-        return self.reader.stream(self.retell([prompt], **options)[0].prompt, **options)
+        return self.reader.stream(self.augment([prompt], **options)[0].prompt, **options)
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
-        return self.reader.score([one.prompt for one in self.retell(prompts)], options)
+        return self.reader.score([one.prompt for one in self.augment(prompts)], options)
 
 
-class FewShot(Retold):
+class FewShot(Augmented):
     """The same examples, questions and answers, stand before every question.
 
     Args:
@@ -64,9 +64,9 @@ class FewShot(Retold):
         super().__init__(reader)
         self.examples = list(examples)
 
-    def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:
+    def augment(self, prompts: Sequence[Prompt], **options: Any) -> list[AugmentedPrompt]:
         """The examples go behind what the system says."""
-        return [Retelling(self._with_examples(as_chat(prompt))) for prompt in prompts]
+        return [AugmentedPrompt(self._with_examples(as_chat(prompt))) for prompt in prompts]
 
     def _with_examples(self, chat: Sequence[Message]) -> list[Message]:
         start = next((place for place, message in enumerate(chat) if message["role"] != "system"), len(chat))

@@ -88,7 +88,9 @@ class Method(ABC):
         Raises:
             MethodError: The method only generates.
         """
-        raise MethodError(f"expected a method that scores options, got {self.name}, which only generates; read its answers as text")
+        raise MethodError(
+            f"expected a method that scores options, got {self.name}, which only generates; read its answers as text"
+        )
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Answer one prompt piece by piece; here, in one piece."""
@@ -125,7 +127,9 @@ def to_replies(ids: Tensor, model: LanguageModel, tokens_in: Sequence[int]) -> l
     return replies
 
 
-def by_choice(choices: Sequence[bool], first: Callable[[list[int]], list[T]], second: Callable[[list[int]], list[T]]) -> list[T]:
+def by_choice(
+    choices: Sequence[bool], first: Callable[[list[int]], list[T]], second: Callable[[list[int]], list[T]]
+) -> list[T]:
     """Have the rows of a batch answered by the first, or where chosen by the second, and put them in order again.
 
     Args:

@@ -11,7 +11,7 @@ from kvfuse.cache.transformers_cache import stage
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, stack
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, stack
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.response import read_response
 from kvfuse.stages.decode import stream
@@ -37,19 +37,25 @@ class Fused(Method):
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
         batch = stack([self.align(prompt)])
-        return stream(self.pair.receiver.tokenizer, lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options))
+        return stream(
+            self.pair.receiver.tokenizer,
+            lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options),
+        )
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
         readings = [self.align(prompt) for prompt in prompts]
         receiver, sharers = self.pair.receiver.tokenizer, self._followed_by()
-        follow = [[read_response(one, text, receiver, sharers) for text in some] for one, some in zip(readings, options, strict=True)]
+        follow = [
+            [read_response(one, text, receiver, sharers) for text in some]
+            for one, some in zip(readings, options, strict=True)
+        ]
         prompt = stack(readings)
         batch = OptionBatch.of(prompt, follow)
         return batch.score(self.pair.receiver.model, self._cache(prompt, batch))
 
-    def align(self, prompt: Prompt) -> AlignedReading:
+    def align(self, prompt: Prompt) -> AlignedRow:
         """What every model reads."""
         return self.pair.align(prompt)
 
@@ -61,7 +67,9 @@ class Fused(Method):
     def _followed_by(self) -> list[tuple[Any, str]]:
         """The tokenizers of the sharers that read responses, and how they are aligned."""
         sharers = zip(self.pair.sharers, self.pair.fusers, strict=True)
-        return [(sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response]
+        return [
+            (sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response
+        ]
 
     def _cache(self, prompt: AlignedPrompt, batch: OptionBatch) -> Cache | None:
         """The fused cache of a prompt, once for each response; where these are fused too, with what their tokens will have."""
@@ -74,9 +82,9 @@ class Fused(Method):
         if pair.fuse_response:
             for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
                 own.reorder_cache(batch.rows.to(model.model.device))
-            stage(cache, pair.read_along(streams, batch.prompt, batch.tail, fusers))
+            stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
         return cache
 
 
-def _tokens_in(reading: AlignedReading) -> int:
+def _tokens_in(reading: AlignedRow) -> int:
     return len(reading.receiver.ids) + sum(len(theirs.ids) for theirs, _ in reading.sharers)

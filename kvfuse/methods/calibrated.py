@@ -32,7 +32,10 @@ class Calibrated(Method):
     name = "calibrated"
 
     def __init__(
-        self, reader: Single, content_free: Callable[[Prompt], Prompt] | None = None, answer: str = "The correct answer is {letter}"
+        self,
+        reader: Single,
+        content_free: Callable[[Prompt], Prompt] | None = None,
+        answer: str = "The correct answer is {letter}",
     ) -> None:
         self.reader, self.content_free, self.answer = reader, content_free or void_options, answer
 
@@ -42,7 +45,11 @@ class Calibrated(Method):
         void = [self.content_free(prompt) for prompt in prompts]
         rows = [row for row, prompt in enumerate(prompts) if void[row] != prompt]
         priors = dict(
-            zip(rows, self.reader.score([void[row] for row in rows], [options[row] for row in rows]) if rows else [], strict=True)
+            zip(
+                rows,
+                self.reader.score([void[row] for row in rows], [options[row] for row in rows]) if rows else [],
+                strict=True,
+            )
         )
         return [_less(scores, priors[row]) if row in priors else scores for row, scores in enumerate(own)]
 
@@ -97,5 +104,6 @@ def _last(prompt: Prompt) -> str:
 
 def _less(scores: Sequence[OptionScore], priors: Sequence[OptionScore]) -> list[OptionScore]:
     return [
-        OptionScore(one.log_likelihood - prior.log_likelihood, one.greedy, one.tokens) for one, prior in zip(scores, priors, strict=True)
+        OptionScore(one.log_likelihood - prior.log_likelihood, one.greedy, one.tokens)
+        for one, prior in zip(scores, priors, strict=True)
     ]

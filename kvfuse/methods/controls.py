@@ -17,7 +17,7 @@ from kvfuse.errors import MethodError
 from kvfuse.fusers import Fuser
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import Prompt
 
 FIRST_DRAW = 2**20  # so that no seed of training gives the weights that it began with
@@ -57,15 +57,21 @@ class Mismatched(Fused):
         """
         unlike = {_key(prompt): prompt for prompt in prompts}
         order = sorted(random.Random(0).sample(sorted(unlike), len(unlike)), key=len)
-        self._donors = {one: unlike[other] for one, other in zip(order, [*order[1:], *order[:1]], strict=True)} if len(order) > 1 else {}
+        self._donors = (
+            {one: unlike[other] for one, other in zip(order, [*order[1:], *order[:1]], strict=True)}
+            if len(order) > 1
+            else {}
+        )
 
-    def align(self, prompt: Prompt) -> AlignedReading:
+    def align(self, prompt: Prompt) -> AlignedRow:
         """The prompt for the receiver, its donor for the sharers, aligned from the end, where the answer begins."""
         return swap_sharers(self.pair.align(prompt), self.pair.align(self.donor(prompt)))
 
     def _next(self, prompt: Prompt) -> Prompt:
         if _key(prompt) not in self._donors:
-            raise MethodError("expected a prompt of a run that has others too, got one without a donor; call prepare with two or more")
+            raise MethodError(
+                "expected a prompt of a run that has others too, got one without a donor; call prepare with two or more"
+            )
         return self._donors[_key(prompt)]
 
 
@@ -83,7 +89,7 @@ class Shuffled(Fused):
         super().__init__(pair)
         self.seed = seed
 
-    def align(self, prompt: Prompt) -> AlignedReading:
+    def align(self, prompt: Prompt) -> AlignedRow:
         """The prompt, the sharers' positions interchanged."""
         aligned = self.pair.align(prompt)
         rng = np.random.default_rng([self.seed, zlib.crc32(aligned.receiver.ids.tobytes())])
@@ -125,7 +131,7 @@ class ProjectedOnly(Fused):
         return [_WithoutReceiver(first), *others]
 
 
-def swap_sharers(mine: AlignedReading, theirs: AlignedReading) -> AlignedReading:
+def swap_sharers(mine: AlignedRow, theirs: AlignedRow) -> AlignedRow:
     """One prompt as the receiver reads it, with what the sharers read of another, aligned from the end."""
     shift = len(theirs.receiver.ids) - len(mine.receiver.ids)
     places = np.maximum(np.arange(len(mine.receiver.ids)) + shift, 0)

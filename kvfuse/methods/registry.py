@@ -1,6 +1,6 @@
 """Methods by name: the built-in ones, those registered by hand, those of installed packages.
 
-A package offers a method by an entry point of the group ``kvfuse.methods``: its name, and what makes it of a :class:`Setting`.
+A package offers a method by an entry point of the group ``kvfuse.methods``: its name, and what makes it of a :class:`MethodContext`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ GROUP = "kvfuse.methods"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class MethodContext:
     """What methods are made of; each takes what it needs.
 
     Attributes:
@@ -69,9 +69,13 @@ class Setting:
     def talking(self, kind: type[TextToText], reader: Method) -> TextToText:
         """A method in which the sharer writes hints."""
         if not self.sees_options and self.without_options is None:
-            raise MethodError("expected a way to take the options off a prompt for sees_options=false, got none; give without_options")
+            raise MethodError(
+                "expected a way to take the options off a prompt for sees_options=false, got none; give without_options"
+            )
         without = None if self.sees_options else self.without_options
-        return kind(reader, self.single("sharer").model, self.hint_request, self.hint_reading, self.hint_tokens, without)
+        return kind(
+            reader, self.single("sharer").model, self.hint_request, self.hint_reading, self.hint_tokens, without
+        )
 
     def routed(self) -> Routed:
         """The method ``routing``."""
@@ -82,23 +86,30 @@ class Setting:
     def cascade(self) -> Cascade:
         """The method ``cascade``."""
         share = 0.5 if self.share is None else self.share
-        return Cascade(self.pair.receiver, self.pair.sharers[self.sharer], self.confidence, share if self.confidence is None else None)
+        return Cascade(
+            self.pair.receiver,
+            self.pair.sharers[self.sharer],
+            self.confidence,
+            share if self.confidence is None else None,
+        )
 
     def few_shot(self) -> FewShot:
         """The method ``few-shot``."""
         if not self.examples:
-            raise MethodError("expected examples for the method few-shot, got none; give messages of user and assistant")
+            raise MethodError(
+                "expected examples for the method few-shot, got none; give messages of user and assistant"
+            )
         return FewShot(self.single(), self.examples)
 
 
-MethodMaker = Callable[[Setting], Method]
+MethodMaker = Callable[[MethodContext], Method]
 METHODS: dict[str, MethodMaker] = {
-    "receiver": Setting.single,
+    "receiver": MethodContext.single,
     "sharer": lambda setting: setting.single("sharer"),
-    "few-shot": Setting.few_shot,
+    "few-shot": MethodContext.few_shot,
     "text-to-text": lambda setting: setting.talking(TextToText, setting.single()),
-    "routing": Setting.routed,
-    "cascade": Setting.cascade,
+    "routing": MethodContext.routed,
+    "cascade": MethodContext.cascade,
     "cache-to-cache": lambda setting: Fused(setting.pair),
     "hybrid": lambda setting: setting.talking(Hybrid, Fused(setting.pair)),
     "zeroed": lambda setting: Zeroed(setting.pair),
@@ -118,7 +129,9 @@ def register_method(name: str, maker: MethodMaker) -> None:
         MethodError: It cannot be called, or the name is taken.
     """
     if not callable(maker):
-        raise MethodError(f"expected a function from a Setting to a Method for {name!r}, got {maker!r}; write one")
+        raise MethodError(
+            f"expected a function from a MethodContext to a Method for {name!r}, got {maker!r}; write one"
+        )
     if METHODS.setdefault(name, maker) is not maker:
         raise MethodError(f"expected a new method, got {name!r}, which is taken; choose another name")
 
@@ -134,14 +147,16 @@ def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:
     Args:
         name: A key of :data:`METHODS`, or one that an installed package offers.
         pair: The models and fusers.
-        options: Fields of :class:`Setting`, those of other methods too.
+        options: Fields of :class:`MethodContext`, those of other methods too.
 
     Raises:
         MethodError: The name or an option is unknown (the nearest is told), or the method lacks an option.
     """
     maker = find_method(name)
-    known = [field.name for field in fields(Setting) if field.name != "pair"]
+    known = [field.name for field in fields(MethodContext) if field.name != "pair"]
     for option in options:
         if option not in known:
-            raise MethodError(f"expected an option of methods, got the unknown {option!r}; did you mean {nearest(option, known)!r}?")
-    return maker(Setting(pair=pair, **options))
+            raise MethodError(
+                f"expected an option of methods, got the unknown {option!r}; did you mean {nearest(option, known)!r}?"
+            )
+    return maker(MethodContext(pair=pair, **options))

@@ -51,7 +51,8 @@ class Router(nn.Module):
         def loss() -> Tensor:
             optimizer.zero_grad()
             value = (
-                nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float()) + decay * self.weight.square().sum()
+                nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float())
+                + decay * self.weight.square().sum()
             )
             value.backward()
             return value
@@ -77,7 +78,9 @@ class _OneOfTwo(Method):
         share: 0 to 1.
     """
 
-    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, threshold: float | None, share: float | None) -> None:
+    def __init__(
+        self, receiver: LanguageModel, sharer: LanguageModel, threshold: float | None, share: float | None
+    ) -> None:
         self.receiver, self.sharer = Single("receiver", receiver), Single("sharer", sharer)
         self.threshold, self.share = threshold, share
 
@@ -120,7 +123,9 @@ class Routed(_OneOfTwo):
 
     name = "routing"
 
-    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, router: Router, share: float | None = None) -> None:
+    def __init__(
+        self, receiver: LanguageModel, sharer: LanguageModel, router: Router, share: float | None = None
+    ) -> None:
         super().__init__(receiver, sharer, 0.0 if share is None else None, share)
         self.router = router
 
@@ -158,7 +163,13 @@ class Cascade(_OneOfTwo):
 
     name = "cascade"
 
-    def __init__(self, receiver: LanguageModel, sharer: LanguageModel, confidence: float | None = None, share: float | None = None) -> None:
+    def __init__(
+        self,
+        receiver: LanguageModel,
+        sharer: LanguageModel,
+        confidence: float | None = None,
+        share: float | None = None,
+    ) -> None:
         super().__init__(receiver, sharer, None if confidence is None else -confidence, share)
         self.options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False}
 
@@ -178,12 +189,17 @@ class Cascade(_OneOfTwo):
         def second(rows: list[int]) -> list[Reply]:
             again = self.sharer.reply([prompts[row] for row in rows], **options)
             spent = [(first[row].tokens, first[row].tokens_in) for row in rows]
-            return [Reply(one.text, one.tokens + new, one.tokens_in + read) for one, (new, read) in zip(again, spent, strict=True)]
+            return [
+                Reply(one.text, one.tokens + new, one.tokens_in + read)
+                for one, (new, read) in zip(again, spent, strict=True)
+            ]
 
         return by_choice(self.choose([-one for one in sure]), lambda rows: [first[row] for row in rows], second)
 
 
-def confident_replies(prompts: Sequence[Prompt], model: LanguageModel, **options: Any) -> tuple[list[Reply], list[float]]:
+def confident_replies(
+    prompts: Sequence[Prompt], model: LanguageModel, **options: Any
+) -> tuple[list[Reply], list[float]]:
     """A model's replies, each with the probability of its least likely token."""
     readings = [read(prompt, model.tokenizer) for prompt in prompts]
     ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)

@@ -54,7 +54,9 @@ class OptionBatch:
 
 def _select(prompt: AlignedPrompt, rows: Tensor) -> AlignedPrompt:
     """Rows of a batch, repeated or left out."""
-    sharers = tuple(replace(one, ids=one.ids[rows], mask=one.mask[rows], positions=one.positions[rows]) for one in prompt.sharers)
+    sharers = tuple(
+        replace(one, ids=one.ids[rows], mask=one.mask[rows], positions=one.positions[rows]) for one in prompt.sharers
+    )
     sharers = tuple(replace(one, index=one.index[rows]) for one in sharers)
     mine = {name: getattr(prompt, name)[rows] for name in ("ids", "mask", "positions", "fuse_mask")}
     return replace(prompt, **mine, sharers=sharers)

@@ -11,7 +11,7 @@ from kvfuse.methods.scoring import OptionBatch
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.response import Response, follow_on
-from kvfuse.prompts.tokenized import Reading, read
+from kvfuse.prompts.tokenized import TokenizedPrompt, read
 from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.prefill import prefill
 
@@ -45,7 +45,8 @@ class Single(Method):
         prompt, readings = self._read(prompts)
         tokenizer = self.model.tokenizer
         follow = [
-            [Response(follow_on(reading, text, tokenizer)[0]) for text in some] for reading, some in zip(readings, options, strict=True)
+            [Response(follow_on(reading, text, tokenizer)[0]) for text in some]
+            for reading, some in zip(readings, options, strict=True)
         ]
         batch, cache = OptionBatch.of(prompt, follow), None
         if prompt.ids.shape[1] > 1:
@@ -53,10 +54,18 @@ class Single(Method):
             cache.reorder_cache(batch.rows.to(self.model.model.device))
         return batch.score(self.model.model, cache)
 
-    def _read(self, prompts: Sequence[Prompt]) -> tuple[AlignedPrompt, list[Reading]]:
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[AlignedPrompt, list[TokenizedPrompt]]:
         readings = [read(prompt, self.model.tokenizer) for prompt in prompts]
         ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
         return from_ids(ids, num_sharers=0, mask=mask), readings
 
     def _answer(self, prompt: AlignedPrompt, pad_id: int, **options: Any) -> Any:
-        return decode(self.model.model, prompt.ids, prompt.mask, None, phase=f"{self.name}_prefill", pad_token_id=pad_id, **options)
+        return decode(
+            self.model.model,
+            prompt.ids,
+            prompt.mask,
+            None,
+            phase=f"{self.name}_prefill",
+            pad_token_id=pad_id,
+            **options,
+        )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods.augmented import Retelling, Retold
+from kvfuse.methods.augmented import Augmented, AugmentedPrompt
 from kvfuse.methods.base import Method, Reply
 from kvfuse.methods.single import Single
 from kvfuse.prompts.chat import Message, Prompt, as_chat
@@ -16,7 +16,7 @@ HINT_REQUEST = (
 )
 
 
-class TextToText(Retold):
+class TextToText(Augmented):
     """Two models that talk in text.
 
     Args:
@@ -41,18 +41,28 @@ class TextToText(Retold):
         without_options: Callable[[Prompt], Prompt] | None = None,
     ) -> None:
         super().__init__(reader)
-        self.writer, self.request, self.reading, self.hint_tokens = Single("sharer", writer), request, reading, hint_tokens
+        self.writer, self.request, self.reading, self.hint_tokens = (
+            Single("sharer", writer),
+            request,
+            reading,
+            hint_tokens,
+        )
         self.without_options = without_options or (lambda prompt: prompt)
 
     def hints(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """What the sharer writes for each prompt, greedily unless said otherwise."""
         with phase("hint"):
-            return self.writer.reply(list(map(self._ask, prompts)), **{"do_sample": False, **options, "max_new_tokens": self.hint_tokens})
+            return self.writer.reply(
+                list(map(self._ask, prompts)), **{"do_sample": False, **options, "max_new_tokens": self.hint_tokens}
+            )
 
-    def retell(self, prompts: Sequence[Prompt], **options: Any) -> list[Retelling]:
+    def augment(self, prompts: Sequence[Prompt], **options: Any) -> list[AugmentedPrompt]:
         """The prompts with their hints."""
         hints = self.hints(prompts, **options)
-        return [Retelling(self._tell(one, hint.text), hint.tokens, hint.tokens_in) for one, hint in zip(prompts, hints, strict=True)]
+        return [
+            AugmentedPrompt(self._tell(one, hint.text), hint.tokens, hint.tokens_in)
+            for one, hint in zip(prompts, hints, strict=True)
+        ]
 
     def _ask(self, prompt: Prompt) -> list[Message]:
         return _reworded(self.without_options(prompt), self.request)

@@ -20,13 +20,13 @@ from kvfuse.errors import PairError
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.message_axis import drop_moved, in_messages, message_order, on_axis, own_spans, places, sections
 from kvfuse.prompts.reencode import REENCODINGS, common_positions, reencoding, splice
-from kvfuse.prompts.tokenized import Reading, read
+from kvfuse.prompts.tokenized import TokenizedPrompt, read
 
 TOKEN_ALIGNMENTS = ("identity", "span", *REENCODINGS)
 FUSE = ("all", "messages")
 
 
-def natural_alignment(same_tokenizer: bool) -> str:
+def default_token_alignment(same_tokenizer: bool) -> str:
     """How two models are aligned where nobody says: they read the same ids if they can, else each its own."""
     return "identity" if same_tokenizer else "span"
 
@@ -68,7 +68,7 @@ class AlignedPrompt:
 
 
 @dataclass(frozen=True)
-class AlignedReading:
+class AlignedRow:
     """One prompt as every model reads it: a row of an :class:`AlignedPrompt` before padding.
 
     Attributes:
@@ -77,9 +77,9 @@ class AlignedReading:
         sharers: Each sharer's reading with its index ``(n,)`` int64, -1: nothing to read.
     """
 
-    receiver: Reading
+    receiver: TokenizedPrompt
     fusable: np.ndarray
-    sharers: tuple[tuple[Reading, np.ndarray], ...]
+    sharers: tuple[tuple[TokenizedPrompt, np.ndarray], ...]
 
 
 def align(
@@ -87,7 +87,7 @@ def align(
     receiver: PreTrainedTokenizerBase,
     sharers: Sequence[tuple[PreTrainedTokenizerBase, str]],
     fuse: str = "all",
-) -> AlignedReading:
+) -> AlignedRow:
     """Tokenize one prompt for all models and align it.
 
     Args:
@@ -102,16 +102,23 @@ def align(
         PairError: An unknown name.
         PromptError: See :func:`kvfuse.prompts.chat.render`.
     """
-    for option, choices, given in (*(("token_alignment", TOKEN_ALIGNMENTS, how) for _, how in sharers), ("fuse", FUSE, fuse)):
+    for option, choices, given in (
+        *(("token_alignment", TOKEN_ALIGNMENTS, how) for _, how in sharers),
+        ("fuse", FUSE, fuse),
+    ):
         if given not in choices:
             raise PairError(f"expected {option} to be one of {', '.join(choices)}, got {given!r}; choose one")
     mine = read(prompt, receiver)
-    moved, theirs, indices = zip(*(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers), strict=True)
-    placed = moved[0] if len(sharers) == 1 else mine  # one sharer may move the receiver's positions, several may not agree
-    return AlignedReading(placed, _fusable(mine, fuse), tuple(zip(theirs, indices, strict=True)))
+    moved, theirs, indices = zip(
+        *(_align_one(mine, prompt, receiver, tokenizer, how) for tokenizer, how in sharers), strict=True
+    )
+    placed = (
+        moved[0] if len(sharers) == 1 else mine
+    )  # one sharer may move the receiver's positions, several may not agree
+    return AlignedRow(placed, _fusable(mine, fuse), tuple(zip(theirs, indices, strict=True)))
 
 
-def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
+def stack(rows: Sequence[AlignedRow]) -> AlignedPrompt:
     """Pad aligned prompts, all of the same models, into a batch."""
     ids, mask = pad_left([row.receiver.ids for row in rows], rows[0].receiver.pad_id)
     sharers = []
@@ -120,7 +127,9 @@ def stack(rows: Sequence[AlignedReading]) -> AlignedPrompt:
         length = their_ids.shape[1]
         shifted = [np.where(index >= 0, index + length - len(theirs.ids), -1) for theirs, index in column]
         positions = pad_left([theirs.positions for theirs, _ in column], 0)[0]
-        sharers.append(SharerPrompt(ids=their_ids, mask=their_mask, positions=positions, index=pad_left(shifted, -1)[0]))
+        sharers.append(
+            SharerPrompt(ids=their_ids, mask=their_mask, positions=positions, index=pad_left(shifted, -1)[0])
+        )
     fuse_mask = pad_left([row.fusable for row in rows], 0)[0].bool()
     positions = pad_left([row.receiver.positions for row in rows], 0)[0]
     return AlignedPrompt(ids=ids, mask=mask, positions=positions, sharers=tuple(sharers), fuse_mask=fuse_mask)
@@ -138,7 +147,9 @@ def from_ids(ids: Tensor, num_sharers: int = 1, mask: Tensor | None = None) -> A
     index = torch.arange(ids.shape[1]).expand_as(ids)
     fuse_mask = mask.bool() & (index < ids.shape[1] - 1)
     reads = SharerPrompt(ids=ids, mask=mask, positions=count_positions(mask), index=index)
-    return AlignedPrompt(ids=ids, mask=mask, positions=reads.positions, sharers=(reads,) * num_sharers, fuse_mask=fuse_mask)
+    return AlignedPrompt(
+        ids=ids, mask=mask, positions=reads.positions, sharers=(reads,) * num_sharers, fuse_mask=fuse_mask
+    )
 
 
 def count_positions(mask: Tensor) -> Tensor:
@@ -146,7 +157,7 @@ def count_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
+def align_spans(receiver: TokenizedPrompt, sharer: TokenizedPrompt) -> np.ndarray:
     """For each receiver token the sharer token with the largest character overlap, ties to the later one.
 
     A token of the template reads the last token of the sharer's template at the same place, which has read everything up
@@ -164,14 +175,20 @@ def align_spans(receiver: Reading, sharer: Reading) -> np.ndarray:
     in_message = np.flatnonzero(ends > starts)
     readable = np.flatnonzero(sharer_ends > sharer_starts)
     template = sections(receiver, spans) // 2 * 2  # the one that a token stands in, or that stands before its message
-    index = np.searchsorted(sections(sharer, sharer_spans), template, side="right") - 1  # the sharer's last token there, or before
+    index = (
+        np.searchsorted(sections(sharer, sharer_spans), template, side="right") - 1
+    )  # the sharer's last token there, or before
     if len(readable):
-        best, overlap = _largest_overlap(starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable])
+        best, overlap = _largest_overlap(
+            starts[in_message], ends[in_message], sharer_starts[readable], sharer_ends[readable]
+        )
         index[in_message] = np.where(overlap > 0, readable[best], index[in_message])
     return np.maximum.accumulate(index)
 
 
-def align_reencoded(receiver: Reading, sharer: Reading, table: np.ndarray) -> tuple[Reading, Reading, np.ndarray]:
+def align_reencoded(
+    receiver: TokenizedPrompt, sharer: TokenizedPrompt, table: np.ndarray
+) -> tuple[TokenizedPrompt, TokenizedPrompt, np.ndarray]:
     """What the sharer reads under re-encoding, where each message token of the receiver is one token of the sharer.
 
     Args:
@@ -202,8 +219,8 @@ def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
 
 
 def _align_one(
-    mine: Reading, prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str
-) -> tuple[Reading, Reading, np.ndarray]:
+    mine: TokenizedPrompt, prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str
+) -> tuple[TokenizedPrompt, TokenizedPrompt, np.ndarray]:
     """The receiver's reading, the sharer's, and the index of one in the other."""
     if how == "identity":
         return mine, mine, np.arange(len(mine.ids))
@@ -213,13 +230,13 @@ def _align_one(
     return align_reencoded(mine, theirs, reencoding(receiver, sharer, how))
 
 
-def _common_spans(receiver: Reading, sharer: Reading) -> tuple[np.ndarray, np.ndarray]:
+def _common_spans(receiver: TokenizedPrompt, sharer: TokenizedPrompt) -> tuple[np.ndarray, np.ndarray]:
     """The messages' spans in both readings, on the axis that follows the receiver's text."""
     order = message_order(receiver.prompt)
     return drop_moved(on_axis(receiver.prompt, order)), drop_moved(on_axis(sharer.prompt, order))
 
 
-def _fusable(reading: Reading, fuse: str) -> np.ndarray:
+def _fusable(reading: TokenizedPrompt, fuse: str) -> np.ndarray:
     """``(n,)`` bool: the positions of a prompt that may be fused."""
     fusable = np.ones(len(reading.ids), dtype=bool)
     if fuse == "messages":

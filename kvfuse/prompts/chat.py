@@ -53,7 +53,9 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
     text = _apply(prompt, tokenizer, options)
     roles = [str(message.get("role")) for message in prompt]
-    spans = find_spans(text, contents, roles, _words(tokenizer, options), lambda said: _apply(_say(prompt, said), tokenizer, options))
+    spans = find_spans(
+        text, contents, roles, _words(tokenizer, options), lambda said: _apply(_say(prompt, said), tokenizer, options)
+    )
     _check_written(prompt, contents, spans)
     return RenderedPrompt(text, contents, spans, templated=True)
 
@@ -75,7 +77,11 @@ def _content(message: Message) -> str:
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return ""
-    parts = [part.get("text") if isinstance(part, dict) else None for part in content] if isinstance(content, list) else [content]
+    parts = (
+        [part.get("text") if isinstance(part, dict) else None for part in content]
+        if isinstance(content, list)
+        else [content]
+    )
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise PromptError(
@@ -89,9 +95,15 @@ def _say(chat: Sequence[Message], said: str) -> list[Message]:
     read = io.StringIO(said).read
 
     def filled(content: str | list[Message]) -> str | list[Message]:
-        return read(len(content)) if isinstance(content, str) else [{**part, "text": read(len(part["text"]))} for part in content]
+        return (
+            read(len(content))
+            if isinstance(content, str)
+            else [{**part, "text": read(len(part["text"]))} for part in content]
+        )
 
-    return [{**message, "content": filled(message["content"])} if message.get("content") else message for message in chat]
+    return [
+        {**message, "content": filled(message["content"])} if message.get("content") else message for message in chat
+    ]
 
 
 def _apply(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
@@ -113,11 +125,19 @@ def _words(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> Itera
 
 def _check_written(chat: Sequence[Message], contents: tuple[str, ...], spans: tuple[Span, ...]) -> None:
     written = {span.message for span in spans}
-    unread = [i for i, message in enumerate(chat) if isinstance(message.get("content"), list) and contents[i].strip() and i not in written]
+    unread = [
+        i
+        for i, message in enumerate(chat)
+        if isinstance(message.get("content"), list) and contents[i].strip() and i not in written
+    ]
     if unread:
-        raise PromptError("expected contents that the chat template reads, got a list of parts that it leaves out; give a string")
+        raise PromptError(
+            "expected contents that the chat template reads, got a list of parts that it leaves out; give a string"
+        )
     if not written:
-        raise PromptError("expected a chat template that writes messages, got one that leaves all of them out; use other roles")
+        raise PromptError(
+            "expected a chat template that writes messages, got one that leaves all of them out; use other roles"
+        )
 
 
 def _join(contents: tuple[str, ...], separator: str) -> RenderedPrompt:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvfuse.prompts.chat import RenderedPrompt
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 
 
 def message_order(prompt: RenderedPrompt) -> np.ndarray:
@@ -32,7 +32,9 @@ def on_axis(prompt: RenderedPrompt, rank: np.ndarray) -> np.ndarray:
 
     On the axis stand the messages alone, by rank, each with its own length, however much of it the template writes.
     """
-    spans = np.array([(span.start, span.end, span.message, span.offset) for span in prompt.spans], dtype=np.int64).reshape(-1, 4)
+    spans = np.array(
+        [(span.start, span.end, span.message, span.offset) for span in prompt.spans], dtype=np.int64
+    ).reshape(-1, 4)
     lengths = np.zeros(len(rank) + 1, dtype=np.int64)
     lengths[rank + 1] = [len(content) for content in prompt.messages]
     spans[:, 2] = rank[spans[:, 2]]
@@ -57,16 +59,18 @@ def drop_moved(spans: np.ndarray) -> np.ndarray:
     return spans[max(starts >= reached, ends <= ahead, key=lambda kept: sizes[kept].sum())]
 
 
-def in_messages(reading: Reading, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def in_messages(reading: TokenizedPrompt, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each token's first and last character on the axis of :func:`on_axis`. A token of the template covers nothing."""
     spans = np.vstack([np.zeros(4, dtype=np.int64), spans])  # before the first there is an empty one
-    start, end, _, axis = spans[np.searchsorted(spans[:, 0], reading.offsets[:, 1]) - 1].T  # the last that begins before
+    start, end, _, axis = spans[
+        np.searchsorted(spans[:, 0], reading.offsets[:, 1]) - 1
+    ].T  # the last that begins before
     first, last = np.clip(reading.offsets, start[:, None], end[:, None]).T
     inside = last > first
     return np.where(inside, first - start + axis, 0), np.where(inside, last - start + axis, 0)
 
 
-def sections(reading: Reading, spans: np.ndarray) -> np.ndarray:
+def sections(reading: TokenizedPrompt, spans: np.ndarray) -> np.ndarray:
     """``(n,)``, never decreasing: 2k for a token of the template before the k-th message, 2k + 1 for all within that message."""
     section = np.append(np.column_stack([2 * spans[:, 2], 2 * spans[:, 2] + 1]), 2 * len(reading.prompt.messages))
     middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
@@ -74,7 +78,7 @@ def sections(reading: Reading, spans: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(section[places])  # what the template writes inside a message belongs to it
 
 
-def places(reading: Reading, spans: np.ndarray) -> np.ndarray:
+def places(reading: TokenizedPrompt, spans: np.ndarray) -> np.ndarray:
     """Where each token stands, ``(n,)`` int64, never decreasing: 2k in the template before message k, 2k + 1 in message k.
 
     A token that covers both is the message's, and so is what a template writes within a message.
@@ -85,10 +89,12 @@ def places(reading: Reading, spans: np.ndarray) -> np.ndarray:
     covers = last > first
     section = np.where(covers, section | 1, section)
     coming = np.minimum.accumulate(np.where(covers, section, section.max(initial=0) + 1)[::-1])[::-1]
-    return np.where((section % 2 == 1) & (coming != section), section + 1, section)  # a token without characters, behind a message
+    return np.where(
+        (section % 2 == 1) & (coming != section), section + 1, section
+    )  # a token without characters, behind a message
 
 
-def covered(reading: Reading, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
+def covered(reading: TokenizedPrompt, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Which characters of the messages, in the order of the chat, the tokens cover, ``(characters,)`` bool."""
     size = sum(map(len, reading.prompt.messages)) + 1
     spans = on_axis(reading.prompt, np.arange(len(reading.prompt.messages)))

@@ -86,7 +86,9 @@ def common_positions(places: np.ndarray, their_places: np.ndarray) -> tuple[np.n
 def _build(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str) -> np.ndarray:
     unknown = sharer.unk_token_id or 0
     lengths = [len(text) if how == "reencode-longest" else 0 for text in _texts(sharer)]  # all equal: the first
-    table = np.array([max(pieces, key=lengths.__getitem__, default=unknown) for pieces in _encode(sharer, _texts(receiver))])
+    table = np.array(
+        [max(pieces, key=lengths.__getitem__, default=unknown) for pieces in _encode(sharer, _texts(receiver))]
+    )
     for token in receiver.all_special_ids:
         table[token] = _counterpart(token, receiver, sharer, unknown)
     table.flags.writeable = False  # shared by all threads

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedReading, SharerPrompt, pad_left
+from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
 from kvfuse.prompts.reencode import reencoding
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Response:
 
 
 def read_response(
-    prompt: AlignedReading,
+    prompt: AlignedRow,
     text: str,
     receiver: PreTrainedTokenizerBase,
     sharers: Sequence[tuple[PreTrainedTokenizerBase, str]] = (),
@@ -57,14 +57,16 @@ def read_response(
     return Response(ids, tuple(theirs))
 
 
-def follow_on(prompt: Reading, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+def follow_on(prompt: TokenizedPrompt, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize a text as it follows a prompt; alone, where the two would grow together.
 
     Returns:
         Ids ``(n,)`` int64, and how many characters of the text have been said after each ``(n,)`` int64.
     """
     length, origin = len(prompt.ids), len(prompt.prompt.text)
-    encoded = tokenizer(prompt.prompt.text + text, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True)
+    encoded = tokenizer(
+        prompt.prompt.text + text, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True
+    )
     if encoded.input_ids[:length] != prompt.ids.tolist():
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         length, origin = 0, 0
@@ -95,7 +97,9 @@ def stack_responses(prompt: AlignedPrompt, responses: Sequence[Response]) -> Ali
 
 def _go_on(prompt: AlignedPrompt | SharerPrompt, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and positions ``(B, k)`` of a batch from the last prompt token on."""
-    ids, mask = _pad_right([np.append(last, row) for last, row in zip(prompt.ids[:, -1:].numpy(), rows, strict=True)], 0)
+    ids, mask = _pad_right(
+        [np.append(last, row) for last, row in zip(prompt.ids[:, -1:].numpy(), rows, strict=True)], 0
+    )
     return ids, mask, prompt.positions[:, -1:] + torch.arange(ids.shape[1])
 
 

@@ -10,7 +10,7 @@ from kvfuse.prompts.chat import Prompt, RenderedPrompt, render
 
 
 @dataclass(frozen=True)
-class Reading:
+class TokenizedPrompt:
     """One model's tokenization of one prompt.
 
     Attributes:
@@ -28,7 +28,7 @@ class Reading:
     positions: np.ndarray
 
 
-def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
+def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
     """Render and tokenize a prompt for one model.
 
     Raises:
@@ -37,11 +37,15 @@ def read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Reading:
     rendered = render(prompt, tokenizer)
     encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
     pairs = encoded["offset_mapping"]
-    offsets = np.fromiter(chain.from_iterable(pairs), dtype=np.int64, count=2 * len(pairs)).reshape(-1, 2)  # 3.5 x np.array
+    offsets = np.fromiter(chain.from_iterable(pairs), dtype=np.int64, count=2 * len(pairs)).reshape(
+        -1, 2
+    )  # 3.5 x np.array
     ids = np.array(encoded["input_ids"], dtype=np.int64)
     if rendered.templated:  # else there are no special tokens in the text
         _release_space(offsets, ids, rendered.text, tokenizer)
-    return Reading(ids, _cover_composed(offsets, rendered.text), rendered, tokenizer.pad_token_id or 0, np.arange(len(ids)))
+    return TokenizedPrompt(
+        ids, _cover_composed(offsets, rendered.text), rendered, tokenizer.pad_token_id or 0, np.arange(len(ids))
+    )
 
 
 def _release_space(offsets: np.ndarray, ids: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,7 +68,9 @@ def _cover_composed(offsets: np.ndarray, text: str) -> np.ndarray:
     starts, ends = offsets[offsets[:, 1] > offsets[:, 0]].T
     reach = np.maximum.accumulate(ends)
     following = np.append(starts[1:], len(text))
-    gaps = np.array([gap for gap in np.flatnonzero(following > reach) if not text[reach[gap]].isspace()], dtype=np.int64)
+    gaps = np.array(
+        [gap for gap in np.flatnonzero(following > reach) if not text[reach[gap]].isspace()], dtype=np.int64
+    )
     if not len(gaps):
         return offsets
     gap = gaps[np.minimum(np.searchsorted(reach[gaps], offsets[:, 1]), len(gaps) - 1)]

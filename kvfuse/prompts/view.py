@@ -15,10 +15,10 @@ from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
-from kvfuse.prompts.alignment import AlignedReading, align
+from kvfuse.prompts.alignment import AlignedRow, align
 from kvfuse.prompts.chat import Message, Prompt, as_chat
 from kvfuse.prompts.message_axis import covered, own_spans, places
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 
 COLOURS = ("#77aadd", "#eedd88", "#ffaabb", "#44bb99", "#ee8866", "#99ddff", "#bbcc33")
 """Paul Tol's light scheme: distinct to colour-blind eyes, and dark text is legible on all of them."""
@@ -39,7 +39,7 @@ class AlignmentView:
 
     how: str
     names: tuple[str, str]
-    aligned: AlignedReading
+    aligned: AlignedRow
     receiver: tuple[str, ...]
     sharer: tuple[str, ...]
 
@@ -63,11 +63,16 @@ class AlignmentView:
         if self.how == "span":
             return covered(mine) & covered(theirs)
         # one sharer token for each of the receiver's, which says the same or something else
-        same = [text == self.sharer[position] for text, position in zip(self.receiver, self.aligned.sharers[0][1], strict=True)]
+        same = [
+            text == self.sharer[position]
+            for text, position in zip(self.receiver, self.aligned.sharers[0][1], strict=True)
+        ]
         return covered(mine, np.flatnonzero(same))
 
 
-def view(prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str, fuse: str = "all") -> AlignmentView:
+def view(
+    prompt: Prompt, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, how: str, fuse: str = "all"
+) -> AlignmentView:
     """Align a prompt, plain text being what a user says, for a look at it.
 
     Args:
@@ -103,7 +108,9 @@ def load_chat(path: Path) -> list[Message]:
     except (OSError, ValueError) as error:
         raise PromptError(f"expected a chat in JSON at {path}, got: {error}; check the file") from error
     if not isinstance(chat, list) or not all(isinstance(message, dict) and "role" in message for message in chat):
-        raise PromptError(f"expected {path} to hold a list of messages, got something else; write [{{'role': …, 'content': …}}, …]")
+        raise PromptError(
+            f"expected {path} to hold a list of messages, got something else; write [{{'role': …, 'content': …}}, …]"
+        )
     return chat
 
 
@@ -145,7 +152,7 @@ def page(view: AlignmentView) -> str:
     )
 
 
-def _texts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def _texts(reading: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What each token says; a piece of a character, which says nothing alone, as that character with dots."""
     texts = tokenizer.batch_decode([[token] for token in reading.ids], clean_up_tokenization_spaces=False)
     covers = [reading.prompt.text[start:end] for start, end in reading.offsets]
@@ -185,17 +192,21 @@ def _box(text: str, colour: str, title: str) -> str:
 
 def _receiver_title(view: AlignmentView, position: int) -> str:
     read = int(view.reads[position])
-    partner = f"reads the sharer's {_name(view.sharer[read], read, view.aligned.sharers[0][0])}" if read >= 0 else "not fused"
+    partner = (
+        f"reads the sharer's {_name(view.sharer[read], read, view.aligned.sharers[0][0])}" if read >= 0 else "not fused"
+    )
     return f"{_name(view.receiver[position], position, view.aligned.receiver)}: {partner}"
 
 
 def _sharer_title(view: AlignmentView, position: int) -> str:
-    readers = ", ".join(_name(view.receiver[reader], reader, view.aligned.receiver) for reader in view.readers.get(position, []))
+    readers = ", ".join(
+        _name(view.receiver[reader], reader, view.aligned.receiver) for reader in view.readers.get(position, [])
+    )
     own = _name(view.sharer[position], position, view.aligned.sharers[0][0])
     return f"{own}: read by the receiver's {readers}" if readers else f"{own}: not read"
 
 
-def _name(text: str, position: int, reading: Reading) -> str:
+def _name(text: str, position: int, reading: TokenizedPrompt) -> str:
     return f"{text!r} (position {position}, id {reading.ids[position]})"
 
 

@@ -84,7 +84,9 @@ def _c2c_modules(config: Any) -> dict[str, str]:
 
 
 def _complex_modules(config: Any) -> dict[str, str]:
-    stage = 3 if config.dropout > 0 else 2  # SwiGLU, norm and, if there is any, dropout: each has a number in their list
+    stage = (
+        3 if config.dropout > 0 else 2
+    )  # SwiGLU, norm and, if there is any, dropout: each has a number in their list
     last = config.num_layers - 1
     return {
         **{f"translation.{i}.swiglu.gate": f"{{part}}_projection.layers.{stage * i}.gate_proj" for i in range(last)},
@@ -101,14 +103,28 @@ def _complex_modules(config: Any) -> dict[str, str]:
 
 
 _FIXED = {"rope": "kept", "weights": "full"}
-_WHOLE = {"receiver_input": True, "feature_fusion": True, "replace": False, "weighting": True, "parts": "both", "gate": "layer"}
+_WHOLE = {
+    "receiver_input": True,
+    "feature_fusion": True,
+    "replace": False,
+    "weighting": True,
+    "parts": "both",
+    "gate": "layer",
+}
 _COMMON = {"dropout": 0.1, "initial_temperature": 1.0}
 
 CLASSES = (
     ProjectorClass(
         name="C2CProjector",
         kind="c2c",
-        defaults=_COMMON | {"hidden_dim": 1024, "intermediate_dim": 1024, "num_layers": 3, "final_temperature": 0.001, "zero_init": False},
+        defaults=_COMMON
+        | {
+            "hidden_dim": 1024,
+            "intermediate_dim": 1024,
+            "num_layers": 3,
+            "final_temperature": 0.001,
+            "zero_init": False,
+        },
         modules=_c2c_modules,
         fixed=_FIXED | _WHOLE,
     ),
@@ -116,7 +132,13 @@ CLASSES = (
         name="AllInOneProjector",
         kind="c2c-complex",
         defaults=_COMMON
-        | {"hidden_dim": 512, "weight_hidden_dim": 1024, "num_layers": 2, "scalar_temperature": 0.005, "final_temperature": 0.01},
+        | {
+            "hidden_dim": 512,
+            "weight_hidden_dim": 1024,
+            "num_layers": 2,
+            "scalar_temperature": 0.005,
+            "final_temperature": 0.01,
+        },
         modules=_complex_modules,
         required={
             "use_swiglu": (True, False),

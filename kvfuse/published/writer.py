@@ -20,16 +20,22 @@ def write_published(fuser: Fuser, folder: Path) -> None:
     """
     config = fuser.config
     cls = next((cls for cls in CLASSES if type(fuser) is FUSERS[cls.kind]), None)
-    fused = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}.get(config.token_alignment)
+    fused = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}.get(
+        config.token_alignment
+    )
     if cls is None or fused != config.fuse or cls.lost(config):
         options = ", ".join(cls.lost(config)) if cls else ""
         got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r} {options}".rstrip()
-        raise CheckpointError(f"expected a fuser that the published format can hold, got {got}; keep it in kvfuse's own")
+        raise CheckpointError(
+            f"expected a fuser that the published format can hold, got {got}; keep it in kvfuse's own"
+        )
     arguments = _arguments(cls, fuser)
     _write_json(folder / RECIPE, _recipe(cls, fuser))
     place = folder / WEIGHTS
     place.mkdir()
-    _write_json(place / MAPPING, {"0": {"1": {str(layer): [[sharer, layer]] for layer, sharer in enumerate(config.layers)}}})
+    _write_json(
+        place / MAPPING, {"0": {"1": {str(layer): [[sharer, layer]] for layer, sharer in enumerate(config.layers)}}}
+    )
     for layer in range(config.receiver_kv.num_layers):
         _write_json(place / f"projector_{layer}.json", {"class": cls.name, "init_args": arguments})
         torch.save(_state(cls, fuser, layer), place / f"projector_{layer}.pt")
@@ -64,7 +70,11 @@ def _state(cls: ProjectorClass, fuser: Fuser, layer: int) -> dict[str, Tensor]:
     for ours, theirs, group in cls.tensors(fuser, layer):
         tensor = parameters[ours][group].detach().cpu()
         is_product = theirs.endswith(".weight") and "norm" not in ours
-        state[theirs] = tensor.T.contiguous() if is_product else tensor.reshape(() if theirs.endswith("gate_logit") else (-1,)).clone()
+        state[theirs] = (
+            tensor.T.contiguous()
+            if is_product
+            else tensor.reshape(() if theirs.endswith("gate_logit") else (-1,)).clone()
+        )
     return state
 
 

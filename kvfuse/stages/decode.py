@@ -13,7 +13,7 @@ from kvfuse.cache.transformers_cache import CACHE
 from kvfuse.errors import PromptError
 from kvfuse.prompts.alignment import AlignedPrompt
 from kvfuse.stages.phases import generation
-from kvfuse.stages.response_fusion import Follower
+from kvfuse.stages.response_fusion import ResponseFuser
 
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -23,7 +23,7 @@ def decode(
     ids: Tensor,
     mask: Tensor,
     cache: Cache | None,
-    follower: Follower | None = None,
+    follower: ResponseFuser | None = None,
     phase: str = "first_token",
     **options: Any,
 ) -> Any:
@@ -44,11 +44,15 @@ def decode(
     ids, mask = ids.to(model.device), mask.to(model.device)
     drafted = any(_option(model, options, name) for name in DRAFTING)
     if follower is not None and drafted:
-        raise PromptError(f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out")
+        raise PromptError(
+            f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out"
+        )
     if cache is None:
         with generation(phase, options) as options:
             return model.generate(ids, attention_mask=mask, **options)
-    wanted = {name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")}
+    wanted = {
+        name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")
+    }
     copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
     if follower is not None:
         _reorder_together(cache, follower)
@@ -89,7 +93,9 @@ def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStream
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, cache: Cache | None) -> tuple[Tensor, Tensor]:
+def score(
+    model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, cache: Cache | None
+) -> tuple[Tensor, Tensor]:
     """How likely given responses are after their prompts, in one run over the responses alone.
 
     Args:
@@ -107,7 +113,9 @@ def score(model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, ca
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[:, :-1]
     said = tail.mask[:, 1:].bool().to(logits.device)
     chosen, logits = ids[:, 1:][said], logits[said].float()  # (n,), (n, vocabulary)
-    likely = torch.zeros(said.shape, device=said.device).masked_scatter(said, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+    likely = torch.zeros(said.shape, device=said.device).masked_scatter(
+        said, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    )
     greedy = torch.ones_like(said).masked_scatter(said, logits.argmax(-1) == chosen)
     return likely.sum(1), greedy.all(1)
 
@@ -125,7 +133,11 @@ def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str,
     if kind not in (None, "dynamic", "static"):
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
     new = _option(model, options, "max_new_tokens")
-    total = _option(model, options, "max_length") or model.generation_config.max_length if new is None else prompt_length + new
+    total = (
+        _option(model, options, "max_length") or model.generation_config.max_length
+        if new is None
+        else prompt_length + new
+    )
     return max(total - 1, _option(model, options, "max_cache_len") or 0) if kind == "static" else None
 
 
@@ -134,7 +146,7 @@ def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     return options.get(name, getattr(config, name, None))
 
 
-def _reorder_together(cache: Cache, follower: Follower) -> None:
+def _reorder_together(cache: Cache, follower: ResponseFuser) -> None:
     """When ``generate`` reorders the cache it was given, for beams, the follower's caches go along."""
     reorder = cache.reorder_cache
 
@@ -145,7 +157,7 @@ def _reorder_together(cache: Cache, follower: Follower) -> None:
     cache.reorder_cache = both
 
 
-def _fed_only_new_tokens(model: PreTrainedModel, follower: Follower | None) -> PreTrainedModel:
+def _fed_only_new_tokens(model: PreTrainedModel, follower: ResponseFuser | None) -> PreTrainedModel:
     """A shallow copy that is never fed a token that its cache holds already, and whose new ones are fused if they are followed.
 
     Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without

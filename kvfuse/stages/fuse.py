@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.stages.rope import Rotation, Turn
+from kvfuse.stages.rope import RoPE, TokenRoPE
 
 FUSIONS = ("parallel", "sequential")
 TOKENS = 1024  # fused at once at inference: more would want more memory, fewer would read a fuser's weights more often
 
-Rotations = Sequence[tuple[Rotation, Rotation] | None]
+RoPEs = Sequence[tuple[RoPE, RoPE] | None]
 """For each sharer the receiver's rotation and its own, or None where the fuser sees keys as the caches hold them."""
 
 
@@ -33,10 +33,12 @@ class Picked:
     positions: Tensor
     receiver: KV
     sharer: KV
-    turn: Turn | None
+    turn: TokenRoPE | None
 
 
-def pick(receiver: KV, sharer: KV, prompt: AlignedPrompt, place: int, weight: Tensor, rotations: Rotations = ()) -> Picked | None:
+def pick(
+    receiver: KV, sharer: KV, prompt: AlignedPrompt, place: int, weight: Tensor, ropes: RoPEs = ()
+) -> Picked | None:
     """The aligned tokens of a receiver and its ``place``-th sharer, on the device and in the dtype of ``weight``; None: no token."""
     reads = prompt.sharers[place]
     rows, positions = (prompt.fuse_mask & (reads.index >= 0)).nonzero(as_tuple=True)
@@ -44,12 +46,18 @@ def pick(receiver: KV, sharer: KV, prompt: AlignedPrompt, place: int, weight: Te
         return None
     theirs = reads.index[rows, positions]
     picked = receiver.tokens(rows, positions), sharer.tokens(rows, theirs)
-    turns = rotations[place] if rotations else None
+    turns = ropes[place] if ropes else None
     mine, other = (kv.to(weight.device, weight.dtype) for kv in picked)
     if turns is None:
         return Picked(rows, positions, mine, other, None)
     turn = turns[0].at(prompt.positions, rows, positions, receiver.key.dtype)
-    return Picked(rows, positions, turn.back(mine), turns[1].at(reads.positions, rows, theirs, sharer.key.dtype).back(other), turn)
+    return Picked(
+        rows,
+        positions,
+        turn.remove(mine),
+        turns[1].at(reads.positions, rows, theirs, sharer.key.dtype).remove(other),
+        turn,
+    )
 
 
 def fuse(
@@ -58,7 +66,7 @@ def fuse(
     fusers: Sequence[nn.Module],
     prompt: AlignedPrompt,
     fusion: str = "parallel",
-    rotations: Rotations = (),
+    ropes: RoPEs = (),
     in_place: bool = False,
 ) -> KV:
     """Add to the receiver's cache what each sharer's fuser makes of it (paper, Eq. 3).
@@ -72,7 +80,7 @@ def fuse(
         prompt: Which receiver position reads which sharer position.
         fusion: ``parallel``: every fuser reads the clean receiver cache; ``sequential``: what the sharers before have
             made of it.
-        rotations: By default none. A rotation is linear, so the residual alone is turned forward again, and what it is
+        ropes: By default none. A rotation is linear, so the residual alone is turned forward again, and what it is
             added to stays as it is to the bit where a gate is closed.
         in_place: Write over ``receiver``; without gradients only.
 
@@ -84,22 +92,22 @@ def fuse(
     places = range(min(len(sharers), len(fusers)))  # fewer sharers may take part
     for piece in [prompt] if differentiable else _pieces(prompt):
         for together in [places] if fusion == "parallel" else [[place] for place in places]:
-            added = [_residual(fused, sharers[place], fusers[place], piece, place, rotations) for place in together]
+            added = [_residual(fused, sharers[place], fusers[place], piece, place, ropes) for place in together]
             for one in filter(None, added):
                 fused = fused.add_tokens(*one) if differentiable else fused.add_tokens_(*one)
     return fused
 
 
 def _residual(
-    receiver: KV, sharer: KV, fuser: nn.Module, prompt: AlignedPrompt, place: int, rotations: Rotations
+    receiver: KV, sharer: KV, fuser: nn.Module, prompt: AlignedPrompt, place: int, ropes: RoPEs
 ) -> tuple[Tensor, Tensor, KV] | None:
     """Rows and positions of the tokens that one fuser sees, and what it adds to them."""
     weight = next(fuser.parameters())  # a fuser wrapped for distributed training tells neither device nor dtype
-    picked = pick(receiver, sharer, prompt, place, weight, rotations)
+    picked = pick(receiver, sharer, prompt, place, weight, ropes)
     if picked is None:
         return None
     residual = fuser(picked.receiver, picked.sharer)
-    return picked.rows, picked.positions, residual if picked.turn is None else picked.turn.forward(residual)
+    return picked.rows, picked.positions, residual if picked.turn is None else picked.turn.apply(residual)
 
 
 def _pieces(prompt: AlignedPrompt) -> Iterator[AlignedPrompt]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kvfuse.backends.onednn import quick_products
-from kvfuse.cache.preallocated import GrowingLayer
+from kvfuse.backends.onednn import onednn_linears
+from kvfuse.cache.preallocated import PreallocatedLayer
 from kvfuse.cache.transformers_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
 from kvfuse.errors import PairError
 
@@ -39,7 +39,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
         PairError: The model keeps no KV-cache.
     """
     cache = empty_cache(model.config) if cache is None else cache
-    with suppress(_LastLayerRead), quick_products(ids.numel()):
+    with suppress(_LastLayerRead), onednn_linears(ids.numel()):
         model.base_model(
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # the mask is on the CPU: no sync
@@ -48,7 +48,9 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
             **{CACHE: _stop_after_last(cache)},
         )
     if not any(is_filled(layer) for layer in cache.layers):
-        raise PairError(f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model")
+        raise PairError(
+            f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model"
+        )
     return cache
 
 
@@ -73,7 +75,7 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
-def can_go_on(model: PreTrainedModel) -> bool:
+def supports_prefix_reuse(model: PreTrainedModel) -> bool:
     """Whether a model's cache of a prompt begins as its cache of every longer one.
 
     A recurrent state cannot be taken back to an earlier token, and keys that are turned by the length of the prompt are others in
@@ -90,7 +92,7 @@ class _LastLayerRead(Exception):
 def _stop_after_last(cache: Cache) -> Cache:
     """Make the update of a cache's last layer end the run; only where that layer holds keys and values and nothing else."""
     last = cache.layers[-1]
-    if type(last) in (DynamicLayer, GrowingLayer):
+    if type(last) in (DynamicLayer, PreallocatedLayer):
         store = last.update
 
         def update(*args: Any, **kwargs: Any) -> None:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
-from kvfuse.cache.prefix_cache import Shelf, exact_text, fused_text
+from kvfuse.cache.prefix_cache import PrefixCache, exact_text, fused_text
 from kvfuse.cache.transformers_cache import KV, Layers, read_layers, start_cache
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.by_group import is_watched
 from kvfuse.fusers.execution.versions import version_of
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.stages.fuse import Rotations, fuse
-from kvfuse.stages.prefill import Prefill, can_go_on, prefill
+from kvfuse.stages.fuse import RoPEs, fuse
+from kvfuse.stages.prefill import Prefill, prefill, supports_prefix_reuse
 
 MAX_BYTES = 2**31
 SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
@@ -65,7 +65,7 @@ class PrefixStore:
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._shelf = Shelf(max_bytes)
+        self._shelf = PrefixCache(max_bytes)
         self._names = WeakIdKeyDictionary()
         self._plain = WeakIdKeyDictionary()
         self._numbers = count()
@@ -81,7 +81,9 @@ class PrefixStore:
         """Forget all caches."""
         self._shelf.clear()
 
-    def prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, prefiller: Prefill = prefill) -> Cache:
+    def prefill(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, prefiller: Prefill = prefill
+    ) -> Cache:
         """As ``prefiller``, by which only what is new is run. The cache is the caller's own."""
         if not (_is_one_prompt(mask) and self._can_go_on(model)):
             return prefiller(model, ids, mask, positions)
@@ -103,7 +105,7 @@ class PrefixStore:
         fusers: Sequence[nn.Module],
         prompt: AlignedPrompt,
         fusion: str,
-        rotations: Rotations,
+        ropes: RoPEs,
         in_place: bool = False,
     ) -> KV:
         """As :func:`kvfuse.stages.fuse.fuse`, of which only what is new is run: a fuser is position-wise.
@@ -112,9 +114,14 @@ class PrefixStore:
         """
         places = range(min(len(sharers), len(fusers)))
         fusers = fusers[: len(places)]
-        if not (_is_one_prompt(prompt.mask) and all(map(self._can_go_on, models)) and fusers and all(map(_is_settled, fusers))):
-            return fuse(receiver, sharers, fusers, prompt, fusion, rotations, in_place)
-        turned = tuple(rotations[place] is not None for place in places)
+        if not (
+            _is_one_prompt(prompt.mask)
+            and all(map(self._can_go_on, models))
+            and fusers
+            and all(map(_is_settled, fusers))
+        ):
+            return fuse(receiver, sharers, fusers, prompt, fusion, ropes, in_place)
+        turned = tuple(ropes[place] is not None for place in places)
         names = (*map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
         maker, text = ("fused", fusion, turned, *names), fused_text(prompt, len(places))
         entry, known = self._shelf.find(maker, text)
@@ -123,7 +130,7 @@ class PrefixStore:
         if entry is not None:
             _overwrite(_layers_of(fused), entry.layers, known)
         new = prompt.fuse_mask & (torch.arange(prompt.fuse_mask.shape[1]) >= known)
-        fused = fuse(fused, sharers, fusers, replace(prompt, fuse_mask=new), fusion, rotations, in_place=True)
+        fused = fuse(fused, sharers, fusers, replace(prompt, fuse_mask=new), fusion, ropes, in_place=True)
         if known < len(text):
             self._shelf.keep(maker, text, _layers_of(fused))
         return fused
@@ -142,14 +149,16 @@ class PrefixStore:
             return number
 
     def _can_go_on(self, model: PreTrainedModel) -> bool:
-        """:func:`can_go_on`, asked once."""
+        """:func:`supports_prefix_reuse`, asked once."""
         if model not in self._plain:
-            self._plain[model] = can_go_on(model)
+            self._plain[model] = supports_prefix_reuse(model)
         return self._plain[model]
 
     def _count(self, **more: int) -> None:
         with self._lock:
-            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + added for name, added in more.items()})
+            self._stats = replace(
+                self._stats, **{name: getattr(self._stats, name) + added for name, added in more.items()}
+            )
 
 
 def _is_one_prompt(mask: Tensor) -> bool:

@@ -21,11 +21,14 @@ from kvfuse.prompts.alignment import AlignedPrompt, SharerPrompt, count_position
 from kvfuse.prompts.reencode import REENCODINGS, reencoding
 from kvfuse.stages.prefill import prefill
 
-CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change how the text before it is cut into tokens
+CONTEXT_TOKENS, CONTEXT_CHARACTERS = (
+    16,
+    48,
+)  # within which a new piece may change how the text before it is cut into tokens
 
 
 @dataclass
-class Streams:
+class ModelCaches:
     """What every model has read, each in a cache of its own; nothing in them is fused.
 
     Attributes:
@@ -37,7 +40,7 @@ class Streams:
     sharers: list[Cache]
 
 
-class Follower:
+class ResponseFuser:
     """Reads a response along with every model and fuses its positions.
 
     Args:
@@ -53,7 +56,7 @@ class Follower:
         receiver: LanguageModel,
         sharers: Sequence[tuple[LanguageModel, str]],
         prompt: AlignedPrompt,
-        streams: Streams,
+        streams: ModelCaches,
         fuse: Callable[[AlignedPrompt, KV, Sequence[KV]], KV],
     ) -> None:
         self.receiver, self.cache, self.fuse = receiver, streams.receiver, fuse
@@ -61,7 +64,9 @@ class Follower:
         self.sharers = []
         for (sharer, how), cache, reads in zip(sharers, streams.sharers, prompt.sharers, strict=True):
             theirs = _unpad(reads.ids, reads.mask)
-            writers = [_writer(how, receiver.tokenizer, sharer.tokenizer, *both) for both in zip(rows, theirs, strict=True)]
+            writers = [
+                _writer(how, receiver.tokenizer, sharer.tokenizer, *both) for both in zip(rows, theirs, strict=True)
+            ]
             self.sharers.append(_SharerStream(sharer, cache, reads.positions[:, -1:], theirs, writers))
         self.position = prompt.positions[:, -1:]  # (B, 1), of the token to read next
         self.started = False
@@ -106,7 +111,9 @@ class _SharerStream:
         skipped: Positions that each row's prompt has left out.
     """
 
-    def __init__(self, sharer: LanguageModel, cache: Cache, last: Tensor, rows: list[list[int]], writers: list[Any]) -> None:
+    def __init__(
+        self, sharer: LanguageModel, cache: Cache, last: Tensor, rows: list[list[int]], writers: list[Any]
+    ) -> None:
         self.sharer, self.cache, self.rows, self.writers = sharer, cache, rows, writers
         self.skipped = [position + 1 - len(row) for position, row in zip(last[:, 0].tolist(), rows, strict=True)]
 
@@ -189,14 +196,19 @@ class _Retokenizer:
             return 0, []
         longer = self.context + text[len(self.text) :]
         before, after = (self.sharer(part, add_special_tokens=False).input_ids for part in (self.context, longer))
-        same = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), min(len(before), len(after)))
+        same = next(
+            (i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new),
+            min(len(before), len(after)),
+        )
         self.context = longer[-CONTEXT_CHARACTERS:]
         self.ids = ids[-CONTEXT_TOKENS:]
         self.text = _text(self.receiver, self.ids)
         return len(before) - same, after[same:]
 
 
-def _writer(how: str, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, mine: list[int], theirs: list[int]) -> Any:
+def _writer(
+    how: str, receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, mine: list[int], theirs: list[int]
+) -> Any:
     if how == "identity":
         return _Same()
     if how in REENCODINGS:

@@ -23,24 +23,24 @@ TOLERANCE = 0.02  # of the keys' norm; rounding to bf16 stays below, a rotation 
 
 
 @dataclass(frozen=True)
-class Turn:
+class TokenRoPE:
     """The rotations of some tokens of one model, to turn their keys by.
 
     Attributes:
-        apply: The model's own ``apply_rotary_pos_emb``.
+        function: The model's own ``apply_rotary_pos_emb``.
         layers: The layers that are turned alike, by the name of their embedding; those that turn nothing are in none.
         angles: Their cosines and sines, ``(1, N, D_rotary)`` each.
     """
 
-    apply: Callable[..., Any]
+    function: Callable[..., Any]
     layers: dict[str, list[int]]
     angles: dict[str, tuple[Tensor, Tensor]]
 
-    def forward(self, kv: KV) -> KV:
+    def apply(self, kv: KV) -> KV:
         """Keys at position zero -> as the cache holds them. ``kv`` is ``(L, 1, H, N, D)``."""
         return self._each(kv, lambda cos, sin: (cos, sin))
 
-    def back(self, kv: KV) -> KV:
+    def remove(self, kv: KV) -> KV:
         """Keys as the cache holds them -> at position zero; a scale that the embedding puts on them is taken off too."""
         return self._each(kv, lambda cos, sin: (cos / (cos**2 + sin**2), -sin / (cos**2 + sin**2)))
 
@@ -49,25 +49,25 @@ class Turn:
         for name, layers in self.layers.items():
             angles = (angle.to(key.device, torch.float32) for angle in self.angles[name])
             cos, sin = (angle.to(key.dtype) for angle in angles_of(*angles))
-            key[layers] = torch.stack([_apply(self.apply, part, cos, sin) for part in key[layers]])
+            key[layers] = torch.stack([_apply(self.function, part, cos, sin) for part in key[layers]])
         return KV(key, kv.value)
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RoPE:
     """How one model turns its keys by their positions.
 
     Attributes:
         embedding: The model's rotary embedding.
-        apply: See :class:`Turn`.
-        layers: See :class:`Turn`.
+        function: See :class:`TokenRoPE`.
+        layers: See :class:`TokenRoPE`.
     """
 
     embedding: nn.Module
-    apply: Callable[..., Any]
+    function: Callable[..., Any]
     layers: dict[str, list[int]]
 
-    def at(self, positions: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype = torch.float32) -> Turn:
+    def at(self, positions: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype = torch.float32) -> TokenRoPE:
         """The rotations of single tokens of a batch.
 
         Args:
@@ -81,21 +81,23 @@ class Rotation:
         for name in self.layers:
             both = self.embedding(probe, positions.to(probe.device), *([name] if name else []))
             angles[name] = tuple(angle.expand(len(positions), -1, -1)[rows, columns][None] for angle in both)
-        return Turn(self.apply, self.layers, angles)
+        return TokenRoPE(self.function, self.layers, angles)
 
 
-def measure_rotation(model: PreTrainedModel) -> Rotation:
+def measure_rope(model: PreTrainedModel) -> RoPE:
     """Find out which layers of a model turn their keys, and by what.
 
     Raises:
         PairError: The model has no rotary embedding, or keys that it does not turn or alone does not explain (MLA, whose
             cache holds other things, absolute positions).
     """
-    embedding = next((one for one in model.base_model.modules() if type(one).__name__.endswith("RotaryEmbedding")), None)
+    embedding = next(
+        (one for one in model.base_model.modules() if type(one).__name__.endswith("RotaryEmbedding")), None
+    )
     apply = getattr(sys.modules.get(type(embedding).__module__), "apply_rotary_pos_emb", None)
     if embedding is None or apply is None:
         raise _no_rotation(model)
-    candidates = {name: Rotation(embedding, apply, {name: []}) for name in getattr(embedding, "layer_types", [""])}
+    candidates = {name: RoPE(embedding, apply, {name: []}) for name in getattr(embedding, "layer_types", [""])}
     spreads = _spreads(model, candidates)
     names = list(spreads)
     least, best = torch.stack(list(spreads.values())).min(dim=0)
@@ -103,21 +105,25 @@ def measure_rotation(model: PreTrainedModel) -> Rotation:
     if not bool((least < TOLERANCE).all()) or not any(name is not None for name in chosen):
         raise _no_rotation(model)
     layers = {name: [layer for layer, other in enumerate(chosen) if other == name] for name in candidates}
-    return Rotation(embedding, apply, {name: turned for name, turned in layers.items() if turned})
+    return RoPE(embedding, apply, {name: turned for name, turned in layers.items() if turned})
 
 
-def _spreads(model: PreTrainedModel, candidates: dict[str, Rotation]) -> dict[str | None, Tensor]:
+def _spreads(model: PreTrainedModel, candidates: dict[str, RoPE]) -> dict[str | None, Tensor]:
     """How unlike a layer's keys of one token at several positions stay, ``(L,)``, left alone (None) or turned back."""
     count = len(MEASURED_POSITIONS)
-    ids = torch.full((count, 1), model.get_input_embeddings().num_embeddings // 2)  # no padding, whose embedding may be zero
+    ids = torch.full(
+        (count, 1), model.get_input_embeddings().num_embeddings // 2
+    )  # no padding, whose embedding may be zero
     positions, rows = torch.tensor(MEASURED_POSITIONS)[:, None], torch.arange(count)
     held = read_cache(prefill(model, ids, torch.ones_like(ids), positions)).tokens(rows, torch.zeros_like(rows))
     kv = held.to(held.key.device, torch.float32)
     spreads: dict[str | None, Tensor] = {None: _spread(kv.key)}
-    for name, rotation in candidates.items():
-        turn = rotation.at(positions, rows, torch.zeros_like(rows), held.key.dtype)
+    for name, rope in candidates.items():
+        turn = rope.at(positions, rows, torch.zeros_like(rows), held.key.dtype)
         with suppress(RuntimeError, TypeError, ValueError):  # an embedding of another make than its function takes
-            spreads[name] = _spread(Turn(turn.apply, {name: list(range(len(kv.key)))}, turn.angles).back(kv).key)
+            spreads[name] = _spread(
+                TokenRoPE(turn.function, {name: list(range(len(kv.key)))}, turn.angles).remove(kv).key
+            )
     return spreads
 
 
@@ -141,4 +147,6 @@ def _device(embedding: nn.Module) -> torch.device:
 
 def _no_rotation(model: PreTrainedModel) -> PairError:
     got = type(model).__name__
-    return PairError(f"expected a model whose keys a rotary embedding turns, as fuser.rope=removed needs, got {got}; use fuser.rope=kept")
+    return PairError(
+        f"expected a model whose keys a rotary embedding turns, as fuser.rope=removed needs, got {got}; use fuser.rope=kept"
+    )

@@ -30,7 +30,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file") from error
+        raise RecipeError(
+            f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file"
+        ) from error
     if not isinstance(content, dict):
         raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
     override(content, overrides)
@@ -46,21 +48,21 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
         _set(content, key.split("."), yaml.safe_load(value), word)
 
 
-def check(content: dict[str, Any], kind: type[SectionT], of_others: Collection[str] = ()) -> SectionT:
+def check(content: dict[str, Any], kind: type[SectionT], foreign: Collection[str] = ()) -> SectionT:
     """A recipe's content as what it says, every key and value checked.
 
     Args:
         content: See :func:`read_recipe`.
         kind: What to read it as.
-        of_others: Keys that other commands read, which are passed over.
+        foreign: Keys that other commands read, which are passed over.
 
     Raises:
         RecipeError: A key is unknown (the nearest is named) or missing, or a value is wrong.
     """
     try:
-        return kind.model_validate({key: value for key, value in content.items() if key not in of_others})
+        return kind.model_validate({key: value for key, value in content.items() if key not in foreign})
     except ValidationError as error:
-        raise RecipeError(_explain(error, kind, of_others)) from error
+        raise RecipeError(_explain(error, kind, foreign)) from error
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
@@ -77,12 +79,12 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, word: str) -> Non
     content[keys[-1]] = value
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], of_others: Collection[str]) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel], foreign: Collection[str]) -> str:
     """The first complaint of pydantic in one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [*_section_at(kind, first["loc"][:-1]).model_fields, *(of_others if len(first["loc"]) == 1 else ())]
+        known = [*_section_at(kind, first["loc"][:-1]).model_fields, *(foreign if len(first["loc"]) == 1 else ())]
         return str(unknown_key(key, known))
     if first["type"] == "missing":
         return f"expected the key {key} in the recipe, got none; add it"

@@ -63,7 +63,9 @@ def svg(figure: "Figure", name: str) -> str:
 
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -79,7 +81,9 @@ def save(figure: "Figure", path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     metadata = {"Software": None} if kind == "png" else dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        write_beside(path, lambda beside: figure.savefig(beside, format=kind, dpi=120, facecolor="white", metadata=metadata))
+        write_beside(
+            path, lambda beside: figure.savefig(beside, format=kind, dpi=120, facecolor="white", metadata=metadata)
+        )
 
 
 def new_axes(height: float) -> "tuple[Figure, Axes]":

@@ -11,7 +11,12 @@ T = TypeVar("T")
 
 
 def find_plugin(
-    name: str, what: str, group: str, known: Mapping[str, T], register: Callable[[str, Any], None], error: type[KVFuseError]
+    name: str,
+    what: str,
+    group: str,
+    known: Mapping[str, T],
+    register: Callable[[str, Any], None],
+    error: type[KVFuseError],
 ) -> T:
     """Look a thing up, importing it from the package that offers it when it is first asked for.
 
@@ -31,7 +36,9 @@ def find_plugin(
         register(name, offered[name].load())
     if name not in known:
         names = sorted({*known, *offered})
-        raise error(f"expected {what} to be one of {', '.join(names)}, got {name!r}; did you mean {nearest(name, names)!r}?")
+        raise error(
+            f"expected {what} to be one of {', '.join(names)}, got {name!r}; did you mean {nearest(name, names)!r}?"
+        )
     return known[name]
 
 

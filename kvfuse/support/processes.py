@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-PATIENCE = timedelta(hours=12)  # the others wait while the first encodes, which takes longer than the half hour of torch
+PATIENCE = timedelta(
+    hours=12
+)  # the others wait while the first encodes, which takes longer than the half hour of torch
 
 
 def processes() -> PartialState:

@@ -44,7 +44,9 @@ def start_from_ridge(pair: CacheToCache, train: TrainSection, examples: "Dataset
     fuser = pair.fusers[0]
     require_trainable(fuser)
     shared = ("receiver", "sharer", "token_alignment", "layer_alignment", "fuse", "rope")
-    ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(fuser.device)
+    ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(
+        fuser.device
+    )
     fit(CacheToCache(pair.receiver, pair.sharers, [ridge]), train, examples)
     cast("GatedFuser", fuser).start_from(*(part.detach() for part in ridge.linear()))
 
@@ -63,6 +65,6 @@ def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_siz
         if prompt.ids.shape[1] < 2:
             continue
         streams = pair.read(prompt)
-        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.rotations)
+        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.ropes)
         if picked is not None:
             yield picked.receiver, picked.sharer

@@ -89,7 +89,9 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
         PairError: A model is not there, or its shape cannot be told without its weights.
     """
     receiver, sharer = shape_of(recipe.receiver, recipe.dtype), shape_of(recipe.sharer, recipe.dtype)
-    pair = {whose: {"name": one.name, "kv": vars(one.kv)} for whose, one in (("receiver", receiver), ("sharer", sharer))}
+    pair = {
+        whose: {"name": one.name, "kv": vars(one.kv)} for whose, one in (("receiver", receiver), ("sharer", sharer))
+    }
     with torch.device("meta"):
         cls = fuser_class(recipe.fuser.kind)
         fuser = cls(cls.config_class(**pair, **recipe.fuser.options))
@@ -99,8 +101,16 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
     prompt = sum(training["length"][:]) / len(training) - response
     steps, batch = _steps(recipe, len(training)), recipe.train.batch_size
     memory = _weights(receiver) + _weights(sharer) + ADAM_BYTES * trainable
-    memory += int(batch * ((prompt + response) * (_kv_bytes(receiver) + _kv_bytes(sharer)) + 8 * response * receiver.vocabulary))
-    seconds = steps * recipe.train.accumulation * batch * _products(receiver, sharer, trainable, prompt, response) / _products_per_second()
+    memory += int(
+        batch * ((prompt + response) * (_kv_bytes(receiver) + _kv_bytes(sharer)) + 8 * response * receiver.vocabulary)
+    )
+    seconds = (
+        steps
+        * recipe.train.accumulation
+        * batch
+        * _products(receiver, sharer, trainable, prompt, response)
+        / _products_per_second()
+    )
     return Plan(receiver, sharer, trainable, len(training), (prompt, response), steps, memory, seconds)
 
 
@@ -111,7 +121,9 @@ def shape_of(name: str, dtype: str) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise PairError(f"expected a causal language model at {name!r}, got: {str(error).splitlines()[0]}; check the name") from error
+        raise PairError(
+            f"expected a causal language model at {name!r}, got: {str(error).splitlines()[0]}; check the name"
+        ) from error
     stored = getattr(torch, dtype, None) or config.dtype or torch.float32
     return Shape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)
 

@@ -10,7 +10,7 @@ from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
 from kvfuse.support.config import Section, check, override, read_recipe, unknown_key
 
-OF_OTHERS = ("evaluation",)
+FOREIGN_SECTIONS = ("evaluation",)
 
 
 class FuserSection(BaseModel):
@@ -38,7 +38,9 @@ class DataSection(Section):
     """Of the Hub data set."""
     streaming: bool = False
     """Read rows one by one, as many as ``limit`` says, without keeping their files; encoded rows are kept for this run only."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = (
+        "auto"
+    )
     """What a row looks like (``training/shapes.py``); ``auto`` reads it off its columns. ``text``: documents, cut into examples."""
     loss_on: Literal["last", "all"] = "last"
     """Learn the assistant's last turn, or each of them as an example of its own, which reads a chat again for every turn."""
@@ -127,7 +129,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
     """
-    recipe = check(read_recipe(path, overrides), Recipe, OF_OTHERS)
+    recipe = check(read_recipe(path, overrides), Recipe, FOREIGN_SECTIONS)
     known = _fuser_options(recipe.fuser.kind)
     for option in recipe.fuser.options:
         if option not in known:

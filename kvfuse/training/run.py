@@ -50,7 +50,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
         _list_bad_rows(recipe, prepared)
     validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
     pace = None
-    if pair.fusers[0].solved:
+    if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
         if recipe.train.start == "ridge":

@@ -21,7 +21,7 @@ def record(gain: Gain, pace: Pace | None, pair: CacheToCache, prepared: Prepared
 
     Args:
         gain: On held-out examples.
-        pace: Of the last session, where a killed run was started again; None for a fuser that is solved.
+        pace: Of the last session, where a killed run was started again; None for a fuser that is closed_form.
         pair: The models.
         prepared: The data.
         processes: How many took part.

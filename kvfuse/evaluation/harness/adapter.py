@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.harness.requests import by_options, cut, from_chat, generation_options, options_key, to_prompt
 from kvfuse.language_model import LanguageModel
-from kvfuse.methods import Method, Setting, Single, find_method, make_method
+from kvfuse.methods import Method, MethodContext, Single, find_method, make_method
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message
 from kvfuse.support.processes import processes
@@ -70,10 +70,16 @@ class HarnessModel(LM):
         self.method, self.batch_size, self.progress = method, int(batch_size), progress
         self.failures: list[Failure] = []
         self.state = processes()
-        self._rank, self._world_size, self._device = self.state.process_index, self.state.num_processes, self.state.device
+        self._rank, self._world_size, self._device = (
+            self.state.process_index,
+            self.state.num_processes,
+            self.state.device,
+        )
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "HarnessModel":
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "HarnessModel":
         """What ``--model_args method=cache-to-cache,receiver=…,sharer=…,fuser=…`` says, and ``--batch_size``.
 
         ``--device`` is passed over, as the harness's own default is a GPU even where there is none; say ``device_map=…``.
@@ -97,7 +103,9 @@ class HarnessModel(LM):
             stops, options = generation_options(key)
             self.method.prepare([to_prompt(context) for context in everything[key]], **options)
 
-            def answer(units: Sequence[Unit], stops: list[str] = stops, options: dict[str, Any] = options) -> list[list[str]]:
+            def answer(
+                units: Sequence[Unit], stops: list[str] = stops, options: dict[str, Any] = options
+            ) -> list[list[str]]:
                 replies = self.method.generate([to_prompt(context) for context, _ in units], **options)
                 return [[cut(reply.text, stops)] for reply in replies]
 
@@ -123,7 +131,9 @@ class HarnessModel(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not offered: what a sharer knows of a text is not asked by scoring it whole. Raises EvaluationError."""
-        raise EvaluationError("expected a task with questions, got one about perplexity, which no method here answers; choose another")
+        raise EvaluationError(
+            "expected a task with questions, got one about perplexity, which no method here answers; choose another"
+        )
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The chat as JSON: each model reads it through a template of its own.
@@ -132,7 +142,9 @@ class HarnessModel(LM):
             EvaluationError: The task begins the answer itself (``gen_prefix``), behind which no template here goes on.
         """
         if not add_generation_prompt:
-            raise EvaluationError("expected a task that leaves the answer to the model, got one with gen_prefix; ask it without a chat")
+            raise EvaluationError(
+                "expected a task that leaves the answer to the model, got one with gen_prefix; ask it without a chat"
+            )
         return from_chat(chat_history)
 
     @property
@@ -188,7 +200,9 @@ class HarnessModel(LM):
         torch.distributed.all_gather_object(gathered, asked)
         return gathered
 
-    def _ask(self, kind: str, requests: Sequence[Instance], units: list[Unit], answer: Answerer, none: Any, in_all: int) -> dict[int, Any]:
+    def _ask(
+        self, kind: str, requests: Sequence[Instance], units: list[Unit], answer: Answerer, none: Any, in_all: int
+    ) -> dict[int, Any]:
         """Answer, the longest first, and write each answer into the harness's cache at once.
 
         Args:
@@ -205,7 +219,10 @@ class HarnessModel(LM):
         answers: dict[int, Any] = {}
         units, failed = sorted(units, key=lambda unit: -len(unit[0])), 0
         for (_, places), results in tqdm(
-            ask(units, answer, self.batch_size), self.method.name, len(units), disable=not self.progress or self.rank > 0
+            ask(units, answer, self.batch_size),
+            self.method.name,
+            len(units),
+            disable=not self.progress or self.rank > 0,
         ):
             failed += isinstance(results, Exception)
             if isinstance(results, Exception):
@@ -216,7 +233,9 @@ class HarnessModel(LM):
                 answers[place] = result
                 self.cache_hook.add_partial(kind, requests[place].args, result)
         if units and failed == len(units) >= in_all // self.world_size:
-            raise EvaluationError(f"expected answers by {self.method.name}, got none; the last error was {self.failures[-1].error}")
+            raise EvaluationError(
+                f"expected answers by {self.method.name}, got none; the last error was {self.failures[-1].error}"
+            )
         return answers
 
     def _record(self, requests: Sequence[Instance], error: Exception) -> None:
@@ -255,9 +274,12 @@ def load_method(method: str = "cache-to-cache", **options: Any) -> Method:
         MethodError, PairError: There is no such method, or it lacks something.
     """
     find_method(method)
-    of_method = {field.name for field in fields(Setting)} - {"sharer"}
+    of_method = {field.name for field in fields(MethodContext)} - {"sharer"}
     settings = {name: options.pop(name) for name in of_method & options.keys()}
     if "fuser" not in options and method in options:  # the receiver or the sharer
         others = ("receiver", "sharer")
-        return Single(method, LanguageModel.from_pretrained(options[method], **{k: v for k, v in options.items() if k not in others}))
+        return Single(
+            method,
+            LanguageModel.from_pretrained(options[method], **{k: v for k, v in options.items() if k not in others}),
+        )
     return make_method(method, CacheToCache.from_pretrained(**options), **settings)

@@ -43,7 +43,9 @@ def generation_options(key: str) -> tuple[list[str], dict[str, Any]]:
     until = options.pop("until", None) or []
     options["max_new_tokens"] = options.pop("max_gen_toks", options.get("max_new_tokens", DEFAULT_NEW_TOKENS))
     if not options["do_sample"]:
-        options = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k", "min_p")}
+        options = {
+            key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k", "min_p")
+        }
     return [until] if isinstance(until, str) else list(until), options
 
 

@@ -48,23 +48,32 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
     for task in dict.fromkeys(task for record in records for task in record["tasks"]):
         yield Heading(task)
         published = [[one for one in run.published if one.task == task] for run in runs]
-        yield from _task([record["tasks"].get(task) for record in records], [one.get(task) for one in tasks], names, published)
+        yield from _task(
+            [record["tasks"].get(task) for record in records], [one.get(task) for one in tasks], names, published
+        )
     if any(record["latency"] for record in records):
         yield from _latency([record["latency"] for record in records], names)
     yield from _configurations([run.config for run in runs], names)
 
 
 def _task(
-    figures: Sequence[Figures | None], scores: Sequence[TaskScores | None], names: Sequence[str], published: Sequence[Sequence[Published]]
+    figures: Sequence[Figures | None],
+    scores: Sequence[TaskScores | None],
+    names: Sequence[str],
+    published: Sequence[Sequence[Published]],
 ) -> Iterator[Block]:
     methods = list(dict.fromkeys(method for one in figures if one for method in one["methods"]))
     rows = []
     for method in dict.fromkeys([*methods, *(one.method for some in published for one in select(some))]):
         cells = [accuracy_cell(one["methods"].get(method) if one else None) for one in figures]
-        rows.append([method, *(beside(cell, select(some, method)) for cell, some in zip(cells, published, strict=True))])
+        rows.append(
+            [method, *(beside(cell, select(some, method)) for cell, some in zip(cells, published, strict=True))]
+        )
     yield Table(["score, % [95%]", *names], rows)
     if any(map(select, published)):
-        yield Text("Behind a stroke: published; each run's own report has the sources, and why rows cannot be run as published.")
+        yield Text(
+            "Behind a stroke: published; each run's own report has the sources, and why rows cannot be run as published."
+        )
     for name, one in zip(names, figures, strict=True):
         if one:
             yield Text(one["verdict"], lead=f"{name}.")
@@ -73,7 +82,9 @@ def _task(
         yield from _difference(first, other, methods)
 
 
-def _difference(one: tuple[str, TaskScores | None], other: tuple[str, TaskScores | None], methods: Sequence[str]) -> Iterator[Block]:
+def _difference(
+    one: tuple[str, TaskScores | None], other: tuple[str, TaskScores | None], methods: Sequence[str]
+) -> Iterator[Block]:
     """The later run minus the first, where they have asked the same items; else a note that says why not."""
     (first, before), (name, after) = one, other
     if before is None or after is None:
@@ -105,19 +116,27 @@ def _paired(before: TaskScores, after: TaskScores, method: str) -> tuple[float, 
 
 def _latency(latencies: Sequence[Figures], names: Sequence[str]) -> Iterator[Block]:
     methods = list(dict.fromkeys(method for one in latencies for method in one))
-    cells = [[f"{1000 * one[method]['median']:.1f}" if method in one else "-" for one in latencies] for method in methods]
+    cells = [
+        [f"{1000 * one[method]['median']:.1f}" if method in one else "-" for one in latencies] for method in methods
+    ]
     yield Heading("Latency")
-    yield Text("Medians of single questions; they compare methods of one run, and runs only where the machine was the same.")
+    yield Text(
+        "Medians of single questions; they compare methods of one run, and runs only where the machine was the same."
+    )
     yield Table(["median ms", *names], [[method, *row] for method, row in zip(methods, cells, strict=True)])
 
 
 def _configurations(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Block]:
     """The keys in which the runs differ."""
     flat = [dict(_leaves(config)) for config in configs]
-    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key, "-") for one in flat}) > 1]
+    keys = [
+        key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key, "-") for one in flat}) > 1
+    ]
     yield Heading("Configuration")
     if keys:
-        yield Table(["key", *names], [[key, *(one.get(key, "-") for one in flat)] for key in keys], named=1 + len(names))
+        yield Table(
+            ["key", *names], [[key, *(one.get(key, "-") for one in flat)] for key in keys], named=1 + len(names)
+        )
     else:
         yield Text("The same in all runs.")
 

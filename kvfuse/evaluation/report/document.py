@@ -68,7 +68,9 @@ def to_html(blocks: Sequence[Block]) -> str:
     """The page: no script, nothing loaded, light or dark as the reader has it."""
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(template).render(blocks=[(type(block).__name__, block) for block in blocks], title=_title(blocks))
+    return environment.from_string(template).render(
+        blocks=[(type(block).__name__, block) for block in blocks], title=_title(blocks)
+    )
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -90,7 +92,9 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"- {_plain(name)}: {_plain(fact)}" for name, fact in block.facts.items())
         case Table():
             marks = ["---" if i < block.named else "---:" for i in range(len(block.header))]
-            lines = [marks if row is None else [_plain(cell) for cell in row] for row in (block.header, None, *block.rows)]
+            lines = [
+                marks if row is None else [_plain(cell) for cell in row] for row in (block.header, None, *block.rows)
+            ]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Code():
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))

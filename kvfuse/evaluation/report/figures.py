@@ -59,7 +59,9 @@ def categories_height(categories: Mapping[str, Mapping[str, Any]]) -> float:
     return len(categories) * max(0.34, 0.11 * max(map(len, categories.values())))
 
 
-def draw_categories(axes: "Axes", categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]], axis: str) -> list[Any]:
+def draw_categories(
+    axes: "Axes", categories: Mapping[str, Mapping[str, tuple[float, "Interval"]]], axis: str
+) -> list[Any]:
     """:func:`by_category` into axes that are there; gives back what a legend needs."""
     methods = list(dict.fromkeys(name for one in categories.values() for name in one))
     shown: list[Any] = []
@@ -77,10 +79,16 @@ def draw_categories(axes: "Axes", categories: Mapping[str, Mapping[str, tuple[fl
     return shown
 
 
-def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, tuple[float, "Interval"]]]:
+def shares(
+    categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]
+) -> dict[str, dict[str, tuple[float, "Interval"]]]:
     """What :func:`by_category` takes, of these methods, from the categories of :func:`kvfuse.evaluation.scoring.metrics.task_figures`."""
     return {
-        category: {method: (found["accuracy"], found["interval"]) for method in methods if (found := one["methods"].get(method))}
+        category: {
+            method: (found["accuracy"], found["interval"])
+            for method in methods
+            if (found := one["methods"].get(method))
+        }
         for category, one in categories.items()
     }
 
@@ -142,11 +150,15 @@ def draw_venn(axes: "Axes", methods: Sequence[str], regions: Mapping[str, float]
         axes.add_patch(Disc((one.x, one.y), one.radius, fill=False, edgecolor=colour, linewidth=1.8))
     for region, count in regions.items():
         if region and (count or len(methods) == 3):
-            _write_count(axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), low + 0.2)
+            _write_count(
+                axes, number(count), *middle(circles, [name in region.split("+") for name in methods]), low + 0.2
+            )
     for name, one, (side, down) in zip(methods, circles, NAME_PLACES, strict=False):
         size = sum(count for region, count in regions.items() if name in region.split("+"))
         place = one.x + side * (one.radius + 0.15), one.y - down
-        axes.text(*place, f"{name}\n{number(size)} right", ha="left" if side > 0 else "right", va="center", weight="bold")
+        axes.text(
+            *place, f"{name}\n{number(size)} right", ha="left" if side > 0 else "right", va="center", weight="bold"
+        )
     axes.text(0, low + 0.2, f"nobody: {number(regions.get('', 0))}", ha="center", va="center")
     axes.set(aspect="equal", xlim=(-4.2, 4.2), ylim=(low, high))
     axes.set_axis_off()
@@ -158,7 +170,11 @@ def number(count: float) -> str:
 
 
 def _circles(methods: Sequence[str], regions: Mapping[str, float]) -> Sequence[Circle]:
-    return THREE if len(methods) == 3 else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
+    return (
+        THREE
+        if len(methods) == 3
+        else two_circles(regions[methods[0]], regions["+".join(methods)], regions[methods[1]])
+    )
 
 
 def _heights(circles: Sequence[Circle]) -> tuple[float, float]:

@@ -20,7 +20,11 @@ def as_rows(tables: Any) -> Any:
     """
     if not isinstance(tables, list):
         return tables
-    return [row for table in tables for row in (_rows(**table) if isinstance(table, dict) and "values" in table else [table])]
+    return [
+        row
+        for table in tables
+        for row in (_rows(**table) if isinstance(table, dict) and "values" in table else [table])
+    ]
 
 
 def _rows(values: Any, why_not: dict[str, str] | None = None, **fields: Any) -> list[dict[str, Any]]:
@@ -34,7 +38,9 @@ def _rows(values: Any, why_not: dict[str, str] | None = None, **fields: Any) -> 
     return rows
 
 
-def select(published: Sequence[Published], method: str | None = None, unit: str = "%", part: str | None = None) -> list[Published]:
+def select(
+    published: Sequence[Published], method: str | None = None, unit: str = "%", part: str | None = None
+) -> list[Published]:
     """The figures of one unit and part, of one method or of all."""
     return [one for one in published if (one.unit, one.part) == (unit, part) and method in (None, one.method)]
 

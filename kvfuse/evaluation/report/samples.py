@@ -17,7 +17,10 @@ def failures(predictions: Sequence[Prediction]) -> Iterator[Block]:
         counts = Counter((row.task, row.method, row.failed) for row in failed)
         first = {(row.task, row.method, row.failed): row.item for row in reversed(failed)}
         yield Heading("Failures")
-        rows = [[task, method, _short(str(error)), first[task, method, error], str(n)] for (task, method, error), n in counts.most_common()]
+        rows = [
+            [task, method, _short(str(error)), first[task, method, error], str(n)]
+            for (task, method, error), n in counts.most_common()
+        ]
         yield Table(["task", "method", "error", "first item", "items"], rows, named=4)
 
 
@@ -45,8 +48,13 @@ def _answers(rows: Sequence[Prediction], alike: int) -> Table:
     given: dict[tuple[float, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: -row.score):
         given.setdefault((row.score, row.failed or row.answer), []).append(row.method)
-    cells = [[_short(answer) or "(nothing)", ", ".join(methods), f"{100 * score:.0f}"] for (score, answer), methods in given.items()]
-    return Table([f"answer (right: {_short(rows[0].target)}; {alike:,} items like this)", "given by", "score"], cells, named=2)
+    cells = [
+        [_short(answer) or "(nothing)", ", ".join(methods), f"{100 * score:.0f}"]
+        for (score, answer), methods in given.items()
+    ]
+    return Table(
+        [f"answer (right: {_short(rows[0].target)}; {alike:,} items like this)", "given by", "score"], cells, named=2
+    )
 
 
 def _short(text: str) -> str:

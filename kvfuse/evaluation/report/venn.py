@@ -49,7 +49,9 @@ def lens(distance: float, one: float, other: float) -> float:
         return pi * min(one, other) ** 2
     angle = acos((distance**2 + one**2 - other**2) / (2 * distance * one))
     beside = acos((distance**2 + other**2 - one**2) / (2 * distance * other))
-    kite = sqrt((one + other - distance) * (distance + one - other) * (distance - one + other) * (distance + one + other))
+    kite = sqrt(
+        (one + other - distance) * (distance + one - other) * (distance - one + other) * (distance + one + other)
+    )
     return one**2 * angle + other**2 * beside - kite / 2
 
 

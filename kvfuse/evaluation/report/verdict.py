@@ -23,7 +23,12 @@ def verdict(figures: dict[str, Any]) -> str:
     gain = difference(figures, FUSED, RECEIVER)
     if gain is None:
         return f"No verdict: it takes answers of both {FUSED} and {RECEIVER} to the same items."
-    sentences = [_gain(gain, figures["content"]), _calibrated(difference(figures, FUSED, CALIBRATED)), _kept(figures), _seeds(figures)]
+    sentences = [
+        _gain(gain, figures["content"]),
+        _calibrated(difference(figures, FUSED, CALIBRATED)),
+        _kept(figures),
+        _seeds(figures),
+    ]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -34,7 +39,12 @@ def difference(figures: dict[str, Any], method: str, against: str) -> dict[str, 
             return pair
         if (pair["method"], pair["against"]) == (against, method):
             low, high = pair["interval"]
-            turned = {"difference": -pair["difference"], "interval": (-high, -low), "helped": pair["hurt"], "hurt": pair["helped"]}
+            turned = {
+                "difference": -pair["difference"],
+                "interval": (-high, -low),
+                "helped": pair["hurt"],
+                "hurt": pair["helped"],
+            }
             return {**pair, "method": method, "against": against, **turned}
     return None
 
@@ -87,7 +97,9 @@ def _calibrated(gain: dict[str, Any] | None) -> str:
 
 def _kept(figures: dict[str, Any]) -> str:
     kept = figures["methods"][FUSED]["kept"]
-    told = [f"{points(one['share'], one['interval'])}% of what the {name} alone has right" for name, one in kept.items()]
+    told = [
+        f"{points(one['share'], one['interval'])}% of what the {name} alone has right" for name, one in kept.items()
+    ]
     return f"Fused, it keeps {' and '.join(told)}." if told else ""
 
 

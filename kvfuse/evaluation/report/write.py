@@ -110,7 +110,9 @@ def _verdicts(record: Figures) -> Iterator[Block]:
     if failed := sum(one["failed"] for _, one in methods):
         yield Text(f"{failed:,} failed. They count as wrong and are listed below.", lead="Failures.")
     if any(one["items"] < task["items"] for task, one in methods):
-        yield Text("Not finished: some methods have not answered every item with every seed. Figures are of the items that they have.")
+        yield Text(
+            "Not finished: some methods have not answered every item with every seed. Figures are of the items that they have."
+        )
 
 
 def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[Block]:
@@ -130,7 +132,16 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
 
 
 def _methods_table(task: Figures, measure: str, published: Mapping[str, Published]) -> Table:
-    header = ["method", f"{measure}, % [95%]", "seeds", "kept of receiver's", "kept of sharer's", "items", "failed", "not read"]
+    header = [
+        "method",
+        f"{measure}, % [95%]",
+        "seeds",
+        "kept of receiver's",
+        "kept of sharer's",
+        "items",
+        "failed",
+        "not read",
+    ]
     rows = []
     for name in dict.fromkeys([*task["methods"], *published]):
         one = task["methods"].get(name)
@@ -187,12 +198,12 @@ def _overlap(name: str, task: Figures) -> Iterator[Block]:
     yield Heading("Who has which items right", level=3)
     if RECEIVER in methods:
         two = _without_sharer(regions)
-        caption = (
-            f"{name}: fusing hurt {figures.number(two[RECEIVER])} items and helped {figures.number(two[FUSED])}. Areas to scale.{averaged}"
-        )
+        caption = f"{name}: fusing hurt {figures.number(two[RECEIVER])} items and helped {figures.number(two[FUSED])}. Areas to scale.{averaged}"
         yield Picture(svg(figures.venn([RECEIVER, FUSED], two), f"{name} two"), caption)
     if len(methods) == 3:
-        yield Picture(svg(figures.venn(methods, regions), f"{name} three"), f"{name}: with the sharer. Not to scale.{averaged}")
+        yield Picture(
+            svg(figures.venn(methods, regions), f"{name} three"), f"{name}: with the sharer. Not to scale.{averaged}"
+        )
     rows = [[region.replace("+", " and ") or "nobody", figures.number(count)] for region, count in regions.items()]
     yield Table(["right, and nobody else of these", "items"], rows)
 
@@ -209,35 +220,68 @@ def _categories(name: str, task: Figures, axis: str, published: Sequence[Publish
     yield Heading("By category", level=3)
     rows = []
     for category, one in categories.items():
-        cells = [f"{100 * one['methods'][method]['accuracy']:.1f}" if method in one["methods"] else "-" for method in methods]
-        quoted = [beside(cell, select(published, method, part=category)) for method, cell in zip(methods, cells, strict=True)]
+        cells = [
+            f"{100 * one['methods'][method]['accuracy']:.1f}" if method in one["methods"] else "-" for method in methods
+        ]
+        quoted = [
+            beside(cell, select(published, method, part=category)) for method, cell in zip(methods, cells, strict=True)
+        ]
         rows.append([category, f"{one['items']:,}", *quoted])
     yield Table(["category", "items", *methods], rows)
-    drawn = methods if len(rows) <= FEW_CATEGORIES else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
-    yield Picture(svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category.")
+    drawn = (
+        methods
+        if len(rows) <= FEW_CATEGORIES
+        else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
+    )
+    yield Picture(
+        svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category."
+    )
 
 
 def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block]:
     phases = all_phases(latency)
     asked = max(one["questions"] for one in latency.values())
     yield Heading("Latency")
-    yield Text(f"{asked:,} questions asked one at a time, warm, the methods by turns. p95: the 95th percentile. Phases: means in ms.")
-    header = ["method", "median ms", "p95 ms", *(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
-    yield Table(header, [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()])
+    yield Text(
+        f"{asked:,} questions asked one at a time, warm, the methods by turns. p95: the 95th percentile. Phases: means in ms."
+    )
+    header = [
+        "method",
+        "median ms",
+        "p95 ms",
+        *(phase.replace("_", " ") for phase in phases),
+        "other",
+        "tokens in",
+        "out",
+    ]
+    yield Table(
+        header, [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()]
+    )
     if published:
         told = "; ".join(dict.fromkeys(one.source for one in published))
         yield Text(
-            f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.", lead="Published:"
+            f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.",
+            lead="Published:",
         )
     yield Picture(svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
 
 
 def _latency_cells(name: str, one: Figures, phases: Sequence[str], published: Sequence[Published]) -> list[str]:
     spent = figures.stack(one)
-    times = [beside(f"{spent[phase]:.1f}" if phase in spent else "-", select(published, name, "ms", phase)) for phase in phases]
-    counts = {part: "-" if one[key] is None else f"{one[key]:.1f}" for part, key in (("in", "tokens_in"), ("out", "tokens"))}
+    times = [
+        beside(f"{spent[phase]:.1f}" if phase in spent else "-", select(published, name, "ms", phase))
+        for phase in phases
+    ]
+    counts = {
+        part: "-" if one[key] is None else f"{one[key]:.1f}" for part, key in (("in", "tokens_in"), ("out", "tokens"))
+    }
     tokens = [beside(count, select(published, name, "tokens", part)) for part, count in counts.items()]
-    return [beside(f"{1000 * one['median']:.1f}", select(published, name, "ms")), f"{1000 * one['p95']:.1f}", *times, *tokens]
+    return [
+        beside(f"{1000 * one['median']:.1f}", select(published, name, "ms")),
+        f"{1000 * one['p95']:.1f}",
+        *times,
+        *tokens,
+    ]
 
 
 def _explanations(graded: bool) -> Iterator[Block]:

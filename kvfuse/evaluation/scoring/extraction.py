@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 ANSWERS = "answer|antwort|respuesta|réponse|resposta|risposta|jawaban|jibu|idahun|答え|答案|正解|정답|답|الإجابة|الجواب|उत्तर|जवाब|উত্তর"
-CHOOSING = (
-    r"\bit(?:'s| is| must be| has to be)|\b(?:i'd |i )?(?:choose|chose|pick|select|go with|going with|settle on|guess)\b|故选|选择|选"
-)
+CHOOSING = r"\bit(?:'s| is| must be| has to be)|\b(?:i'd |i )?(?:choose|chose|pick|select|go with|going with|settle on|guess)\b|故选|选择|选"
 LINKS = "is|was|are|be|would be|must be|should be|ist|es|est|é|è|ni|adalah|应该是|应为|は|が|은|는|是|为|هي|هو|[:=-]"
 FILLERS = "the|most|likely|probably|clearly|definitely|thus|therefore|option|choice|letter|opción|opção|选项"
 WORD_JOINTS = "or|and|und|oder|y|o|et|ou"
@@ -61,7 +59,9 @@ def _patterns(letters: str) -> dict[str, re.Pattern[str]]:
 
     A letter stands alone. In lower case it is one only before punctuation, the end of its line, or in brackets.
     """
-    upper = "|".join(rf"{letter}(?![ \t]+(?!(?:{WORDS_AFTER})\b)[A-Za-z])" if letter in "AI" else letter for letter in letters)
+    upper = "|".join(
+        rf"{letter}(?![ \t]+(?!(?:{WORDS_AFTER})\b)[A-Za-z])" if letter in "AI" else letter for letter in letters
+    )
     alone = r"(?![A-Za-z0-9À-ɏ'])"
     letter = rf"(?P<letter>{upper}|[{letters.lower()}](?=[ \t]*(?:[])}}.,;:!?。、]|$))){alone}"
     opened = r"[\s\"'(\[{「『【《:]*"
@@ -70,10 +70,14 @@ def _patterns(letters: str) -> dict[str, re.Pattern[str]]:
     fillers = rf"(?i:[\s:]*(?:(?:{FILLERS})[\s:]+)*)"
     last = rf",(?=\s*[{letters}]\s*(?:,|and\b|or\b|[.)]*\s*\Z))"
     return {
-        "denied": re.compile(rf"(?i:\b(?:not|neither|nor|exclude|eliminate|rule out)|n't)\s+(?i:option |choice )?\(?[{letters}]\b\)?"),
+        "denied": re.compile(
+            rf"(?i:\b(?:not|neither|nor|exclude|eliminate|rule out)|n't)\s+(?i:option |choice )?\(?[{letters}]\b\)?"
+        ),
         "stated": re.compile(rf"{cue}{fillers}{opened}{letter}", re.MULTILINE),
         "listed": re.compile(rf"^\s*\(?([{letters}])[.):]", re.MULTILINE),
-        "leading": re.compile(rf"\A(?i:(?:option|choice)\s+)?{opened}{letter}(?=\s*[])}}.,:;\"'」』】》]|\s*$)", re.MULTILINE),
+        "leading": re.compile(
+            rf"\A(?i:(?:option|choice)\s+)?{opened}{letter}(?=\s*[])}}.,:;\"'」』】》]|\s*$)", re.MULTILINE
+        ),
         "anywhere": re.compile(rf"(?<![A-Za-z0-9À-ɏ'])(?P<letter>{upper}|(?<=\()[{letters.lower()}](?=\))){alone}"),
         "another": re.compile(
             rf"[\s)\]\"'.]*(?i:\b(?:{WORD_JOINTS})\b|[/&或和、]|{last})[\s(\[\"']*(?i:option )?[{letters}](?![A-Za-z0-9])"
@@ -87,7 +91,11 @@ def _quoted(reply: str, options: Sequence[str]) -> int | None:
     texts = [_words(option) for option in options]
     found = {text for text in texts if text and f" {text} " in words}
     longest = max(found, key=len, default="")
-    return texts.index(longest) if longest and all(text in longest for text in found) and texts.count(longest) == 1 else None
+    return (
+        texts.index(longest)
+        if longest and all(text in longest for text in found) and texts.count(longest) == 1
+        else None
+    )
 
 
 def _words(text: str) -> str:

@@ -9,7 +9,14 @@ import numpy as np
 
 from kvfuse.evaluation.predictions import Run, Timing
 from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, verdict
-from kvfuse.evaluation.scoring.statistics import accuracy, bootstrap_average, bootstrap_mean, bootstrap_ratio, holm, mcnemar
+from kvfuse.evaluation.scoring.statistics import (
+    accuracy,
+    bootstrap_average,
+    bootstrap_mean,
+    bootstrap_ratio,
+    holm,
+    mcnemar,
+)
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 
 RIGHT = 0.5
@@ -91,7 +98,9 @@ def _latency(rows: Sequence[Timing]) -> Figures:
         "median": float(np.median(seconds)),
         "p95": float(np.percentile(seconds, 95)),
         "mean": fmean(seconds),
-        "phases": {phase: fmean(row.phases.get(phase, 0.0) for row in rows) for phase in _in_order(row.phases for row in rows)},
+        "phases": {
+            phase: fmean(row.phases.get(phase, 0.0) for row in rows) for phase in _in_order(row.phases for row in rows)
+        },
         "tokens_in": _mean_known(row.tokens_in for row in rows),
         "tokens": _mean_known(row.tokens for row in rows),
     }
@@ -115,7 +124,11 @@ def _method(task: TaskScores, name: str) -> Figures:
         "failed": sum(row.failed is not None for row in rows),
         "unread": sum(row.failed is None and row.extracted is None for row in rows),
         "tokens": _mean_known(row.tokens for row in rows),
-        "kept": {other: kept for other in _present(task, RECEIVER, SHARER) if other != name and (kept := _kept(task, name, other))},
+        "kept": {
+            other: kept
+            for other in _present(task, RECEIVER, SHARER)
+            if other != name and (kept := _kept(task, name, other))
+        },
     }
 
 
@@ -130,7 +143,9 @@ def _kept(task: TaskScores, name: str, other: str) -> Figures | None:
 
 def _pairs(task: TaskScores) -> list[Figures]:
     """Every pair of methods, the later of the file minus the earlier; p-values adjusted over all pairs of the task."""
-    pairs = [_pair(task, name, other) for other, name in combinations(task.scores, 2) if task.answered(name, other).any()]
+    pairs = [
+        _pair(task, name, other) for other, name in combinations(task.scores, 2) if task.answered(name, other).any()
+    ]
     for pair, adjusted in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_holm"] = adjusted
     return pairs
@@ -139,7 +154,7 @@ def _pairs(task: TaskScores) -> list[Figures]:
 def _pair(task: TaskScores, name: str, other: str) -> Figures:
     """With several seeds, helped and hurt are averages over them, and an item is one in the test, for the side of most of its seeds."""
     both = task.answered(name, other)
-    mine, theirs = (scores[:, both] >= RIGHT for scores in task.side_by_side(name, other))
+    mine, theirs = (scores[:, both] >= RIGHT for scores in task.stacked_layers(name, other))
     leaning = mine.mean(axis=0) - theirs.mean(axis=0)
     return {
         "method": name,
@@ -160,7 +175,9 @@ def _content(task: TaskScores) -> Figures | None:
     fused, mismatched, receiver = (task.mean(name)[done] for name in methods)
     groups = task.groups[done]
     content, gain = paired(fused - mismatched, groups), paired(fused - receiver, groups)
-    share, interval = bootstrap_ratio(fused - mismatched, fused - receiver, groups) if gain["interval"][0] > 0 else (None, None)
+    share, interval = (
+        bootstrap_ratio(fused - mismatched, fused - receiver, groups) if gain["interval"][0] > 0 else (None, None)
+    )
     return {**content, "gain": gain, "share_of_gain": share, "share_interval": interval, "items": int(done.sum())}
 
 
@@ -173,7 +190,10 @@ def _overlap(task: TaskScores) -> Figures | None:
     right = {name: np.resize(task.scores[name][:, done] >= RIGHT, (seeds, done.sum())) for name in methods}
     regions = [some for size in range(len(methods) + 1) for some in combinations(methods, size)]
     counts = {"+".join(some): np.all([right[name] == (name in some) for name in methods], axis=0) for some in regions}
-    return {"methods": methods, "regions": {region: float(count.sum(axis=1).mean()) for region, count in counts.items()}}
+    return {
+        "methods": methods,
+        "regions": {region: float(count.sum(axis=1).mean()) for region, count in counts.items()},
+    }
 
 
 def _categories(task: TaskScores) -> Figures:

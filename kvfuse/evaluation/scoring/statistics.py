@@ -29,13 +29,19 @@ def bootstrap_mean(values: Values, groups: Groups, draws: int = DRAWS, seed: int
     return bootstrap_average([(values, groups)], draws, seed)
 
 
-def bootstrap_average(tasks: Sequence[tuple[Values, Groups]], draws: int = DRAWS, seed: int = 0) -> tuple[float, Interval]:
+def bootstrap_average(
+    tasks: Sequence[tuple[Values, Groups]], draws: int = DRAWS, seed: int = 0
+) -> tuple[float, Interval]:
     """Mean of the means of several tasks, each resampled for itself; see :func:`bootstrap_mean`."""
-    means = np.mean([_resampled_means(values, groups, draws, seed + i) for i, (values, groups) in enumerate(tasks)], axis=0)
+    means = np.mean(
+        [_resampled_means(values, groups, draws, seed + i) for i, (values, groups) in enumerate(tasks)], axis=0
+    )
     return float(np.mean([np.mean(values) for values, _ in tasks])), _percentiles(means)
 
 
-def bootstrap_ratio(part: Values, whole: Values, groups: Groups, draws: int = DRAWS, seed: int = 0) -> tuple[float, Interval]:
+def bootstrap_ratio(
+    part: Values, whole: Values, groups: Groups, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, Interval]:
     """Mean of one figure as a share of the mean of another, both of the same questions; see :func:`bootstrap_mean`.
 
     The interval says little unless that of ``whole`` is well away from zero.

@@ -59,7 +59,7 @@ class TaskScores:
         """``(items,)``: an item's score, averaged over seeds."""
         return self.scores[method].mean(axis=0)
 
-    def side_by_side(self, method: str, other: str) -> tuple[np.ndarray, np.ndarray]:
+    def stacked_layers(self, method: str, other: str) -> tuple[np.ndarray, np.ndarray]:
         """Both methods' scores, ``(n, items)``: seed by seed where they have the same, else each seed of one with each of the other."""
         mine, theirs = self.scores[method], self.scores[other]
         if self.seeds[method] == self.seeds[other]:

@@ -59,7 +59,10 @@ def ceval(row: Row, subject: str) -> Item:
 def mmmlu(row: Row, subject: str) -> Item:
     """MMMLU, its kind the language."""
     return choice(
-        row["Question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["Answer"]), subject.removeprefix("mmlu_").replace("-", "_")
+        row["Question"],
+        [row[letter] for letter in "ABCD"],
+        "ABCD".index(row["Answer"]),
+        subject.removeprefix("mmlu_").replace("-", "_"),
     )
 
 
@@ -70,9 +73,14 @@ def mmlu_pro(row: Row, subject: str) -> Item:
 
 def gpqa(row: Row, subject: str) -> Item:
     """GPQA, which lists the right answer first: the options in an order drawn by the question."""
-    options = [row[name].strip() for name in ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")]
+    options = [
+        row[name].strip()
+        for name in ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    ]
     order = random.Random(row["Question"]).sample(range(4), 4)
-    return choice(row["Question"], [options[place] for place in order], order.index(0), row.get("High-level domain") or "")
+    return choice(
+        row["Question"], [options[place] for place in order], order.index(0), row.get("High-level domain") or ""
+    )
 
 
 def gsm8k(row: Row, subject: str) -> Item:
@@ -91,7 +99,13 @@ def longbench(row: Row, subject: str) -> Item:
     bucket = "0-4k" if row["length"] < 4000 else "4-8k" if row["length"] < 8000 else "8k+"
     question = row["input"] if "input" in row else row["question"]
     more = {"context": row["context"], "family": family_of(data_set), "classes": list(row["all_classes"] or ())}
-    return {"question": question, "kind": bucket, "answers": list(row["answers"]), "data_set": data_set.removesuffix("_e"), **more}
+    return {
+        "question": question,
+        "kind": bucket,
+        "answers": list(row["answers"]),
+        "data_set": data_set.removesuffix("_e"),
+        **more,
+    }
 
 
 def choice(question: str, choices: Sequence[str], answer: int, kind: str) -> Item:

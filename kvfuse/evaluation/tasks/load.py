@@ -106,5 +106,7 @@ def _read_template(path: str | Path) -> str:
         text = Path(path).read_text(encoding="utf-8")
         Template(text)
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
-        raise EvaluationError(f"expected a Jinja template in {path}, got: {str(error).splitlines()[0]}; correct it") from error
+        raise EvaluationError(
+            f"expected a Jinja template in {path}, got: {str(error).splitlines()[0]}; correct it"
+        ) from error
     return text

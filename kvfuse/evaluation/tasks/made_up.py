@@ -7,7 +7,14 @@ from pathlib import Path
 from kvfuse.evaluation.tasks.items import Row
 
 LABELLED = {"text": ["ice", "steam", "fog"], "label": ["A", "B", "C"]}
-REDUX = {"subject": "law", "question": "Which?", "choices": list("wxyz"), "answer": 1, "error_type": "ok", "correct_answer": None}
+REDUX = {
+    "subject": "law",
+    "question": "Which?",
+    "choices": list("wxyz"),
+    "answer": 1,
+    "error_type": "ok",
+    "correct_answer": None,
+}
 GPQA = {"Question": "Which?", "Correct Answer": "right ", **{f"Incorrect Answer {n}": f"wrong {n}" for n in (1, 2, 3)}}
 LONG = {"context": "Once.", "input": "Who?", "answers": ["Ada"], "length": 4000, "all_classes": None, "_id": "1"}
 ROWS: dict[str, Row] = {

@@ -28,7 +28,10 @@ def without_choices(prompt: Prompt) -> Prompt:
 
 def letters(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
     """The letters that replies settle on; empty where that is none."""
-    return [[extract_option(one, doc["letters"], doc["choices"]) or "" for one in some] for some, doc in zip(replies, docs, strict=True)]
+    return [
+        [extract_option(one, doc["letters"], doc["choices"]) or "" for one in some]
+        for some, doc in zip(replies, docs, strict=True)
+    ]
 
 
 def numbers(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:

@@ -72,7 +72,11 @@ def load(
         EvaluationError: No files are there, a row lacks a field, or nothing is left to ask.
     """
     where = SOURCES[source]
-    rows = _hub_rows(where, subjects) if data_dir is None else _file_rows(_find_files(Path(data_dir), source, where.split, subjects))
+    rows = (
+        _hub_rows(where, subjects)
+        if data_dir is None
+        else _file_rows(_find_files(Path(data_dir), source, where.split, subjects))
+    )
     kinds = {only} if isinstance(only, str) else set(only or ())
     return as_dataset(islice(_kept(_items(rows, where), kinds), limit), source)
 
@@ -93,9 +97,13 @@ def _items(rows: Iterator[tuple[str, int, str, Row]], source: Source) -> Iterato
             item = source.read(row, subject)
         except KeyError as error:
             found = ", ".join(map(str, row))
-            raise EvaluationError(f"expected the field {error.args[0]!r} in {file}, line {line}, got {found}; correct the file") from error
+            raise EvaluationError(
+                f"expected the field {error.args[0]!r} in {file}, line {line}, got {found}; correct the file"
+            ) from error
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise EvaluationError(f"expected a question in {file}, line {line}, got: {error}; correct the file") from error
+            raise EvaluationError(
+                f"expected a question in {file}, line {line}, got: {error}; correct the file"
+            ) from error
         if item is not None:
             yield item
 
@@ -109,13 +117,19 @@ def _kept(questions: Iterator[Item], kinds: set[str]) -> Iterator[Item]:
             yield item
     for kind in kinds - seen:
         nearest = difflib.get_close_matches(kind, sorted(seen), n=1, cutoff=0.0)
-        raise EvaluationError(f"expected a kind of question that the data have, got {kind!r}; did you mean {''.join(nearest)!r}?")
+        raise EvaluationError(
+            f"expected a kind of question that the data have, got {kind!r}; did you mean {''.join(nearest)!r}?"
+        )
 
 
 def _hub_rows(source: Source, subjects: Sequence[str] | None) -> Iterator[tuple[str, int, str, Row]]:
     import datasets
 
-    configs = [source.config] if source.config else subjects or set(datasets.get_dataset_config_names(source.hub)) - {"default"}
+    configs = (
+        [source.config]
+        if source.config
+        else subjects or set(datasets.get_dataset_config_names(source.hub)) - {"default"}
+    )
     for config in sorted(configs):
         rows = datasets.load_dataset(source.hub, config, split=source.split)
         yield from ((f"{source.hub}/{config}", number, config, row) for number, row in enumerate(rows, start=1))
@@ -130,7 +144,9 @@ def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | N
     of_split = [file for file in files if split in _split_words(file, folder)]
     chosen = of_split or [file for file in files if not _split_words(file, folder)]
     if not chosen:
-        raise EvaluationError(f"expected files of {name}, split {split}, in {folder}, got none of {', '.join(READABLE)}; check the folder")
+        raise EvaluationError(
+            f"expected files of {name}, split {split}, in {folder}, got none of {', '.join(READABLE)}; check the folder"
+        )
     return chosen
 
 
@@ -150,7 +166,9 @@ def _file_rows(files: Sequence[Path]) -> Iterator[tuple[str, int, str, Row]]:
         try:
             yield from ((str(file), line, _subject(file), row) for line, row in _read(file))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-            raise EvaluationError(f"expected rows in {file}, got: {str(error).splitlines()[0]}; correct the file") from error
+            raise EvaluationError(
+                f"expected rows in {file}, got: {str(error).splitlines()[0]}; correct the file"
+            ) from error
 
 
 def _read(file: Path) -> Iterator[tuple[int, Row]]:

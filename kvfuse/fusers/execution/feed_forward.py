@@ -18,7 +18,9 @@ from kvfuse.fusers.execution.by_group import fits
 DRAWS = 2**16  # of which an element of a dropout mask is one
 
 
-def feed_forward(x: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, dropout: float, eps: float, keep: bool = True) -> Tensor:
+def feed_forward(
+    x: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, dropout: float, eps: float, keep: bool = True
+) -> Tensor:
     """``x + dropout(gelu(norm(x) @ w1) @ w2)`` with ``norm(x) = x * rsqrt(mean(x^2) + eps) * scale``.
 
     Args:
@@ -69,9 +71,14 @@ class _Second(torch.autograd.Function):
     """``x + dropout(gelu(inner) @ w2)``; ``inner`` is computed again from what the first had where it is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inner: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, left_out: int, eps: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, inner: Tensor, scale: Tensor, w1: Tensor, w2: Tensor, left_out: int, eps: float, keep: bool
+    ) -> Tensor:
         """torch's hook; ``left_out`` of :data:`DRAWS` are."""
-        out, kept = torch.empty_like(x), torch.empty(x.shape if left_out else (len(x), 0), dtype=torch.uint8, device=x.device)
+        out, kept = (
+            torch.empty_like(x),
+            torch.empty(x.shape if left_out else (len(x), 0), dtype=torch.uint8, device=x.device),
+        )
         ctx.eps, ctx.scale_up = eps, DRAWS / (DRAWS - left_out)
         for some in _at_once(x):
             added = bmm(F.gelu(inner[some]), w2[some])

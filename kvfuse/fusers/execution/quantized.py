@@ -121,7 +121,9 @@ class Int4Linear(QuantizedLinear):
 
     def integers(self, groups: slice = EVERY) -> Tensor:
         packed = self.levels[groups].view(torch.int8)
-        levels = torch.cat([packed << 4 >> 4, packed >> 4], dim=2)  # (G, blocks, block, out); shifts to the right keep the sign
+        levels = torch.cat(
+            [packed << 4 >> 4, packed >> 4], dim=2
+        )  # (G, blocks, block, out); shifts to the right keep the sign
         return levels.mul_(self.steps[groups]).flatten(1, 2)[:, : self.inputs]
 
     def rounded(self, weight: Tensor) -> dict[str, Tensor]:
@@ -152,9 +154,13 @@ def cpu_multiplies_int8() -> bool:
     return all(bool((torch._int_mm(largest, sign * largest) == sign * 64 * 127**2).all()) for sign in (1, -1))
 
 
-def stand_in(model: nn.Module, weights: str) -> None:
+def quantize_linears_(model: nn.Module, weights: str) -> None:
     """Replace the linear layers of a new model by quantised ones, unless they are narrow; ``weights`` is one of :data:`WEIGHTS`."""
-    linears = [(name, module) for name, module in model.named_modules() if weights != FULL and isinstance(module, GroupedLinear)]
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if weights != FULL and isinstance(module, GroupedLinear)
+    ]
     for name, linear in linears:
         groups, inputs, outputs = linear.weight.shape
         if outputs >= MIN_OUTPUTS:
@@ -175,7 +181,9 @@ def quantize(fuser: AnyFuser, weights: str) -> AnyFuser:
     if weights not in FORMATS:
         raise PairError(f"expected weights to be one of {', '.join(FORMATS)}, got {weights!r}; choose one")
     if fuser.config.weights != FULL:
-        raise PairError(f"expected a fuser with full weights, got one with {fuser.config.weights}; quantise the one it was made of")
+        raise PairError(
+            f"expected a fuser with full weights, got one with {fuser.config.weights}; quantise the one it was made of"
+        )
     config = copy.deepcopy(fuser.config)
     config.weights = weights
     small, state = type(fuser)(config).to(fuser.device, fuser.dtype), fuser.state_dict()

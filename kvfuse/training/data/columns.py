@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from kvfuse.prompts.alignment import AlignedReading
+from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import RenderedPrompt
 from kvfuse.prompts.response import Response
-from kvfuse.prompts.tokenized import Reading
+from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.training.data.sources import import_datasets
 
-PROMPT_COLUMNS, SHARER_COLUMNS = ("ids", "positions", "fusable", "response"), ("ids", "positions", "index", "response", "seen")
+PROMPT_COLUMNS, SHARER_COLUMNS = (
+    ("ids", "positions", "fusable", "response"),
+    ("ids", "positions", "index", "response", "seen"),
+)
 NOTHING = np.empty(0, dtype=np.int32)
 
 
@@ -25,7 +28,7 @@ class EncodedExample:
         sharers: What the sharers read of it (:class:`kvfuse.prompts.response.Response`).
     """
 
-    prompt: AlignedReading
+    prompt: AlignedRow
     response_ids: np.ndarray
     sharers: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
@@ -41,11 +44,15 @@ def to_columns(example: EncodedExample) -> dict[str, Any]:
     responses = example.sharers or ((NOTHING, NOTHING),) * len(prompt.sharers)
     mine = (prompt.receiver.ids, prompt.receiver.positions, prompt.fusable, example.response_ids)
     theirs = [
-        (reading.ids, reading.positions, index, *response) for (reading, index), response in zip(prompt.sharers, responses, strict=True)
+        (reading.ids, reading.positions, index, *response)
+        for (reading, index), response in zip(prompt.sharers, responses, strict=True)
     ]
     return {
         **dict(zip(PROMPT_COLUMNS, map(_narrow, mine), strict=True)),
-        **{f"sharer_{name}": list(map(_narrow, column)) for name, column in zip(SHARER_COLUMNS, zip(*theirs, strict=True), strict=True)},
+        **{
+            f"sharer_{name}": list(map(_narrow, column))
+            for name, column in zip(SHARER_COLUMNS, zip(*theirs, strict=True), strict=True)
+        },
         "pad_ids": [prompt.receiver.pad_id, *(reading.pad_id for reading, _ in prompt.sharers)],
         "length": len(prompt.receiver.ids) + len(example.response_ids),
     }
@@ -59,12 +66,18 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
     mine, *their_pads = row["pad_ids"]
     readings = tuple((_reading(one[0], one[1], pad), one[2]) for one, pad in zip(sharers, their_pads, strict=True))
     responses = tuple((one[3], one[4]) for one in sharers if len(one[4]))
-    return EncodedExample(AlignedReading(_reading(ids, positions, mine), fusable.astype(bool), readings), response, responses)
+    return EncodedExample(
+        AlignedRow(_reading(ids, positions, mine), fusable.astype(bool), readings), response, responses
+    )
 
 
 def empty_row() -> dict[str, Any]:
     """The columns of a row without an example."""
-    columns = {**dict.fromkeys(PROMPT_COLUMNS, NOTHING), **{f"sharer_{name}": [] for name in SHARER_COLUMNS}, "pad_ids": []}
+    columns = {
+        **dict.fromkeys(PROMPT_COLUMNS, NOTHING),
+        **{f"sharer_{name}": [] for name in SHARER_COLUMNS},
+        "pad_ids": [],
+    }
     return {"reason": "", **columns, "length": 0, "characters": 0, "shortened": 0}
 
 
@@ -91,5 +104,7 @@ def _narrow(column: np.ndarray) -> np.ndarray:
     return column.astype(np.int32)
 
 
-def _reading(ids: np.ndarray, positions: np.ndarray, pad_id: int) -> Reading:
-    return Reading(ids, np.zeros((len(ids), 2), dtype=np.int64), RenderedPrompt("", (), (), templated=False), pad_id, positions)
+def _reading(ids: np.ndarray, positions: np.ndarray, pad_id: int) -> TokenizedPrompt:
+    return TokenizedPrompt(
+        ids, np.zeros((len(ids), 2), dtype=np.int64), RenderedPrompt("", (), (), templated=False), pad_id, positions
+    )

@@ -16,7 +16,7 @@ from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedReading, align, natural_alignment
+from kvfuse.prompts.alignment import AlignedRow, align, default_token_alignment
 from kvfuse.prompts.response import read_response
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
@@ -94,7 +94,9 @@ class Encoder:
     @classmethod
     def of(cls, pair: CacheToCache) -> Self:
         """For models at hand."""
-        sharers = [(Reader.of(one), fuser.config.token_alignment) for one, fuser in zip(pair.sharers, pair.fusers, strict=True)]
+        sharers = [
+            (Reader.of(one), fuser.config.token_alignment) for one, fuser in zip(pair.sharers, pair.fusers, strict=True)
+        ]
         return cls(Reader.of(pair.receiver), tuple(sharers), pair.fusers[0].config.fuse, pair.fuse_response)
 
     @classmethod
@@ -121,7 +123,7 @@ class Encoder:
         self._require_room(prompt, response.sharers)
         return EncodedExample(prompt, response.ids, response.sharers)
 
-    def _require_room(self, prompt: AlignedReading, responses: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
+    def _require_room(self, prompt: AlignedRow, responses: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
         for place, ((sharer, _), (reading, _)) in enumerate(zip(self.sharers, prompt.sharers, strict=True)):
             length = len(reading.ids) + (len(responses[place][0]) if responses else 0)
             sharer.require_room(length, "prompt and response" if responses else "the prompt", self.max_tokens)
@@ -129,7 +131,14 @@ class Encoder:
     def fingerprint(self, *others: Any) -> str:
         """32 hex digits that change with anything that decides the encoded rows: tokenizers, templates, options, code."""
         readers = [self.receiver.identify(), *([*sharer.identify(), how] for sharer, how in self.sharers)]
-        options = [self.fuse, self.fuse_response, self.max_tokens, *others, transformers.__version__, tokenizers.__version__]
+        options = [
+            self.fuse,
+            self.fuse_response,
+            self.max_tokens,
+            *others,
+            transformers.__version__,
+            tokenizers.__version__,
+        ]
         digest = hashlib.sha256(json.dumps([readers, options], sort_keys=True, default=str).encode())
         for module in ENCODING_MODULES:
             digest.update(source_of(module).read_bytes())
@@ -146,4 +155,4 @@ def source_of(module: str) -> Path:
 
 def token_alignment(recipe: Recipe, identical: bool) -> str:
     """How a recipe's pair is aligned, by whether its tokenizers are identical."""
-    return recipe.token_alignment if recipe.token_alignment != "auto" else natural_alignment(identical)
+    return recipe.token_alignment if recipe.token_alignment != "auto" else default_token_alignment(identical)

@@ -42,7 +42,9 @@ def turns(chat: Sequence[Message], loss_on: str = "last") -> list[Example]:
         ValueError: The chat does not end with the assistant, or a turn to learn is empty or follows nothing.
     """
     if not chat or chat[-1]["role"] != "assistant":
-        raise ValueError(f"wrong roles: the last message is the {chat[-1]['role']}'s" if chat else "wrong roles: no messages")
+        raise ValueError(
+            f"wrong roles: the last message is the {chat[-1]['role']}'s" if chat else "wrong roles: no messages"
+        )
     places = [place for place, message in enumerate(chat) if message["role"] == "assistant"]
     return [_turn(chat, place) for place in (places if loss_on == "all" else places[-1:])]
 

@@ -34,7 +34,9 @@ class Sampling:
         return {"max_new_tokens": self.max_new_tokens, **(sampled if self.temperature > 0 else {"do_sample": False})}
 
 
-def generate(data: DataSection, model: LanguageModel, out: Path, sampling: Sampling, say: Callable[[str], None] = print) -> int:
+def generate(
+    data: DataSection, model: LanguageModel, out: Path, sampling: Sampling, say: Callable[[str], None] = print
+) -> int:
     """Let a model respond to every prompt of a source, and append rows of ``messages`` to a file.
 
     A prompt is a chat up to the assistant's last turn, which the new response replaces. Each is asked once; those that the file
@@ -77,7 +79,9 @@ def _respond(chats: Sequence[list[Message]], model: LanguageModel, sampling: Sam
     return [[*chat, {"role": "assistant", "content": text}] for chat, text in said if text]
 
 
-def _prompts(data: DataSection, model: LanguageModel, sampling: Sampling, say: Callable[[str], None]) -> list[list[Message]]:
+def _prompts(
+    data: DataSection, model: LanguageModel, sampling: Sampling, say: Callable[[str], None]
+) -> list[list[Message]]:
     """Each prompt once, in the order of the source; what cannot be asked is told."""
     chats: dict[str, list[Message]] = {}
     unfit = 0
@@ -106,7 +110,9 @@ def _prompt(chat: list[Message]) -> list[Message]:
 def _require_room(chat: Sequence[Message], model: LanguageModel, sampling: Sampling) -> None:
     length = len(read(chat, model.tokenizer).ids) + sampling.max_new_tokens
     if model.context is not None and length > model.context:
-        raise PromptError(f"expected prompt and response to fit {model.context} tokens of {model.name}, got {length}; shorten them")
+        raise PromptError(
+            f"expected prompt and response to fit {model.context} tokens of {model.name}, got {length}; shorten them"
+        )
 
 
 def _already_in(out: Path) -> set[str]:
@@ -126,7 +132,9 @@ def _keys(lines: bytes, out: Path) -> Iterator[str]:
         try:
             yield _key(to_messages(json.loads(line), "messages")[:-1])
         except ValueError as error:
-            raise RecipeError(f"expected rows of messages in {out}, got line {number}: {error}; name another file") from error
+            raise RecipeError(
+                f"expected rows of messages in {out}, got line {number}: {error}; name another file"
+            ) from error
 
 
 def _key(chat: Sequence[Message]) -> str:

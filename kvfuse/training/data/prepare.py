@@ -88,16 +88,22 @@ def prepare(data: DataSection, encoder: Encoder, quiet: bool = False) -> Prepare
         encoded = _stream(rows, data, encoder) if data.streaming else _map(rows, data, encoder)
     reasons = encoded["reason"][:] if len(encoded) else []
     good = [place for place, reason in enumerate(reasons) if not reason][: data.limit]
-    bad = encoded.select([place for place, reason in enumerate(reasons) if reason]).select_columns(["source", "line", "reason"])
+    bad = encoded.select([place for place, reason in enumerate(reasons) if reason]).select_columns(
+        ["source", "line", "reason"]
+    )
     examples = encoded.select(good)
     fingerprint = None if data.streaming else examples._fingerprint
-    return Prepared(examples, tuple(BadRow(**row) for row in bad), sum(examples["shortened"][:]) if good else 0, fingerprint)
+    return Prepared(
+        examples, tuple(BadRow(**row) for row in bad), sum(examples["shortened"][:]) if good else 0, fingerprint
+    )
 
 
 def split(examples: "Dataset", validation_share: float) -> tuple["Dataset", "Dataset"]:
     """Hold out the last share of the examples, at least one of them."""
     held_out = min(max(1, round(len(examples) * validation_share)), len(examples) - 1)
-    return examples.select(range(len(examples) - held_out)), examples.select(range(len(examples) - held_out, len(examples)))
+    return examples.select(range(len(examples) - held_out)), examples.select(
+        range(len(examples) - held_out, len(examples))
+    )
 
 
 def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
@@ -125,10 +131,14 @@ def _stream(rows: Any, data: DataSection, encoder: Encoder) -> "Dataset":
     folder = tempfile.TemporaryDirectory(prefix="kvfuse-")
     atexit.register(folder.cleanup)  # what is read from it lives as long as anything
     with telling(data):
-        return import_datasets().Dataset.from_generator(encoded, features=features(), cache_dir=folder.name, fingerprint="streamed")
+        return import_datasets().Dataset.from_generator(
+            encoded, features=features(), cache_dir=folder.name, fingerprint="streamed"
+        )
 
 
-def encode_rows(batch: dict[str, list[Any]], numbers: Sequence[int], data: DataSection, encoder: Encoder) -> dict[str, list[Any]]:
+def encode_rows(
+    batch: dict[str, list[Any]], numbers: Sequence[int], data: DataSection, encoder: Encoder
+) -> dict[str, list[Any]]:
     """What ``Dataset.map`` calls: columns of rows -> columns of encoded examples and bad rows."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     found = [one for row, number in zip(rows, numbers, strict=True) for one in _encode_row(row, number, data, encoder)]

@@ -19,13 +19,16 @@ ROLES = {name: role for role, names in SPEAKERS.items() for name in (role, *name
 def messages(row: Row) -> list[Message]:
     """``messages``: the form that models' templates take; what else a message holds is kept, as tool calls."""
     return [
-        {**{key: value for key, value in one.items() if value is not None}, **_say(one["role"], one["content"])} for one in row["messages"]
+        {**{key: value for key, value in one.items() if value is not None}, **_say(one["role"], one["content"])}
+        for one in row["messages"]
     ]
 
 
 def sharegpt(row: Row) -> list[Message]:
     """``conversations`` of ``from`` and ``value``, as ShareGPT and OpenHermes-2.5 have them; a ``tools`` column is not read."""
-    chat = [_say(one.get("from") or one["role"], one.get("value") or one.get("content")) for one in row["conversations"]]
+    chat = [
+        _say(one.get("from") or one["role"], one.get("value") or one.get("content")) for one in row["conversations"]
+    ]
     system = row.get("system") or row.get("system_prompt")
     return chat if not system or chat[0]["role"] == "system" else [_say("system", system), *chat]
 
@@ -48,12 +51,17 @@ def openbookqa(row: Row) -> list[Message]:
     labels = row["choices"]["label"]
     if row["answerKey"] not in labels:
         raise ValueError(f"wrong shape: answerKey {row['answerKey']!r} is none of {labels}")
-    return _multiple_choice(row.get("question_stem") or row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
+    return _multiple_choice(
+        row.get("question_stem") or row["question"], row["choices"]["text"], labels.index(row["answerKey"])
+    )
 
 
 def longbench(row: Row) -> list[Message]:
     """LongBench-E: ``context``, ``input``, the question, which may be empty, and ``answers``, of which the first is learnt."""
-    request = [f"Read this and answer the question that follows.\n\n{_text(row['context'])}", f"Question: {_text(row['input'])}"]
+    request = [
+        f"Read this and answer the question that follows.\n\n{_text(row['context'])}",
+        f"Question: {_text(row['input'])}",
+    ]
     return _exchange("\n\n".join(request) if row["input"] else _text(row["context"]), row["answers"][0])
 
 
@@ -127,7 +135,10 @@ def _say(speaker: str, content: Any) -> Message:
 def _text(content: Any) -> str:
     """Text as it is, or its parts put together; nothing at all is an empty text."""
     if isinstance(content, list):
-        return "".join(_text(part.get("text", part.get("value")) if part.get("type", "text") == "text" else part) for part in content)
+        return "".join(
+            _text(part.get("text", part.get("value")) if part.get("type", "text") == "text" else part)
+            for part in content
+        )
     if content is not None and not isinstance(content, str):
         raise ValueError(f"wrong shape: expected text, got {content!r:.60}")
     return content or ""

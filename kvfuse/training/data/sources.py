@@ -62,14 +62,18 @@ def telling(data: DataSection) -> Iterator[None]:
         if isinstance(told, RecipeError):
             raise told from None
         reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"expected rows at data.path {data.path}, got: {reason}; check path, name, split and revision") from error
+        raise RecipeError(
+            f"expected rows at data.path {data.path}, got: {reason}; check path, name, split and revision"
+        ) from error
 
 
 def require_any(rows: Iterator[Row], data: DataSection) -> Iterator[Row]:
     """The same rows. Raises RecipeError where there are none, which ``datasets`` cannot make a data set of."""
     first = next(rows, None)
     if first is None:
-        raise RecipeError(f"expected rows or documents to learn from in {data.path}, got none; check data.path, data.split and data.format")
+        raise RecipeError(
+            f"expected rows or documents to learn from in {data.path}, got none; check data.path, data.split and data.format"
+        )
     yield first
     yield from rows
 
@@ -109,17 +113,27 @@ def _find_files(data: DataSection) -> list[Path]:
     elif path.suffix not in READABLE and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path.as_posix()):
         return []
     else:
-        raise RecipeError(f"expected a file, a folder or a Hub data set at data.path, got {path}, which is not there; check it")
+        raise RecipeError(
+            f"expected a file, a folder or a Hub data set at data.path, got {path}, which is not there; check it"
+        )
     kinds = {file.suffix for file in files}
-    if not files or (data.format != "text" and not kinds <= set(READABLE)) or (kinds & TABLES.keys() and len(kinds) > 1):
+    if (
+        not files
+        or (data.format != "text" and not kinds <= set(READABLE))
+        or (kinds & TABLES.keys() and len(kinds) > 1)
+    ):
         found = ", ".join(sorted(kinds)) or "none"
-        raise RecipeError(f"expected files of one kind at data.path {path}, of {', '.join(READABLE)}, got {found}; name one of them")
+        raise RecipeError(
+            f"expected files of one kind at data.path {path}, of {', '.join(READABLE)}, got {found}; name one of them"
+        )
     return files
 
 
 def _read_tables(files: Sequence[Path], data: DataSection) -> Any:
     kind = TABLES[files[0].suffix]
-    return import_datasets().load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=data.streaming)
+    return import_datasets().load_dataset(
+        kind, data_files=[str(file) for file in files], split="train", streaming=data.streaming
+    )
 
 
 def _read_hub(data: DataSection) -> Any:
@@ -130,7 +144,9 @@ def _read_hub(data: DataSection) -> Any:
 def _read_lines(files: Sequence[Path], data: DataSection) -> Any:
     datasets = import_datasets()
     named = [(str(file.relative_to(data.path) if file != data.path else file.name), file) for file in files]
-    features = datasets.Features(source=datasets.Value("string"), line=datasets.Value("int64"), raw=datasets.Value("binary"))
+    features = datasets.Features(
+        source=datasets.Value("string"), line=datasets.Value("int64"), raw=datasets.Value("binary")
+    )
 
     def rows() -> Iterator[Row]:
         found = ((name, line, raw) for name, file in named for line, raw in _cut(file, data.separator))
@@ -184,6 +200,8 @@ def _items(file: Path) -> Iterator[tuple[int, bytes]]:
         try:
             place = decoder.raw_decode(text, start)[1]  # at the end of a list without its bracket, too, an error
         except ValueError as error:
-            raise RecipeError(f"expected a JSON list in {file}, got: {error}; correct it, or write one row a line") from error
+            raise RecipeError(
+                f"expected a JSON list in {file}, got: {error}; correct it, or write one row a line"
+            ) from error
         yield line, text[start:place].encode("utf-8", errors="surrogateescape")
         line += text.count("\n", start, place)

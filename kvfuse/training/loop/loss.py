@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from kvfuse.backends.onednn import quick_products
+from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.transformers_cache import CACHE, cache_of, read_cache, read_only_cache, stage
 from kvfuse.model import CacheToCache
 from kvfuse.training.loop.batches import Kept, TrainingBatch
@@ -37,8 +37,10 @@ def response_loss(
     mask = torch.cat([past, batch.tail.mask], dim=1)
     options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
     options[CACHE] = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
-    rows = 0 if recompute else batch.tail.ids.numel()  # what is computed again, outside of this, must come out as it was
-    with recomputed_layers(receiver, recompute), quick_products(rows):
+    rows = (
+        0 if recompute else batch.tail.ids.numel()
+    )  # what is computed again, outside of this, must come out as it was
+    with recomputed_layers(receiver, recompute), onednn_linears(rows):
         output = receiver(
             input_ids=batch.tail.ids.to(receiver.device),
             attention_mask=mask.to(receiver.device),
@@ -60,11 +62,13 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
     fused = pair.fuse_kv(batch.prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
     cache = read_only_cache(streams.receiver, fused)
     if pair.fuse_response and fusers:
-        stage(cache, pair.read_along(streams, batch.prompt, batch.tail, fusers))
+        stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
     return cache
 
 
 def _fuse_kept(pair: CacheToCache, batch: TrainingBatch, kept: Kept, fusers: Sequence[nn.Module]) -> Cache:
     """Where the sharers need not read any more, nor perhaps the receiver."""
     receiver = pair.read_receiver(batch.prompt) if kept.receiver is None else cache_of(kept.receiver)
-    return read_only_cache(receiver, pair.fuse_kv(batch.prompt, kept.receiver or read_cache(receiver), kept.sharers, fusers))
+    return read_only_cache(
+        receiver, pair.fuse_kv(batch.prompt, kept.receiver or read_cache(receiver), kept.sharers, fusers)
+    )

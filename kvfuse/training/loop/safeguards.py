@@ -23,7 +23,9 @@ class Safeguards(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Trainer's hook, before a checkpoint is written."""
-        if control.should_save and not all(bool(parameter.isfinite().all()) for parameter in kwargs["model"].parameters()):
+        if control.should_save and not all(
+            bool(parameter.isfinite().all()) for parameter in kwargs["model"].parameters()
+        ):
             raise RecipeError(
                 f"expected finite weights at step {state.global_step}, got some that are not; the checkpoint before is intact: "
                 "start again with a lower train.learning_rate and another output"
@@ -52,8 +54,12 @@ def told_in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RecipeError("expected a batch to fit into memory, got none left; lower train.batch_size, raise train.accumulation") from error
+        raise RecipeError(
+            "expected a batch to fit into memory, got none left; lower train.batch_size, raise train.accumulation"
+        ) from error
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
-        raise RecipeError(f"expected room for a checkpoint in {folder}, got a full disk; make room and start again to go on") from error
+        raise RecipeError(
+            f"expected room for a checkpoint in {folder}, got a full disk; make room and start again to go on"
+        ) from error

@@ -28,16 +28,20 @@ class Pace:
         return {**asdict(self), "tokens_per_second": self.tokens / self.seconds}
 
 
-class Clock(TrainerCallback):
+class ThroughputCallback(TrainerCallback):
     """Measures a session."""
 
     pace: Pace
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Trainer's hook, after a checkpoint is read."""
         self.begin = time.perf_counter(), state.global_step, state.num_input_tokens_seen
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Trainer's hook, after the best checkpoint is read."""
         seconds, steps, tokens = self.begin
         self.pace = Pace(state.global_step - steps, time.perf_counter() - seconds, state.num_input_tokens_seen - tokens)

@@ -20,9 +20,9 @@ from kvfuse.training.loop.batches import TrainingBatch, collate
 from kvfuse.training.loop.callbacks import Anneal, OwnNoise
 from kvfuse.training.loop.loss import response_loss
 from kvfuse.training.loop.safeguards import Safeguards, last_whole_checkpoint, told_in_one_line
-from kvfuse.training.loop.throughput import Clock, Pace
+from kvfuse.training.loop.throughput import Pace, ThroughputCallback
 from kvfuse.training.loop.validation import Validation
-from kvfuse.training.memory.precomputed_caches import KeptCaches
+from kvfuse.training.memory.precomputed_caches import PrecomputedCaches
 from kvfuse.training.memory.recompute import require_recomputable
 from kvfuse.training.recipe import TrainSection
 
@@ -65,7 +65,7 @@ class FuserTrainer(Trainer):
         self.kept = _kept(pair, train, examples, folder)
         if self.kept is not None:
             examples = examples.add_column("row", range(len(examples)))
-        self.clock = Clock()
+        self.clock = ThroughputCallback()
         patience = [EarlyStoppingCallback(train.patience)] if train.patience and validation else []
         callbacks = [Anneal(), OwnNoise(), Safeguards(), self.clock, *patience]
         options = {"train_dataset": examples, "eval_dataset": None if validation is None else validation.examples}
@@ -110,7 +110,11 @@ class FuserTrainer(Trainer):
         return _ByLength(size, lengths=self.train_dataset["length"][:], seed=self.args.seed)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Trainer's hook. ``model`` is the fuser, possibly wrapped for several processes."""
         loss = response_loss(self.pair, inputs["batch"], [model], num_items_in_batch, self.train_section.recompute)
@@ -122,7 +126,12 @@ class FuserTrainer(Trainer):
         """The batch, and where Trainer looks for them its labels, the positions that are fused and how many tokens are read."""
         kept = None if self.kept is None else self.kept.load([row["row"] for row in rows])
         batch = collate([from_columns(row) for row in rows], kept)
-        return {"batch": batch, "labels": batch.labels, "input_ids": batch.prompt.ids, "attention_mask": _count_tokens(batch)}
+        return {
+            "batch": batch,
+            "labels": batch.labels,
+            "input_ids": batch.prompt.ids,
+            "attention_mask": _count_tokens(batch),
+        }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; the gates have a learning rate of their own and no weight decay."""
@@ -131,11 +140,16 @@ class FuserTrainer(Trainer):
             gates = {id(parameter) for parameter in fuser.gate_parameters()}
             rate = self.train_section.gate_learning_rate or GATE_LEARNING_RATE_SCALE * self.args.learning_rate
             groups = [
-                {"params": [p for p in fuser.parameters() if id(p) not in gates], "weight_decay": self.args.weight_decay},
+                {
+                    "params": [p for p in fuser.parameters() if id(p) not in gates],
+                    "weight_decay": self.args.weight_decay,
+                },
                 {"params": fuser.gate_parameters(), "weight_decay": 0.0, "lr": rate},
             ]
             groups = [group for group in groups if group["params"]]
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, fused=True)  # in one pass
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, fused=True
+            )  # in one pass
         return self.optimizer
 
 
@@ -152,11 +166,11 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-def _kept(pair: CacheToCache, train: TrainSection, examples: "Dataset", folder: Path) -> KeptCaches | None:
+def _kept(pair: CacheToCache, train: TrainSection, examples: "Dataset", folder: Path) -> PrecomputedCaches | None:
     if train.keep_caches == "none":
         return None
     beside = folder.parent / f"caches-{examples._fingerprint}"
-    return KeptCaches(pair, examples, beside, train.keep_caches == "both", train.keep_caches_as)
+    return PrecomputedCaches(pair, examples, beside, train.keep_caches == "both", train.keep_caches_as)
 
 
 def _gather(fuser: Fuser) -> Fuser:

@@ -51,8 +51,13 @@ class Gain:
             ("fused", self.fused),
             ("fused, the sharer having read another example", self.mismatched),
         ]
-        head = [f"| {self.examples} held-out responses | bits per character | against the receiver |", "| --- | ---: | ---: |"]
-        return "\n".join([*head, *(f"| {name} | {bits:.3f} | {bits / self.receiver - 1:+.1%} |" for name, bits in rows)])
+        head = [
+            f"| {self.examples} held-out responses | bits per character | against the receiver |",
+            "| --- | ---: | ---: |",
+        ]
+        return "\n".join(
+            [*head, *(f"| {name} | {bits:.3f} | {bits / self.receiver - 1:+.1%} |" for name, bits in rows)]
+        )
 
 
 class Validation:
@@ -93,7 +98,9 @@ class Validation:
         group = processes()
         mine, nats = examples[group.process_index :: group.num_processes], 0.0
         for start in range(0, math.ceil(len(examples) / group.num_processes), BATCH):
-            batch = mine[start : start + BATCH]  # none left: one is read along, for all gather a fuser that is spread over them
+            batch = mine[
+                start : start + BATCH
+            ]  # none left: one is read along, for all gather a fuser that is spread over them
             loss = response_loss(self.pair, collate(batch or examples[:1]), fusers, num_items=1)
             nats += float(loss) if batch else 0.0
         return sum(gather_object([nats])) / math.log(2) / self.characters

@@ -28,7 +28,7 @@ OPEN_FILES = 64
 PARTS = ("key", "value")
 
 
-class KeptCaches:
+class PrecomputedCaches:
     """Caches of a data set's prompts in safetensors files, :data:`SHARD` examples each, a tensor per example, model and part.
 
     Args:
@@ -44,13 +44,17 @@ class KeptCaches:
     """
 
     def __init__(self, pair: CacheToCache, examples: "Dataset", folder: Path, receiver: bool, dtype: str) -> None:
-        if pair.fuse_response or (receiver and pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers):
+        if pair.fuse_response or (
+            receiver and pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
+        ):
             raise PairError(
                 "expected fusers for prompts alone, and where the receiver's caches are kept, one that has keys and values in every layer, "
                 "got others; leave out train.keep_caches"
             )
         self.pair, self.examples, self.folder = pair, examples, folder
-        self.models = {f"sharer_{place}": dtype for place in range(len(pair.sharers))} | ({"receiver": "bfloat16"} if receiver else {})
+        self.models = {f"sharer_{place}": dtype for place in range(len(pair.sharers))} | (
+            {"receiver": "bfloat16"} if receiver else {}
+        )
         self._require_room()
         self._open = lru_cache(OPEN_FILES)(lambda path: safe_open(path, framework="pt"))
 
@@ -65,8 +69,12 @@ class KeptCaches:
 
     def load(self, rows: Sequence[int]) -> Kept:
         """The caches of some of the examples, as a batch, in the models' own dtypes."""
-        sharers = tuple(self._load(f"sharer_{place}", rows, one.model.dtype) for place, one in enumerate(self.pair.sharers))
-        return Kept(self._load("receiver", rows, self.pair.receiver.model.dtype) if "receiver" in self.models else None, sharers)
+        sharers = tuple(
+            self._load(f"sharer_{place}", rows, one.model.dtype) for place, one in enumerate(self.pair.sharers)
+        )
+        return Kept(
+            self._load("receiver", rows, self.pair.receiver.model.dtype) if "receiver" in self.models else None, sharers
+        )
 
     def remove(self) -> None:
         """Delete all files, once every process has done with them."""
@@ -79,7 +87,10 @@ class KeptCaches:
     @property
     def bytes(self) -> int:
         """How many all files take."""
-        specs = {"receiver": self.pair.receiver.kv_spec, **{f"sharer_{i}": one.kv_spec for i, one in enumerate(self.pair.sharers)}}
+        specs = {
+            "receiver": self.pair.receiver.kv_spec,
+            **{f"sharer_{i}": one.kv_spec for i, one in enumerate(self.pair.sharers)},
+        }
         tokens = {"receiver": sum(map(len, self.examples["ids"][:]))}
         for place in range(len(self.pair.sharers)):
             tokens[f"sharer_{place}"] = sum(len(ids[place]) for ids in self.examples["sharer_ids"][:])
@@ -112,7 +123,9 @@ class KeptCaches:
     def _read(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """The tensors of one batch."""
         prompt = stack([example.prompt for example in examples])
-        masks = {f"sharer_{place}": reads.mask for place, reads in enumerate(prompt.sharers)} | {"receiver": prompt.mask[:, :-1]}
+        masks = {f"sharer_{place}": reads.mask for place, reads in enumerate(prompt.sharers)} | {
+            "receiver": prompt.mask[:, :-1]
+        }
         caches = {f"sharer_{place}": read_cache(cache) for place, cache in enumerate(self.pair.read_sharers(prompt))}
         if "receiver" in self.models:
             caches["receiver"] = read_cache(self.pair.read_receiver(prompt))
@@ -121,7 +134,9 @@ class KeptCaches:
             for part, place, row in ((part, place, row) for part in PARTS for place, row in enumerate(rows)):
                 tokens = int(masks[name][place].sum())
                 one = getattr(kv, part)[:, place, :, kv.key.shape[3] - tokens :].cpu()  # (L, H, T, D)
-                tensors |= {f"{row}.{name}.{part}{suffix}": kept for suffix, kept in _pack(one, self.models[name]).items()}
+                tensors |= {
+                    f"{row}.{name}.{part}{suffix}": kept for suffix, kept in _pack(one, self.models[name]).items()
+                }
         return tensors
 
     def _load(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> KV:

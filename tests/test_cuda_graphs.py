@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvfuse.backends.cuda_graphs import KEPT, MOST, SHORTEST, CapturedPrefill, captured_length
-from kvfuse.cache.transformers_cache import KV, copy_side_by_side, read_cache
+from kvfuse.backends.cuda_graphs import KEPT, MOST, SHORTEST, CudaGraphPrefill, graph_length
+from kvfuse.cache.transformers_cache import KV, copy_stacked, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.prefill import can_go_on, prefill
+from kvfuse.stages.prefill import prefill, supports_prefix_reuse
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 
@@ -29,29 +29,29 @@ def assert_same(got, expected):
 
 
 def test_lengths_are_few_and_never_too_short():
-    lengths = [captured_length(tokens) for tokens in range(1, MOST + 1)]
+    lengths = [graph_length(tokens) for tokens in range(1, MOST + 1)]
     assert all(tokens <= length <= max(SHORTEST, 1.26 * tokens + 64) for tokens, length in enumerate(lengths, 1))
-    assert all(captured_length(length) == length for length in lengths)
+    assert all(graph_length(length) == length for length in lengths)
     assert len(set(lengths)) <= KEPT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_comes_behind_changes_nothing_before_it(family):
     model = tiny_model(family).model
-    if not can_go_on(model):
+    if not supports_prefix_reuse(model):
         pytest.skip("is read as ever")
     ids, mask, positions = prompt_of(21)
     filled = torch.cat([ids, ids[:, :11]], 1), torch.ones(1, 32), torch.arange(32)[None]
     whole = read_cache(prefill(model, *filled))
     first = KV(whole.key[..., :21, :], whole.value[..., :21, :])
-    assert_same(copy_side_by_side(model.config, first), prefill(model, ids, mask, positions))
+    assert_same(copy_stacked(model.config, first), prefill(model, ids, mask, positions))
 
 
 def test_a_copy_side_by_side_is_read_on_from():
     model = tiny_model("gemma2").model
     ids, mask, positions = prompt_of(30)
     kv = read_cache(prefill(model, ids[:, :12], mask[:, :12], positions[:, :12]))
-    copied = copy_side_by_side(model.config, kv)
+    copied = copy_stacked(model.config, kv)
     kv.key.zero_()
     assert_same(prefill(model, ids[:, 12:], mask, positions[:, 12:], copied), prefill(model, ids, mask, positions))
     assert read_cache(copied).key.data_ptr() == copied.layers[0].keys.data_ptr(), "the layers lie side by side"
@@ -78,7 +78,7 @@ def on_gpu():
 @gpu
 @torch.no_grad()
 def test_graphs_are_used_again_for_other_tokens():
-    model, captured = tiny_model("qwen3").model.to("cuda"), CapturedPrefill()
+    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill()
     for tokens, rows, seed in ((40, 1, 0), (64, 1, 1), (7, 1, 2), (65, 1, 3), (40, 2, 4), (40, 1, 5)):
         what = prompt_of(tokens, rows, seed)
         assert_same(captured(model, *what), prefill(model, *what))
@@ -96,7 +96,9 @@ def test_captured_answers_are_the_same(on_gpu):
             assert torch.equal(captured.generate(text, **GREEDY), expected)
             assert torch.equal(kept.generate(text, **GREEDY), expected)
     assert kept.store.stats.hits
-    assert torch.equal(captured.generate(list(TEXTS), **GREEDY), plain.generate(list(TEXTS), **GREEDY)), "padding is read as ever"
+    assert torch.equal(captured.generate(list(TEXTS), **GREEDY), plain.generate(list(TEXTS), **GREEDY)), (
+        "padding is read as ever"
+    )
 
 
 @gpu
@@ -111,7 +113,7 @@ def test_threads_share_graphs(on_gpu):
 @gpu
 @torch.no_grad()
 def test_what_is_read_is_the_callers_own():
-    model, captured = tiny_model("qwen3").model.to("cuda"), CapturedPrefill()
+    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill()
     first = captured(model, *prompt_of(30))
     before = read_cache(first).key.clone()
     captured(model, *prompt_of(30, seed=1))

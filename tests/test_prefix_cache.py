@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfuse.cache.prefix_cache import USEFUL, Shelf, Text, exact_text
+from kvfuse.cache.prefix_cache import USEFUL, PrefixCache, Text, exact_text
 
 IDS = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 WHERE = st.lists(st.integers(-1, 3), min_size=6, max_size=6)
@@ -33,13 +33,16 @@ def test_exact_caches_agree_as_far_as_the_ids_do(ids, others):
 def test_fused_ones_only_where_the_sharer_read_the_same_too(ids, index, read, others, their_index, their_read):
     one, other = fused(ids, read, index), fused(others, their_read, their_index)
     known = text_of(read).common(text_of(their_read))
-    same = [mine == theirs for mine, theirs in zip(zip(ids, index, strict=False), zip(others, their_index, strict=False), strict=False)]
+    same = [
+        mine == theirs
+        for mine, theirs in zip(zip(ids, index, strict=False), zip(others, their_index, strict=False), strict=False)
+    ]
     expected = [alike and place < known for alike, place in zip(same, index, strict=False)]
     assert one.common(other) == other.common(one) == [*expected, False].index(False)
 
 
 def test_what_begins_alike_for_longest_is_found_and_belongs_to_its_maker():
-    shelf, ids = Shelf(2**20), [3] * (2 * USEFUL)
+    shelf, ids = PrefixCache(2**20), [3] * (2 * USEFUL)
     for length in (USEFUL, USEFUL + 4):
         shelf.keep("me", text_of([*ids[:length], *[length] * 5]), layers_of(length + 5, float(length)))
     entry, known = shelf.find("me", text_of(ids))
@@ -50,7 +53,7 @@ def test_what_begins_alike_for_longest_is_found_and_belongs_to_its_maker():
 
 
 def test_a_copy_is_kept_in_place_of_its_beginnings():
-    shelf, layers = Shelf(2**20), layers_of(20)
+    shelf, layers = PrefixCache(2**20), layers_of(20)
     for length in (17, 20):
         shelf.keep("me", text_of([1] * length), layers)
     layers[0][0].fill_(7.0)
@@ -62,7 +65,7 @@ def test_a_copy_is_kept_in_place_of_its_beginnings():
 def test_the_least_recently_used_leave(steps, room):
     """``room`` of five prompts of one size, kept or asked for in any order."""
     texts, size = [text_of([number] * USEFUL) for number in range(5)], 2 * USEFUL * 2 * 4
-    shelf, expected = Shelf(room * size), []
+    shelf, expected = PrefixCache(room * size), []
     for number, asks in steps:
         if asks:
             assert (shelf.find("me", texts[number])[1] > 0) == (number in expected)
@@ -75,6 +78,6 @@ def test_the_least_recently_used_leave(steps, room):
 
 
 def test_one_larger_than_the_shelf_is_not_kept():
-    shelf = Shelf(10)
+    shelf = PrefixCache(10)
     shelf.keep("me", text_of([1] * USEFUL), layers_of(USEFUL))
     assert shelf.entries() == []

@@ -60,7 +60,9 @@ def test_a_model_without_a_kv_cache_is_refused():
 
 def test_a_model_with_a_cache_of_its_own_is_refused():
     model = tiny_model("qwen2").model
-    model.base_model.forward = lambda **inputs: (_ for _ in ()).throw(ValueError("only a cache of its own\nis compatible"))
+    model.base_model.forward = lambda **inputs: (_ for _ in ()).throw(
+        ValueError("only a cache of its own\nis compatible")
+    )
     with pytest.raises(PairError, match="got Qwen2ForCausalLM: only a cache of its own; use another"):
         probe(model)
 

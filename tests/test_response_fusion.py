@@ -12,7 +12,7 @@ from kvfuse.errors import PairError, PromptError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import count_positions, pad_left, stack
 from kvfuse.stages.prefill import prefill
-from kvfuse.stages.response_fusion import Follower
+from kvfuse.stages.response_fusion import ResponseFuser
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
@@ -22,7 +22,10 @@ from kvfuse.training.loop.trainer import response_loss
 QUESTION = [{"role": "user", "content": "What is the capital of Norway, and what do people speak there?"}]
 PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the same question"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-SHARERS = {"same tokenizer": {"seed": 4}, "other tokenizer": {"tokenizer": tiny_tokenizer(300, "lines"), "num_hidden_layers": 4}}
+SHARERS = {
+    "same tokenizer": {"seed": 4},
+    "other tokenizer": {"tokenizer": tiny_tokenizer(300, "lines"), "num_hidden_layers": 4},
+}
 
 
 def pair_of(receiver, sharer, **options):
@@ -44,7 +47,9 @@ def alone(pair, prompt, **options):
     return pair.receiver.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=["greedy", "beams", "two"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=["greedy", "beams", "two"]
+)
 def test_closed_gates_answer_as_the_receiver_alone(any_followed, options):
     closed = pair_of(any_followed.receiver, any_followed.sharers[0], gate_init=-1.0)
     assert torch.equal(closed.generate([QUESTION], **GREEDY, **options), alone(closed, QUESTION, **GREEDY, **options))
@@ -67,7 +72,9 @@ def test_samples_and_static_caches_work_as_ever(followed):
 
 
 def test_the_response_makes_a_difference(followed):
-    prompt_only = CacheToCache(followed.receiver, followed.sharers, [tiny_fuser(followed.receiver, followed.sharers[0])])
+    prompt_only = CacheToCache(
+        followed.receiver, followed.sharers, [tiny_fuser(followed.receiver, followed.sharers[0])]
+    )
     assert not torch.equal(followed.generate([QUESTION], **GREEDY), prompt_only.generate([QUESTION], **GREEDY))
 
 
@@ -78,7 +85,7 @@ def losses_token_by_token(pair, example):
     streams = pair.read(prompt)
     cache = pair.fuse(prompt, streams, pair.fusers)
     sharers = [(pair.sharers[0], pair.fusers[0].config.token_alignment)]
-    follower = Follower(pair.receiver, sharers, prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
+    follower = ResponseFuser(pair.receiver, sharers, prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
     losses = []
     for place in range(ids.shape[1] - 1):
         token = ids[:, place : place + 1]
@@ -122,11 +129,18 @@ def test_between_tokenizers_they_agree_where_words_end_together(receiver):
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(followed):
     encoded = [Encoder.of(followed).encode(Example(QUESTION, "It is Oslo." * length)) for length in (1, 2, 3)]
     counts = [len(one.response_ids) for one in encoded]
-    mean = sum(float(response_loss(followed, collate([one]))) * count for one, count in zip(encoded, counts, strict=True)) / sum(counts)
+    mean = sum(
+        float(response_loss(followed, collate([one]))) * count for one, count in zip(encoded, counts, strict=True)
+    ) / sum(counts)
     assert float(response_loss(followed, collate(encoded))) == pytest.approx(mean, rel=1e-5)
 
 
-TEXTS = ["The capital of Norway is Oslo.", "naïve café — Übermut", "東京は日本の首都です", "👩‍👩‍👧 family\n\tdef fuse(x): return x + 1"]
+TEXTS = [
+    "The capital of Norway is Oslo.",
+    "naïve café — Übermut",
+    "東京は日本の首都です",
+    "👩‍👩‍👧 family\n\tdef fuse(x): return x + 1",
+]
 
 
 @torch.no_grad()
@@ -137,7 +151,7 @@ def test_a_sharer_has_read_its_own_tokens_of_the_text_so_far(receiver, text):
     pair = pair_of(receiver, sharer)
     prompt = stack([pair.align(prompt) for prompt in PROMPTS])
     streams = pair.read(prompt)
-    follower = Follower(receiver, [(sharer, "span")], prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
+    follower = ResponseFuser(receiver, [(sharer, "span")], prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
     texts = [text, text[::-1], text[: len(text) // 2]]
     rows = [receiver.tokenizer(one, add_special_tokens=False).input_ids for one in texts]
     length = max(map(len, rows))
@@ -146,10 +160,15 @@ def test_a_sharer_has_read_its_own_tokens_of_the_text_so_far(receiver, text):
         token = prompt.ids[:, -1:] if place < 0 else fed[:, place : place + 1]
         follower.read(token, torch.cat([prompt.mask, torch.ones(3, place + 1, dtype=torch.long)], dim=1))
     rows = follower.sharers[0].rows
-    for read, (reading, _), said in zip(rows, (pair.align(prompt).sharers[0] for prompt in PROMPTS), texts, strict=True):
+    for read, (reading, _), said in zip(
+        rows, (pair.align(prompt).sharers[0] for prompt in PROMPTS), texts, strict=True
+    ):
         assert _text(sharer, read) == _text(sharer, reading.ids) + said
     ids, mask = pad_left([np.array(row) for row in rows], 0)
-    at_once, followed = read_cache(prefill(sharer.model, ids, mask, count_positions(mask))), read_cache(streams.sharers[0])
+    at_once, followed = (
+        read_cache(prefill(sharer.model, ids, mask, count_positions(mask))),
+        read_cache(streams.sharers[0]),
+    )
     seen = mask.bool()[None, :, None, :, None]
     torch.testing.assert_close(followed.key * seen, at_once.key * seen, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(followed.value * seen, at_once.value * seen, rtol=1e-4, atol=1e-4)

@@ -6,11 +6,13 @@ from kvfuse.errors import PairError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
 from kvfuse.stages.prefill import prefill
-from kvfuse.stages.rope import measure_rotation
+from kvfuse.stages.rope import measure_rope
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
 
 IDS = torch.arange(5, 45).view(2, 20)
-SCALED = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}}
+SCALED = {
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+}
 OTHERS = {  # made by other rules than the families of the matrix: interleaved, split before the call, windowed layers alone, scaled
     "phi": {},
     "stablelm": {},
@@ -23,22 +25,22 @@ OTHERS = {  # made by other rules than the families of the matrix: interleaved, 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway?"}]
 
 
-def turned_back(model, rotation, positions):
+def turned_back(model, rope, positions):
     kv = read_cache(prefill(model, IDS, torch.ones_like(IDS), positions))
     rows, columns = (index.flatten() for index in torch.meshgrid(torch.arange(2), torch.arange(20), indexing="ij"))
-    turn = rotation.at(positions, rows, columns, kv.key.dtype)
+    turn = rope.at(positions, rows, columns, kv.key.dtype)
     picked = kv.tokens(rows, columns)
-    back = turn.back(picked)
-    torch.testing.assert_close(turn.forward(back).key, picked.key, rtol=1e-4, atol=1e-4)
+    back = turn.remove(picked)
+    torch.testing.assert_close(turn.apply(back).key, picked.key, rtol=1e-4, atol=1e-4)
     assert torch.equal(back.value, picked.value)
     return picked, back
 
 
 def assert_positions_are_gone(model):
-    rotation = measure_rotation(model)
+    rope = measure_rope(model)
     positions = torch.arange(20).expand(2, -1)
-    here, back = turned_back(model, rotation, positions)
-    there, moved = turned_back(model, rotation, positions + torch.tensor([[17], [3]]))
+    here, back = turned_back(model, rope, positions)
+    there, moved = turned_back(model, rope, positions + torch.tensor([[17], [3]]))
     torch.testing.assert_close(back.key, moved.key, rtol=1e-3, atol=1e-3)
     assert (here.key - there.key).abs().max() > 0.1, "or there was nothing to remove"
 
@@ -55,13 +57,13 @@ def test_keys_of_other_makes_of_rope_too(family, monkeypatch):
 
 
 def test_layers_without_rope_are_left_alone():
-    assert measure_rotation(tiny_model("smollm3").model).layers == {"": [0, 2]}
-    assert measure_rotation(tiny_model("gemma3_text").model).layers == {"full_attention": [1], "sliding_attention": [0, 2]}
+    assert measure_rope(tiny_model("smollm3").model).layers == {"": [0, 2]}
+    assert measure_rope(tiny_model("gemma3_text").model).layers == {"full_attention": [1], "sliding_attention": [0, 2]}
 
 
 def test_a_half_precision_model_is_measured_too():
     model = tiny_model("qwen3").model.to(torch.bfloat16)
-    assert measure_rotation(model).layers == {"": [0, 1, 2]}
+    assert measure_rope(model).layers == {"": [0, 1, 2]}
 
 
 def test_a_model_without_rope_is_refused_when_the_pair_is_built(sharer):
@@ -73,10 +75,16 @@ def test_a_model_without_rope_is_refused_when_the_pair_is_built(sharer):
 
 def test_keys_that_the_embedding_does_not_explain_are_refused(monkeypatch):
     sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
     monkeypatch.setitem(FAMILIES, "deepseek_v3", {**sizes, **experts, "num_key_value_heads": 4})
     with pytest.raises(PairError, match="got DeepseekV3ForCausalLM"):
-        measure_rotation(tiny_model("deepseek_v3").model)
+        measure_rope(tiny_model("deepseek_v3").model)
 
 
 @pytest.fixture
@@ -103,7 +111,9 @@ def test_the_fuser_sees_and_changes_keys_at_position_zero(removed):
     logits = []
     for one in (prompt, later):
         cache = removed.prefill(one)
-        logits.append(removed.receiver.model(one.ids[:, -1:], position_ids=one.positions[:, -1:], **{CACHE: cache}).logits)
+        logits.append(
+            removed.receiver.model(one.ids[:, -1:], position_ids=one.positions[:, -1:], **{CACHE: cache}).logits
+        )
     for before, after in zip(*seen, strict=True):
         torch.testing.assert_close(before.key, after.key, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)

@@ -107,7 +107,9 @@ def test_the_page_needs_nothing_else():
     text = page(view(CHAT, FINE, COARSE, "span"))
     parsed = Page(text)
     assert not {"script", "link", "img", "b", "iframe"} & {tag for tag, _ in parsed.tags}
-    assert not any(key in ("src", "href", "style") or key.startswith("on") for _, attributes in parsed.tags for key in attributes)
+    assert not any(
+        key in ("src", "href", "style") or key.startswith("on") for _, attributes in parsed.tags for key in attributes
+    )
     assert not re.search(r"https?:|url\(|@import", text)
     assert summary(view(CHAT, FINE, COARSE, "span")) in text
     assert "\x1b" not in text
@@ -115,7 +117,12 @@ def test_the_page_needs_nothing_else():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("{", "expected a chat in JSON"), ('{"role": "user"}', "list of messages"), ('["hi"]', "list of messages")],
+    [
+        (None, "No such file"),
+        ("{", "expected a chat in JSON"),
+        ('{"role": "user"}', "list of messages"),
+        ('["hi"]', "list of messages"),
+    ],
 )
 def test_unreadable_chats_are_refused(tmp_path, content, message):
     if content is not None:

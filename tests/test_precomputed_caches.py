@@ -15,7 +15,7 @@ from kvfuse.training.data.examples import Example
 from kvfuse.training.loop.batches import collate
 from kvfuse.training.loop.loss import response_loss
 from kvfuse.training.memory import precomputed_caches as kept_caches
-from kvfuse.training.memory.precomputed_caches import KeptCaches
+from kvfuse.training.memory.precomputed_caches import PrecomputedCaches
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.run import train
 
@@ -32,7 +32,7 @@ def keep(pair, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_caches, "SHARD", 3)
 
     def make(receiver=False, dtype="bfloat16"):
-        kept = KeptCaches(pair, examples, tmp_path / f"{receiver}-{dtype}", receiver, dtype)
+        kept = PrecomputedCaches(pair, examples, tmp_path / f"{receiver}-{dtype}", receiver, dtype)
         kept.fill(batch_size=2)
         return kept
 
@@ -60,7 +60,9 @@ def test_a_batch_gets_what_the_models_would_read(pair, examples, keep, dtype, to
 def test_the_loss_is_that_of_reading(pair, examples, keep, both):
     rows = [from_columns(row) for row in examples]
     kept = keep(both).load(range(len(rows)))
-    assert float(response_loss(pair, collate(rows, kept))) == pytest.approx(float(response_loss(pair, collate(rows))), rel=3e-3)
+    assert float(response_loss(pair, collate(rows, kept))) == pytest.approx(
+        float(response_loss(pair, collate(rows))), rel=3e-3
+    )
 
 
 def test_no_model_reads_what_is_kept(pair, examples, keep, monkeypatch):
@@ -74,7 +76,7 @@ def test_files_that_are_there_are_not_read_again(keep, monkeypatch):
     assert sorted(file.name for file in folder.iterdir()) == [f"{shard:06d}.safetensors" for shard in range(3)]
     (folder / "000001.safetensors").unlink()
     written = []
-    monkeypatch.setattr(KeptCaches, "_write", lambda self, first, batch_size: written.append(first))
+    monkeypatch.setattr(PrecomputedCaches, "_write", lambda self, first, batch_size: written.append(first))
     keep()
     assert written == [3]
 
@@ -92,15 +94,15 @@ def test_the_size_is_told_before_anything_is_read(keep, monkeypatch):
 def test_responses_that_are_fused_are_refused(receiver, sharer, examples, tmp_path):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
     with pytest.raises(PairError, match="prompts alone"):
-        KeptCaches(pair, examples, tmp_path, False, "int8")
+        PrecomputedCaches(pair, examples, tmp_path, False, "int8")
 
 
 def test_a_receiver_with_state_is_refused(sharer, examples, tmp_path):
     receiver = tiny_model("qwen3_next")
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
-    KeptCaches(pair, examples, tmp_path, False, "int8")
+    PrecomputedCaches(pair, examples, tmp_path, False, "int8")
     with pytest.raises(PairError, match="in every layer"):
-        KeptCaches(pair, examples, tmp_path, True, "int8")
+        PrecomputedCaches(pair, examples, tmp_path, True, "int8")
 
 
 def test_a_run_learns_the_same_and_leaves_no_caches(saved_models, tmp_path):
@@ -108,7 +110,9 @@ def test_a_run_learns_the_same_and_leaves_no_caches(saved_models, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     models = {name: str(saved_models / name) for name in ("receiver", "sharer")}
     recipe = {**models, "data": {"path": str(tmp_path / "chats.jsonl"), "validation_share": 0.2}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "output": "out", "fuser": {"hidden_dim": 8, "intermediate_dim": 8}}))
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps({**recipe, "output": "out", "fuser": {"hidden_dim": 8, "intermediate_dim": 8}})
+    )
     options = ["train.epochs=2", "train.learning_rate=0.01"]
     read = train(load_recipe(tmp_path / "recipe.yaml", [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
     for keep in ("sharer", "both"):

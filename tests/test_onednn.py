@@ -6,7 +6,7 @@ from test_lanes import Dispatched
 from torch.nn import functional as F
 
 from kvfuse.backends import onednn as products
-from kvfuse.backends.onednn import ROWS, bmm, linear, quick_products
+from kvfuse.backends.onednn import ROWS, bmm, linear, onednn_linears
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.fusers import lanes
 from kvfuse.fusers.layers import GroupedLinear
@@ -18,14 +18,19 @@ from kvfuse.training.data.examples import Example
 from kvfuse.training.loop.batches import collate
 from kvfuse.training.loop.loss import response_loss
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
-EXAMPLES = [Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them, and of no others") for i in range(4)]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN"
+)
+EXAMPLES = [
+    Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them, and of no others")
+    for i in range(4)
+]
 X, WEIGHT, BIAS = torch.randn(2, ROWS, 512), torch.randn(640, 512), torch.randn(640)
 
 
 @pytest.fixture(autouse=True)
 def _quicker(monkeypatch):
-    monkeypatch.setattr(products, "is_quicker", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
 
 def counted(run):
@@ -66,7 +71,8 @@ def test_autocast_is_left_to_torch():
 
 
 @pytest.mark.parametrize(
-    "gradients", [torch.randn(2, ROWS, 640), torch.ones(1).expand(2, ROWS, 640), torch.randn(640, ROWS, 2).transpose(0, 2)]
+    "gradients",
+    [torch.randn(2, ROWS, 640), torch.ones(1).expand(2, ROWS, 640), torch.randn(640, ROWS, 2).transpose(0, 2)],
 )
 @pytest.mark.parametrize("bias", [None, BIAS])
 def test_gradients_go_through_what_is_frozen(bias, gradients):
@@ -97,11 +103,11 @@ def test_models_multiply_so_within_and_not_after(monkeypatch):
     what = model, ids, torch.ones_like(ids), torch.arange(ROWS)[None]
     assert counted(lambda: prefill(*what)) > 3
     quick = read_cache(prefill(*what))
-    with pytest.raises(ZeroDivisionError), torch.no_grad(), quick_products(ROWS):
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), onednn_linears(ROWS):
         raise ZeroDivisionError
     with torch.no_grad():
         assert counted(lambda: model(ids)) == 0
-    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert counted(lambda: prefill(*what)) == 0
     plain = read_cache(prefill(*what))
     torch.testing.assert_close(quick.key, plain.key, rtol=1e-3, atol=1e-3)
@@ -131,7 +137,7 @@ def test_a_training_step_multiplies_so_and_learns_the_same(monkeypatch, sharer):
 
     multiplied = []
     quick, recomputed = step(), step(recompute=True)
-    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     plain = step()
     assert multiplied[0] > multiplied[1] > multiplied[2] == 0, "what is computed again is computed as it was"
     torch.testing.assert_close(quick, plain, rtol=1e-3, atol=1e-4)

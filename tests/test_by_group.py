@@ -86,7 +86,9 @@ def test_what_is_behind_closed_gates_is_not_computed(receiver, sharer, monkeypat
         fuser.gate.logit[[0, 3, 4]] = -1.0
     computed = []
     network = type(fuser).network
-    monkeypatch.setattr(type(fuser), "network", lambda self, theirs, mine: computed.append(len(mine)) or network(self, theirs, mine))
+    monkeypatch.setattr(
+        type(fuser), "network", lambda self, theirs, mine: computed.append(len(mine)) or network(self, theirs, mine)
+    )
     with torch.no_grad():
         fuser(random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv))
     assert sum(computed) == 3
@@ -113,7 +115,9 @@ def test_a_fuser_with_weights_for_all_layers_together_has_no_lanes(receiver, sha
     groups = len(fuser.gate.logit)
     fuser.shared = nn.Linear(4, groups)
     assert not has_lanes(fuser)
-    together, apart = both_ways(fuser, (random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)), monkeypatch)
+    together, apart = both_ways(
+        fuser, (random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)), monkeypatch
+    )
     assert torch.equal(together.key, apart.key)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvfuse.cache import preallocated as growing_cache
-from kvfuse.cache.preallocated import GrowingLayer, side_by_side
+from kvfuse.cache.preallocated import PreallocatedLayer, stacked_layers
 from kvfuse.cache.transformers_cache import empty_cache, read_cache
 from kvfuse.testing import tiny_model
 
@@ -73,7 +73,7 @@ def test_what_was_prefilled_lies_side_by_side_until_it_grows(caches):
     assert [kv.key[i].data_ptr() for i in range(LAYERS)] == [layer.keys.data_ptr() for layer in ours.layers]
     assert torch.equal(kv.value[1], ours.layers[1].values)
     feed(caches, 9)
-    assert side_by_side(ours.layers) is None
+    assert stacked_layers(ours.layers) is None
     assert all(layer.beside is None for layer in ours.layers), "what they left is freed"
     assert torch.equal(read_cache(ours).key[2], ours.layers[2].keys)
 
@@ -82,6 +82,6 @@ def test_layers_of_another_shape_have_a_place_of_their_own(caches):
     ours, _ = caches
     for place, dim in enumerate((4, 6, 4)):
         ours.update(*torch.randn(2, 1, 2, 5, dim), place)
-    assert isinstance(ours.layers[1], GrowingLayer)
+    assert isinstance(ours.layers[1], PreallocatedLayer)
     assert ours.layers[1].keys.shape[-1] == 6
-    assert side_by_side(ours.layers) is None
+    assert stacked_layers(ours.layers) is None

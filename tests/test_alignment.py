@@ -27,7 +27,9 @@ def covered(reading, token):
     """The characters of the messages that a token covers."""
     start, end = reading.offsets[token]
     spans = reading.prompt.spans
-    return {(s.message, s.offset + place - s.start) for s in spans for place in range(max(start, s.start), min(end, s.end))}
+    return {
+        (s.message, s.offset + place - s.start) for s in spans for place in range(max(start, s.start), min(end, s.end))
+    }
 
 
 @settings(deadline=None)
@@ -81,7 +83,11 @@ ORDERS = {
 }
 LONG = [
     {"role": "system", "content": "Be brief."},
-    *chat("What is the capital of Norway?", "<think>Norway, so Oslo.</think>It is Oslo.", "And the language they speak there?"),
+    *chat(
+        "What is the capital of Norway?",
+        "<think>Norway, so Oslo.</think>It is Oslo.",
+        "And the language they speak there?",
+    ),
 ]
 
 
@@ -99,7 +105,9 @@ def test_templates_may_move_repeat_or_leave_out_messages(mine, theirs):
     assert index[-1] == len(sharer.ids) - 1
     met = [token for token in range(len(index)) if covered(receiver, token) & covered(sharer, index[token])]
     read_there = set().union(*(covered(receiver, token) for token in met))
-    assert {number for number in (0, 1, 3) if characters_of(number) <= read_there} >= {1, 3}, "all that both write in one order"
+    assert {number for number in (0, 1, 3) if characters_of(number) <= read_there} >= {1, 3}, (
+        "all that both write in one order"
+    )
     if mine == theirs:
         assert characters_of(0) <= read_there or mine == "no system"
 
@@ -110,7 +118,9 @@ def characters_of(number):
 
 def test_template_inside_a_message_reads_on_from_the_message():
     tokenizer = tiny_tokenizer(265)
-    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content.split('#') | join('<|end|>') }}{% endfor %}<|assistant|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|user|>{{ m.content.split('#') | join('<|end|>') }}{% endfor %}<|assistant|>"
+    )
     receiver, sharer = read(chat("one#two"), tokenizer), read(chat("one#two"), COARSE)
     index = align_spans(receiver, sharer)
     inside = receiver.prompt.text.index("<|end|>")
@@ -122,7 +132,9 @@ def test_template_inside_a_message_reads_on_from_the_message():
 def test_what_the_sharers_template_trims_reads_the_token_before_it():
     receiver, sharer = read(chat(" \n Oslo"), PLAIN), read(chat(" \n Oslo"), COARSE)
     index = align_spans(receiver, sharer)
-    assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start, "not nothing, though the receiver has no template"
+    assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start, (
+        "not nothing, though the receiver has no template"
+    )
 
 
 def test_the_last_token_is_never_fused():
@@ -159,8 +171,30 @@ def test_unknown_alignment_is_refused():
 
 REAL = ("gpt2", "llama-3.2", "mistral-v3", "phi-4", "qwen2.5", "qwen3")
 PIECES = (
-    *(" ", "  ", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00"),  # white space, and what looks like none
-    *("é", "e\u0301", "a\u0323\u0301", "a\u0301\u0323", "한", "\u1112\u1161\u11ab", "\u212b", "\u0958", "ﬁ", "नमस्ते"),  # (de)composed
+    *(
+        " ",
+        "  ",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\ufeff",
+        "\x00",
+    ),  # white space, and what looks like none
+    *(
+        "é",
+        "e\u0301",
+        "a\u0323\u0301",
+        "a\u0301\u0323",
+        "한",
+        "\u1112\u1161\u11ab",
+        "\u212b",
+        "\u0958",
+        "ﬁ",
+        "नमस्ते",
+    ),  # (de)composed
     *("你", "好，", "世界", "𠮷", "👩‍👩‍👧", "👍🏽", "🇳🇴", "❤️", "𒀀", "\U0001d15e"),  # several bytes, several code points
     *("Hello", " world", "1234", "'s", "def f(x):\n    return x", "▁", "<0xE4>", "<|im_end", "[INST", "\\", "`{}`"),
 )
@@ -189,7 +223,9 @@ def check_pair(receiver, sharer):
         assert not mine or position >= 0
         if mine and max(overlaps):
             assert overlaps[position] == max(overlaps)
-            assert same or max(overlaps) not in overlaps[position + 1 :], "pieces of one character read the last of its pieces"
+            assert same or max(overlaps) not in overlaps[position + 1 :], (
+                "pieces of one character read the last of its pieces"
+            )
 
 
 def simple(text, name):
