@@ -1,10 +1,6 @@
 """A fuser on disk: ``config.json``, ``model.safetensors`` and a model card. Never half-written; the authors' format is read too."""
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from kvfuse.errors import CheckpointError
+from kvfuse.errors import CheckpointError, first_line
 from kvfuse.fusers import Fuser, fuser_class
 from kvfuse.fusers import quantize as quantized
 from kvfuse.fusers.execution.quantized import FULL
 from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import write_published
+from kvfuse.support.files import write_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -73,7 +70,7 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"expected the {CONFIG} of a fuser in {folder}, got: {str(error).splitlines()[0]}; train or download it again"
+            f"expected the {CONFIG} of a fuser in {folder}, got: {first_line(error)}; train or download it again"
         ) from error
     if not config.model_type.startswith(PREFIX):
         raise CheckpointError(
@@ -140,37 +137,6 @@ def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: st
 def size_of(fuser: Fuser) -> int:
     """Bytes of all its weights, as they are on disk."""
     return sum(tensor.nbytes for tensor in fuser.state_dict().values())
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a new folder beside ``folder``, flush it to disk, and put it in ``folder``'s place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        fresh, old = Path(beside, "new"), Path(beside, "old")
-        fresh.mkdir()
-        write(fresh)
-        for path in (*(path for path in fresh.rglob("*") if path.is_file()), fresh):
-            _flush(path)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file beside its destination, flush it to disk, and move it there."""
-    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside its destination, flush it to disk, and move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    _flush(beside)
-    beside.rename(path)
 
 
 def model_card(fuser: Fuser, notes: str = "") -> str:
@@ -247,11 +213,3 @@ def _require_whole(folder: Path) -> None:
         raise CheckpointError(
             f"expected a whole {WEIGHTS} in {folder}, got a truncated or damaged file ({error}); copy it again"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

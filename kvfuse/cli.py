@@ -228,11 +228,11 @@ def align(
 
     kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct --html alignment.html
     """
-    from kvfuse.checkpoint import write_file
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
     from kvfuse.prompts.alignment import default_token_alignment
     from kvfuse.prompts.view import lines, load_chat, page, summary, view
+    from kvfuse.support.files import write_file
 
     if (text is None) == (chat is None):
         raise PromptError(

@@ -1,5 +1,8 @@
 """The errors users meet. Each says what was expected, what came and what to do; the command line prints them as one line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class KVFuseError(Exception):
     """Base of every error that kvfuse raises on purpose."""
@@ -31,3 +34,13 @@ class EvaluationError(KVFuseError, ValueError):
 
 class AnalysisError(KVFuseError, ValueError):
     """An analysis that is unknown, or asked about something that it cannot answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to be quoted in one of ours."""
+    return str(error).strip().partition("\n")[0]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name that looks most like an unknown one, for "did you mean"; empty where there are no names."""
+    return "".join(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from kvfuse.cache.transformers_cache import KVSpec
-from kvfuse.errors import PairError
+from kvfuse.errors import PairError, first_line
 from kvfuse.stages.prefill import probe
 from kvfuse.stages.rope import RoPE, measure_rope
 
@@ -173,8 +173,9 @@ def reraise_as(what: str, name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PairError(f"expected {what} at {str(name)!r}, got: {reason}; name a local folder or a Hub id") from error
+        raise PairError(
+            f"expected {what} at {str(name)!r}, got: {first_line(error)}; name a local folder or a Hub id"
+        ) from error
 
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:

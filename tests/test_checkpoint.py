@@ -6,12 +6,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from kvfuse.cache.transformers_cache import CACHE
-from kvfuse.checkpoint import load_fuser, model_card, save_fuser, write_folder
+from kvfuse.checkpoint import load_fuser, model_card, save_fuser
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS
 from kvfuse.language_model import _sample
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
+from kvfuse.support.files import write_folder
 from kvfuse.testing import tiny_fuser
 
 PROMPT = [{"role": "user", "content": "What is the capital of Norway?"}]

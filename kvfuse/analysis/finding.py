@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.checkpoint import write_file
+from kvfuse.support.files import write_file
 from kvfuse.support.plots import save
 
 if TYPE_CHECKING:

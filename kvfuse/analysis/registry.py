@@ -9,9 +9,8 @@ from typing import Any
 
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
-from kvfuse.errors import AnalysisError
+from kvfuse.errors import AnalysisError, nearest
 from kvfuse.support.config import override
-from kvfuse.support.plugins import nearest
 
 ANALYSES = {
     "enrichment": "kvfuse.analysis.enrichment",

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.cache.transformers_cache import KV, copy_stacked, read_cache
-from kvfuse.errors import PairError
+from kvfuse.errors import PairError, first_line
 from kvfuse.stages.prefill import prefill, supports_prefix_reuse
 
 SHORTEST, STEPS = 64, 4  # tokens; lengths an octave
@@ -75,9 +75,8 @@ class _Recording:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.kv = read_cache(prefill(*run))
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
             raise PairError(
-                f"expected a model whose run on a GPU can be recorded, got {type(model).__name__}: {reason}; leave capture out"
+                f"expected a model whose run on a GPU can be recorded, got {type(model).__name__}: {first_line(error)}; leave capture out"
             ) from error
 
     def read(self, ids: Tensor, positions: Tensor) -> Cache:

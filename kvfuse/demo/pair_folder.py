@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfuse.checkpoint import load_fuser, write_file
+from kvfuse.checkpoint import load_fuser
 from kvfuse.demo.facts import Place, load_places
 from kvfuse.errors import CheckpointError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Router
 from kvfuse.model import CacheToCache
+from kvfuse.support.files import write_file
 
 SHIPPED = Path(__file__).parent / "data"
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvfuse.checkpoint import write_file
 from kvfuse.demo.pair_folder import SHIPPED, PairFolder
 from kvfuse.demo.questions import KINDS, Question
 from kvfuse.demo.score import OPTIONS, Scores, as_prompt, figures, held_out, make_methods, score
 from kvfuse.errors import PromptError
+from kvfuse.support.files import write_file
 
 SIDE_BY_SIDE = ("receiver", "sharer", "text-to-text", "cache-to-cache")
 CONTROLS = ("zeroed", "mismatched")

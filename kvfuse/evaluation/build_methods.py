@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from kvfuse.checkpoint import load_fuser
-from kvfuse.errors import EvaluationError
+from kvfuse.errors import EvaluationError, first_line
 from kvfuse.evaluation.recipe import EvaluationRecipe
 from kvfuse.evaluation.tasks.readouts import without_choices
 from kvfuse.language_model import LanguageModel
@@ -71,7 +71,7 @@ def _load_router(path: str | Path, receiver: LanguageModel) -> Router:
         router.load_state_dict(load_file(path))
     except (OSError, RuntimeError) as error:
         raise EvaluationError(
-            f"expected a router for {receiver.name} at {path}, got: {str(error).splitlines()[0]}; train one"
+            f"expected a router for {receiver.name} at {path}, got: {first_line(error)}; train one"
         ) from error
     return router
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvfuse.errors import EvaluationError
+from kvfuse.errors import EvaluationError, first_line
 
 PREDICTIONS, LATENCY, CONFIG, VERSIONS, METRICS = (
     "predictions.jsonl",
@@ -256,7 +256,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         )
     except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise EvaluationError(
-            f"expected keys and values in {path}, got: {str(error).splitlines()[0]}; correct the file"
+            f"expected keys and values in {path}, got: {first_line(error)}; correct the file"
         ) from error
     if not isinstance(content, dict):
         raise EvaluationError(f"expected keys and values in {path}, got a {type(content).__name__}; correct the file")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.asking import ask, prompts_of
 from kvfuse.evaluation.build_methods import Models, methods_of
@@ -25,6 +24,7 @@ from kvfuse.evaluation.report.write import write_report
 from kvfuse.evaluation.tasks import load_task
 from kvfuse.evaluation.timing import time_methods
 from kvfuse.model import CacheToCache
+from kvfuse.support.files import write_file
 from kvfuse.support.processes import processes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvfuse.errors import MethodError
+from kvfuse.errors import MethodError, nearest
 from kvfuse.methods.augmented import FewShot
 from kvfuse.methods.base import Method
 from kvfuse.methods.cache_to_cache import Fused
@@ -18,7 +18,7 @@ from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import HINT_REQUEST, Hybrid, TextToText
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message, Prompt
-from kvfuse.support.plugins import find_plugin, nearest
+from kvfuse.support.plugins import find_plugin
 
 GROUP = "kvfuse.methods"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfuse.errors import CheckpointError
+from kvfuse.errors import CheckpointError, first_line
 from kvfuse.fusers import FUSERS, Fuser
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
@@ -146,7 +146,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or malicious pickle raises is not documented
-        reason = str(error).strip().partition("\n")[0][:120]
+        reason = first_line(error)[:120]
         raise CheckpointError(
             f"expected a file of tensors alone at {path}, got one that cannot be read safely: {reason}"
         ) from error

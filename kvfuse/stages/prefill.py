@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.preallocated import PreallocatedLayer
 from kvfuse.cache.transformers_cache import CACHE, KVSpec, empty_cache, is_filled, is_plain, read_cache
-from kvfuse.errors import PairError
+from kvfuse.errors import PairError, first_line
 
 Prefill = Callable[..., Cache]
 """Whatever is called as :func:`prefill` is."""
@@ -116,7 +116,6 @@ def probe(model: PreTrainedModel) -> KVSpec:
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, PairError):
             raise
-        reason = str(error).strip().partition("\n")[0]
         raise PairError(
-            f"expected a model that fills a cache of transformers, got {type(model).__name__}: {reason}; use another"
+            f"expected a model that fills a cache of transformers, got {type(model).__name__}: {first_line(error)}; use another"
         ) from error

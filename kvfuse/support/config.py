@@ -1,6 +1,5 @@
 """A recipe: one YAML file about a pair, of which every command reads its own sections, each key checked before anything is loaded."""
 
-import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvfuse.errors import RecipeError
+from kvfuse.errors import RecipeError, first_line, nearest
 
 
 class Section(BaseModel):
@@ -30,9 +29,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"expected a recipe in YAML at {path}, got: {str(error).splitlines()[0]}; check the file"
-        ) from error
+        raise RecipeError(f"expected a recipe in YAML at {path}, got: {first_line(error)}; check the file") from error
     if not isinstance(content, dict):
         raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
     override(content, overrides)
@@ -67,8 +64,9 @@ def check(content: dict[str, Any], kind: type[SectionT], foreign: Collection[str
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
     """The complaint about an unknown key, naming the nearest."""
-    nearest = difflib.get_close_matches(key.split(".")[-1], known, n=1, cutoff=0.0)
-    return RecipeError(f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest[0]!r}?")
+    return RecipeError(
+        f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest(key.split('.')[-1], known)!r}?"
+    )
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
@@ -90,8 +88,8 @@ def _explain(error: ValidationError, kind: type[BaseModel], foreign: Collection[
         return f"expected the key {key} in the recipe, got none; add it"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        nearest = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.0)[0]
-        return f"expected {key} to be one of {', '.join(choices)}, got {first['input']!r}; did you mean {nearest!r}?"
+        got = first["input"]
+        return f"expected {key} to be one of {', '.join(choices)}, got {got!r}; did you mean {nearest(str(got), choices)!r}?"
     return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
 
 

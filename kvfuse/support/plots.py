@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.checkpoint import write_beside
+from kvfuse.support.files import write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

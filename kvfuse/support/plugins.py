@@ -1,11 +1,10 @@
 """Things found by name: the built-in ones, those registered by hand, those that installed packages offer by entry points."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from kvfuse.errors import KVFuseError
+from kvfuse.errors import KVFuseError, nearest
 
 T = TypeVar("T")
 
@@ -40,8 +39,3 @@ def find_plugin(
             f"expected {what} to be one of {', '.join(names)}, got {name!r}; did you mean {nearest(name, names)!r}?"
         )
     return known[name]
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """The one that looks most like a name."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvfuse.cache.transformers_cache import KVSpec
-from kvfuse.errors import PairError
+from kvfuse.errors import PairError, first_line
 from kvfuse.fusers import fuser_class
 from kvfuse.stages.prefill import probe
 from kvfuse.support.processes import processes
@@ -122,7 +122,7 @@ def shape_of(name: str, dtype: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config).eval()
     except (OSError, ValueError, KeyError) as error:
         raise PairError(
-            f"expected a causal language model at {name!r}, got: {str(error).splitlines()[0]}; check the name"
+            f"expected a causal language model at {name!r}, got: {first_line(error)}; check the name"
         ) from error
     stored = getattr(torch, dtype, None) or config.dtype or torch.float32
     return Shape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 import yaml
 
-from kvfuse.checkpoint import save_fuser, write_file
+from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
+from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
 from kvfuse.training.closed_form import fit, start_from_ridge
 from kvfuse.training.data.columns import from_columns

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfuse.checkpoint import write_file
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.predictions import Published, Run, read_run
 from kvfuse.evaluation.report.document import Block, Facts, Heading, Table, Text, to_html, to_markdown
@@ -13,6 +12,7 @@ from kvfuse.evaluation.report.verdict import points
 from kvfuse.evaluation.report.write import accuracy_cell, notes
 from kvfuse.evaluation.scoring.metrics import Figures, metrics, paired
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
+from kvfuse.support.files import write_file
 
 
 def write_comparison(folders: Sequence[str | Path], page: str | Path) -> None:

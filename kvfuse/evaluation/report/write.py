@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from kvfuse.checkpoint import write_file
 from kvfuse.evaluation.predictions import METRICS, Published, Run, read_run
 from kvfuse.evaluation.report import figures
 from kvfuse.evaluation.report.document import Block, Code, Facts, Heading, Picture, Table, Text, to_html, to_markdown
@@ -15,6 +14,7 @@ from kvfuse.evaluation.report.published_figures import beside, select, sources
 from kvfuse.evaluation.report.samples import failures, samples
 from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER, difference, points
 from kvfuse.evaluation.scoring.metrics import Figures, all_phases, metrics
+from kvfuse.support.files import write_file
 from kvfuse.support.plots import svg
 
 HTML, MARKDOWN = "report.html", "report.md"

@@ -18,12 +18,10 @@ from kvfuse.evaluation.scoring.statistics import (
     mcnemar,
 )
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
+from kvfuse.stages.phases import PHASES
 
 RIGHT = 0.5
 """An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, the circles."""
-
-PHASES = ("hint", "receiver_prefill", "sharer_prefill", "fuse", "first_token", "decode")
-"""In the order of a question's way."""
 
 Figures = dict[str, Any]
 

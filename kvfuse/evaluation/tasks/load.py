@@ -1,12 +1,11 @@
 """A task of the harness by name: from the Hub or from local files, with another template where one is given."""
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from kvfuse.errors import EvaluationError
+from kvfuse.errors import EvaluationError, first_line, nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -66,8 +65,9 @@ def load_task(
     settings = {"data_dir": None if data_dir is None else str(data_dir), "limit": limit, "only": only}
     manager = task_manager(harness_tasks, **settings)
     if name not in manager.all_tasks:
-        nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)[0]
-        raise EvaluationError(f"expected a task of {', '.join(task_names())}, got {name!r}; did you mean {nearest!r}?")
+        raise EvaluationError(
+            f"expected a task of {', '.join(task_names())}, got {name!r}; did you mean {nearest(name, manager.all_tasks)!r}?"
+        )
     loaded = manager.load(name)
     text = None if template is None else _read_template(template)
     for one in loaded["tasks"].values():
@@ -106,7 +106,5 @@ def _read_template(path: str | Path) -> str:
         text = Path(path).read_text(encoding="utf-8")
         Template(text)
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
-        raise EvaluationError(
-            f"expected a Jinja template in {path}, got: {str(error).splitlines()[0]}; correct it"
-        ) from error
+        raise EvaluationError(f"expected a Jinja template in {path}, got: {first_line(error)}; correct it") from error
     return text

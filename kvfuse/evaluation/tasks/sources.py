@@ -1,7 +1,6 @@
 """Where each task's questions come from: a data set on the Hub, or its files as they are found in a folder."""
 
 import csv
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.errors import EvaluationError
+from kvfuse.errors import EvaluationError, first_line, nearest
 from kvfuse.evaluation.tasks import items
 from kvfuse.evaluation.tasks.items import Item, Row
 
@@ -116,9 +115,8 @@ def _kept(questions: Iterator[Item], kinds: set[str]) -> Iterator[Item]:
         if not kinds or item["kind"] in kinds:
             yield item
     for kind in kinds - seen:
-        nearest = difflib.get_close_matches(kind, sorted(seen), n=1, cutoff=0.0)
         raise EvaluationError(
-            f"expected a kind of question that the data have, got {kind!r}; did you mean {''.join(nearest)!r}?"
+            f"expected a kind of question that the data have, got {kind!r}; did you mean {nearest(kind, sorted(seen))!r}?"
         )
 
 
@@ -166,9 +164,7 @@ def _file_rows(files: Sequence[Path]) -> Iterator[tuple[str, int, str, Row]]:
         try:
             yield from ((str(file), line, _subject(file), row) for line, row in _read(file))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-            raise EvaluationError(
-                f"expected rows in {file}, got: {str(error).splitlines()[0]}; correct the file"
-            ) from error
+            raise EvaluationError(f"expected rows in {file}, got: {first_line(error)}; correct the file") from error
 
 
 def _read(file: Path) -> Iterator[tuple[int, Row]]:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.errors import RecipeError
+from kvfuse.errors import RecipeError, first_line
 from kvfuse.training.data.shapes import Row
 from kvfuse.training.recipe import DataSection
 
@@ -61,9 +61,8 @@ def telling(data: DataSection) -> Iterator[None]:
         told = error if isinstance(error, RecipeError) else error.__cause__
         if isinstance(told, RecipeError):
             raise told from None
-        reason = str(error).strip().splitlines()[0]
         raise RecipeError(
-            f"expected rows at data.path {data.path}, got: {reason}; check path, name, split and revision"
+            f"expected rows at data.path {data.path}, got: {first_line(error)}; check path, name, split and revision"
         ) from error
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kvfuse.checkpoint import write_file
 from kvfuse.errors import RecipeError
+from kvfuse.support.files import write_file
 from kvfuse.support.processes import processes
 
 WHOLE = "whole"  # written into a checkpoint after everything else in it

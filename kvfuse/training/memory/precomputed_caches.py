@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfuse.cache.transformers_cache import KV, KVSpec, read_cache
-from kvfuse.checkpoint import write_beside
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
+from kvfuse.support.files import write_beside
 from kvfuse.support.processes import processes
 from kvfuse.training.data.columns import EncodedExample, from_columns
 from kvfuse.training.loop.batches import Kept

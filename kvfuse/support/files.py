@@ -1,0 +1,47 @@
+"""Whole-or-nothing writing: what is written lies beside its destination until it is complete and on disk."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a new folder beside ``folder``, flush it to disk, and put it in ``folder``'s place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        fresh, old = Path(beside, "new"), Path(beside, "old")
+        fresh.mkdir()
+        write(fresh)
+        for path in (*(path for path in fresh.rglob("*") if path.is_file()), fresh):
+            _flush(path)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file beside its destination, flush it to disk, and move it there."""
+    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file beside its destination, flush it to disk, and move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    write(beside)
+    _flush(beside)
+    beside.rename(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
