@@ -59,7 +59,7 @@ def fuser_class(kind: str) -> type[Fuser]:
     Raises:
         PairError: There is no such kind (the nearest is named), or its package does not offer a fuser.
     """
-    return find_plugin(kind, "fuser.kind", GROUP, FUSERS, register_fuser, PairError)
+    return find_plugin(kind, option="fuser.kind", group=GROUP, known=FUSERS, register=register_fuser, error=PairError)
 
 
 def make_fuser(kind: str, **options: Any) -> Fuser:

@@ -13,7 +13,7 @@ from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, stack
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.response import read_response
+from kvfuse.prompts.response import tokenize_response
 from kvfuse.stages.decode import stream
 
 
@@ -48,7 +48,7 @@ class Fused(Method):
         readings = [self.align(prompt) for prompt in prompts]
         receiver, sharers = self.pair.receiver.tokenizer, self._followed_by()
         follow = [
-            [read_response(one, text, receiver, sharers) for text in some]
+            [tokenize_response(one, text, receiver, sharers) for text in some]
             for one, some in zip(readings, options, strict=True)
         ]
         prompt = stack(readings)

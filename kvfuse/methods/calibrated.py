@@ -9,7 +9,7 @@ from typing import Any
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice
 from kvfuse.methods.single import Single
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.stages.phases import phase
 
 OPTION_LINE = re.compile(r"^(\(?([A-Z])[.):] *)\S.*$", re.MULTILINE)
@@ -73,7 +73,7 @@ class Calibrated(Method):
         return [Reply(text.strip(), 0, self._tokens_in(prompt)) for text, prompt in zip(best, prompts, strict=True)]
 
     def _tokens_in(self, prompt: Prompt) -> int:
-        return sum(len(read(one, self.reader.model.tokenizer).ids) for one in (prompt, self.content_free(prompt)))
+        return sum(len(tokenize(one, self.reader.model.tokenizer).ids) for one in (prompt, self.content_free(prompt)))
 
     def _answer(self, prompt: Prompt, letter: str) -> str:
         """Plain text needs a space before it; a chat's template ends where an answer begins."""

@@ -138,7 +138,7 @@ def register_method(name: str, maker: MethodMaker) -> None:
 
 def find_method(name: str) -> MethodMaker:
     """What makes a method, by its name, loading the package that offers it if need be. Raises MethodError: the name is unknown."""
-    return find_plugin(name, "method", GROUP, METHODS, register_method, MethodError)
+    return find_plugin(name, option="method", group=GROUP, known=METHODS, register=register_method, error=MethodError)
 
 
 def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:

@@ -17,7 +17,7 @@ from kvfuse.methods.base import Method, OptionScore, Reply, by_choice, to_replie
 from kvfuse.methods.single import Single
 from kvfuse.prompts.alignment import pad_left
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.stages.decode import decode
 
 BATCH = 32  # prompts at once, when all of a run are looked at before it
@@ -64,7 +64,7 @@ def bag_of_tokens(prompts: Sequence[Prompt], model: LanguageModel) -> Tensor:
     """``(B, vocabulary)`` float32: which of the model's tokens occur in each prompt."""
     bags = torch.zeros(len(prompts), len(model.tokenizer))
     for row, prompt in enumerate(prompts):
-        bags[row, torch.from_numpy(read(prompt, model.tokenizer).ids)] = 1
+        bags[row, torch.from_numpy(tokenize(prompt, model.tokenizer).ids)] = 1
     return bags
 
 
@@ -201,7 +201,7 @@ def confident_replies(
     prompts: Sequence[Prompt], model: LanguageModel, **options: Any
 ) -> tuple[list[Reply], list[float]]:
     """A model's replies, each with the probability of its least likely token."""
-    readings = [read(prompt, model.tokenizer) for prompt in prompts]
+    readings = [tokenize(prompt, model.tokenizer) for prompt in prompts]
     ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
     options = {**options, "pad_token_id": readings[0].pad_id, "return_dict_in_generate": True, "output_logits": True}
     output = decode(model.model, ids, mask, None, phase="receiver_prefill", **options)

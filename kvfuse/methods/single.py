@@ -10,8 +10,8 @@ from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.response import Response, follow_on
-from kvfuse.prompts.tokenized import TokenizedPrompt, read
+from kvfuse.prompts.response import Response, tokenize_continuation
+from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.prefill import prefill
 
@@ -45,7 +45,7 @@ class Single(Method):
         prompt, readings = self._read(prompts)
         tokenizer = self.model.tokenizer
         follow = [
-            [Response(follow_on(reading, text, tokenizer)[0]) for text in some]
+            [Response(tokenize_continuation(reading, text, tokenizer)[0]) for text in some]
             for reading, some in zip(readings, options, strict=True)
         ]
         batch, cache = OptionBatch.of(prompt, follow), None
@@ -55,7 +55,7 @@ class Single(Method):
         return batch.score(self.model.model, cache)
 
     def _read(self, prompts: Sequence[Prompt]) -> tuple[AlignedPrompt, list[TokenizedPrompt]]:
-        readings = [read(prompt, self.model.tokenizer) for prompt in prompts]
+        readings = [tokenize(prompt, self.model.tokenizer) for prompt in prompts]
         ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
         return from_ids(ids, num_sharers=0, mask=mask), readings
 

@@ -212,7 +212,7 @@ def _writer(
     if how == "identity":
         return _Same()
     if how in REENCODINGS:
-        return _Reencoder(reencoding(receiver, sharer, how))
+        return _Reencoder(reencoding(receiver=receiver, sharer=sharer, strategy=how))
     ids = mine[-CONTEXT_TOKENS:]
     context = sharer.decode(theirs[-CONTEXT_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return _Retokenizer(receiver, sharer, ids, _text(receiver, ids), context)

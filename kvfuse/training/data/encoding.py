@@ -17,7 +17,7 @@ from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow, align, default_token_alignment
-from kvfuse.prompts.response import read_response
+from kvfuse.prompts.response import tokenize_response
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -118,7 +118,7 @@ class Encoder:
         sharers = [(sharer.tokenizer, how) for sharer, how in self.sharers]
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
         followed = sharers if self.fuse_response else []
-        response = read_response(prompt, example.response, self.receiver.tokenizer, followed, example.ends)
+        response = tokenize_response(prompt, example.response, self.receiver.tokenizer, followed, example.ends)
         self.receiver.require_room(len(prompt.receiver.ids) + len(response.ids), "prompt and response", self.max_tokens)
         self._require_room(prompt, response.sharers)
         return EncodedExample(prompt, response.ids, response.sharers)

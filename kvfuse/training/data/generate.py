@@ -12,7 +12,7 @@ from kvfuse.errors import PromptError, RecipeError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
 from kvfuse.prompts.chat import Message
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.training.data.shapes import to_messages
 from kvfuse.training.data.sources import decode, load_rows, parse
 from kvfuse.training.recipe import DataSection
@@ -108,7 +108,7 @@ def _prompt(chat: list[Message]) -> list[Message]:
 
 
 def _require_room(chat: Sequence[Message], model: LanguageModel, sampling: Sampling) -> None:
-    length = len(read(chat, model.tokenizer).ids) + sampling.max_new_tokens
+    length = len(tokenize(chat, model.tokenizer).ids) + sampling.max_new_tokens
     if model.context is not None and length > model.context:
         raise PromptError(
             f"expected prompt and response to fit {model.context} tokens of {model.name}, got {length}; shorten them"
