@@ -25,7 +25,8 @@ from benchmarks.memory import peak_bytes
 from benchmarks.pairs import random_pair
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed, total
-from kvfuse.cache.transformers_cache import CACHE, KV, cache_of, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import CACHE, cache_of, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import RenderedPrompt
@@ -101,7 +102,7 @@ class Step:
 
     def _fuse(self) -> None:
         self.fuser.recompute = False  # whatever ran before
-        residual = self.fuser(self.mine, self.theirs)
+        residual = self.fuser(receiver=self.mine, sharer=self.theirs)
         torch.autograd.backward([residual.key, residual.value], self.gradient)
 
     def _respond(self) -> None:

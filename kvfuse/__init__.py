@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheToCache": "model",
-    "KV": "cache.transformers_cache",
+    "KV": "cache.kv",
     "KVFuseError": "errors",
-    "KVSpec": "cache.transformers_cache",
+    "KVSpec": "cache.kv",
     "LanguageModel": "language_model",
     "PrefixStore": "stages.prefix_store",
     "load_fuser": "checkpoint",

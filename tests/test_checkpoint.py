@@ -6,9 +6,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from kvfuse.cache.transformers_cache import CACHE
-from kvfuse.checkpoint import load_fuser, model_card, save_fuser
+from kvfuse.checkpoint import load_fuser, save_fuser
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS
+from kvfuse.fusers.folder import model_card
 from kvfuse.language_model import _sample
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack

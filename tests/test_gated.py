@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_fusers import random_kv
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS
-from kvfuse.fusers.gated import GatedConfig
+from kvfuse.fusers.gate import GatedConfig
 from kvfuse.testing import tiny_fuser
 
 KINDS = [kind for kind, cls in FUSERS.items() if issubclass(cls.config_class, GatedConfig)]
@@ -24,7 +24,8 @@ def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, nois
     fuser = tiny_fuser(receiver, sharer, kind, gate_noise=noise, dropout=0.0).train()
     torch.manual_seed(0)
     same = [random_kv(spec, 1, 1) for spec in (fuser.config.receiver_kv, fuser.config.sharer_kv)]
-    residual = fuser(*(KV(kv.key.expand(-1, -1, -1, 4, -1), kv.value.expand(-1, -1, -1, 4, -1)) for kv in same))
+    alike_kv = [KV(kv.key.expand(-1, -1, -1, 4, -1), kv.value.expand(-1, -1, -1, 4, -1)) for kv in same]
+    residual = fuser(receiver=alike_kv[0], sharer=alike_kv[1])
     for part in (residual.key, residual.value):
         assert torch.allclose(part, part[:, :, :, :1].expand_as(part), rtol=1e-4, atol=1e-6) == alike
 
@@ -33,7 +34,9 @@ def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, nois
 def test_the_noise_is_gone_at_inference(receiver, sharer, kind):
     logistic, gumbel = (tiny_fuser(receiver, sharer, kind, gate_noise=noise) for noise in ("logistic", "gumbel"))
     inputs = random_kv(logistic.config.receiver_kv), random_kv(logistic.config.sharer_kv)
-    assert torch.equal(logistic(*inputs).key, gumbel(*inputs).key)
+    assert torch.equal(
+        logistic(receiver=inputs[0], sharer=inputs[1]).key, gumbel(receiver=inputs[0], sharer=inputs[1]).key
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

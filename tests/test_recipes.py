@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfuse.cache.transformers_cache import KVSpec
+from kvfuse.cache.kv import KVSpec
 from kvfuse.evaluation.recipe import load_evaluation
 from kvfuse.evaluation.tasks import task_names
 from kvfuse.fusers import fuser_class

@@ -22,7 +22,8 @@ from transformers import Cache
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import batches, judge, mix, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
-from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.errors import AnalysisError
 from kvfuse.language_model import LanguageModel

@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
-from kvfuse.cache.transformers_cache import stage
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, stack
+from kvfuse.prompts.alignment import AlignedRow, stack
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.response import read_response
 from kvfuse.stages.decode import stream
@@ -31,7 +29,7 @@ class Fused(Method):
         """See :class:`Method`."""
         readings = [self.align(prompt) for prompt in prompts]
         prompt = stack(readings)
-        ids = self.pair.answer(prompt, self.fusers, **options)
+        ids = self.pair.answer(prompt, fusers=self.fusers, **options)
         return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver, list(map(_tokens_in, readings)))
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -39,7 +37,7 @@ class Fused(Method):
         batch = stack([self.align(prompt)])
         return stream(
             self.pair.receiver.tokenizer,
-            lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options),
+            lambda streamer: self.pair.answer(batch, fusers=self.fusers, streamer=streamer, **options),
         )
 
     @torch.no_grad()
@@ -53,7 +51,10 @@ class Fused(Method):
         ]
         prompt = stack(readings)
         batch = OptionBatch.of(prompt, follow)
-        return batch.score(self.pair.receiver.model, self._cache(prompt, batch))
+        fused = self.pair.fuse(prompt, fusers=self.fusers)
+        fused.repeat(batch.rows)
+        fused.stage(batch.tail)
+        return batch.score(self.pair.receiver.model, fused.cache)
 
     def align(self, prompt: Prompt) -> AlignedRow:
         """What every model reads."""
@@ -70,20 +71,6 @@ class Fused(Method):
         return [
             (sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response
         ]
-
-    def _cache(self, prompt: AlignedPrompt, batch: OptionBatch) -> Cache | None:
-        """The fused cache of a prompt, once for each response; where these are fused too, with what their tokens will have."""
-        if prompt.ids.shape[1] < 2:
-            return None
-        pair, fusers = self.pair, self.fusers
-        streams = pair.read(prompt)
-        cache = pair.fuse(prompt, streams, fusers, use_up=not pair.fuse_response)
-        cache.reorder_cache(batch.rows.to(pair.receiver.model.device))
-        if pair.fuse_response:
-            for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
-                own.reorder_cache(batch.rows.to(model.model.device))
-            stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
-        return cache
 
 
 def _tokens_in(reading: AlignedRow) -> int:

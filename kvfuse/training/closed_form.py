@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvfuse.cache.transformers_cache import KV, read_cache
-from kvfuse.fusers import GatedFuser, make_fuser, require_trainable
+from kvfuse.cache.kv import KV
+from kvfuse.fusers import require_trainable
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.fuse import pick
 from kvfuse.training.data.columns import EncodedExample, from_columns
 from kvfuse.training.recipe import TrainSection
 
@@ -35,22 +34,6 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
     pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
 
 
-def start_from_ridge(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
-    """Let the one fuser of a pair begin as a ridge regression fitted to the same layers and tokens. Arguments as :func:`fit`.
-
-    Raises:
-        PairError: See :meth:`kvfuse.fusers.GatedFuser.start_from`; or the fuser's weights are integers.
-    """
-    fuser = pair.fusers[0]
-    require_trainable(fuser)
-    shared = ("receiver", "sharer", "token_alignment", "layer_alignment", "fuse", "rope")
-    ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(
-        fuser.device
-    )
-    fit(CacheToCache(pair.receiver, pair.sharers, [ridge]), train, examples)
-    cast("GatedFuser", fuser).start_from(*(part.detach() for part in ridge.linear()))
-
-
 @torch.no_grad()
 def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_size: int) -> Iterator[tuple[KV, KV]]:
     """The receiver's and the sharer's caches of the tokens that are fused, batch by batch, as the fuser will see them.
@@ -58,13 +41,8 @@ def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_siz
     Yields:
         ``(L_r, 1, H_r, N, D_r)`` and ``(L_s, 1, H_s, N, D_s)``.
     """
-    weight = next(pair.fusers[0].parameters())
     unread = iter(examples)
     while batch := list(islice(unread, batch_size)):
-        prompt = stack([example.prompt for example in batch])
-        if prompt.ids.shape[1] < 2:
-            continue
-        streams = pair.read(prompt)
-        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.ropes)
-        if picked is not None:
-            yield picked.receiver, picked.sharer
+        tokens = pair.fuser_inputs(stack([example.prompt for example in batch]))
+        if tokens is not None:
+            yield tokens.receiver, tokens.sharer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvfuse.cache.transformers_cache import KVSpec
+from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
 from kvfuse.fusers import fuser_class
 from kvfuse.stages.prefill import probe

@@ -12,7 +12,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
-from kvfuse.training.closed_form import fit, start_from_ridge
+from kvfuse.training.closed_form import fit
 from kvfuse.training.data.columns import from_columns
 from kvfuse.training.data.encoding import Encoder, token_alignment
 from kvfuse.training.data.prepare import Prepared, prepare, split
@@ -54,8 +54,6 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
-        if recipe.train.start == "ridge":
-            start_from_ridge(pair, recipe.train, training)
         pace = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
     pair.fusers[0].eval()
     gain = validation.measure()

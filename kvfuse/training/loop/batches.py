@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.response import stack_responses
 from kvfuse.training.data.columns import EncodedExample

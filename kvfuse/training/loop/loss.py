@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvfuse.backends.onednn import onednn_linears
-from kvfuse.cache.transformers_cache import CACHE, cache_of, read_cache, read_only_cache, stage
+from kvfuse.cache.transformers_cache import CACHE, cache_of
 from kvfuse.model import CacheToCache
-from kvfuse.training.loop.batches import Kept, TrainingBatch
+from kvfuse.stages.prefill import ModelCaches
+from kvfuse.training.loop.batches import TrainingBatch
 from kvfuse.training.memory.recompute import recomputed_layers
 
 
@@ -36,7 +37,7 @@ def response_loss(
     receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
     mask = torch.cat([past, batch.tail.mask], dim=1)
     options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
-    options[CACHE] = _fused_cache(pair, batch, pair.fusers if fusers is None else fusers)
+    options[CACHE] = _fused_cache(pair, batch, fusers)
     rows = (
         0 if recompute else batch.tail.ids.numel()
     )  # what is computed again, outside of this, must come out as it was
@@ -52,23 +53,13 @@ def response_loss(
     return output.loss
 
 
-def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module]) -> Cache | None:
-    """The cache of the prompts, and where the response is fused too, the keys and values that its tokens will have."""
-    if batch.prompt.ids.shape[1] < 2:
-        return None
-    if batch.kept is not None and fusers:
-        return _fuse_kept(pair, batch, batch.kept, fusers)
-    streams = pair.read(batch.prompt, len(fusers))
-    fused = pair.fuse_kv(batch.prompt, read_cache(streams.receiver), list(map(read_cache, streams.sharers)), fusers)
-    cache = read_only_cache(streams.receiver, fused)
-    if pair.fuse_response and fusers:
-        stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
-    return cache
-
-
-def _fuse_kept(pair: CacheToCache, batch: TrainingBatch, kept: Kept, fusers: Sequence[nn.Module]) -> Cache:
-    """Where the sharers need not read any more, nor perhaps the receiver."""
-    receiver = pair.read_receiver(batch.prompt) if kept.receiver is None else cache_of(kept.receiver)
-    return read_only_cache(
-        receiver, pair.fuse_kv(batch.prompt, kept.receiver or read_cache(receiver), kept.sharers, fusers)
-    )
+def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None) -> Cache | None:
+    """The fused cache of the prompts, read only; where the response is fused too, with its keys and values staged."""
+    caches = None
+    if batch.kept is not None and (fusers is None or fusers):
+        kept = batch.kept
+        receiver = pair.read_receiver(batch.prompt) if kept.receiver is None else cache_of(kept.receiver)
+        caches = ModelCaches(receiver, [cache_of(sharer) for sharer in kept.sharers])
+    fused = pair.fuse(batch.prompt, caches=caches, fusers=fusers, read_only=True)
+    fused.stage(batch.tail)
+    return fused.cache

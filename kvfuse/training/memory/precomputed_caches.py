@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvfuse.cache.transformers_cache import KV, KVSpec, read_cache
+from kvfuse.cache.kv import KV, KVSpec
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
