@@ -15,7 +15,7 @@ from kvfuse.support.files import write_folder
 
 
 def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser:
-    """Read a fuser of any kind from a local folder or the Hub, in our format or the authors', after checking that it is whole.
+    """Read a fuser of any kind from a local folder or the Hub, in our format or the authors'.
 
     Args:
         source: Folder or Hub id.
@@ -86,7 +86,8 @@ def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: st
     """
     if Path(folder).resolve() == locate(source, subfolder).resolve():
         raise CheckpointError(
-            f"expected another folder than the fuser's own, got {folder}; the full weights are gone where it is replaced"
+            f"expected another folder than the fuser's own, got {folder}; "
+            "the full weights are gone where it is replaced"
         )
     fuser = load_fuser(source, subfolder)
     small = quantize_fuser(fuser, weights)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast, overload
@@ -14,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 from kvfuse.backends.cuda_graphs import CudaGraphPrefill
 from kvfuse.backends.streams import fork, run_on
 from kvfuse.cache.kv import KV
-from kvfuse.cache.transformers_cache import has_state, read_cache, read_only_cache, stage, write_cache
+from kvfuse.cache.transformers_cache import has_state, read_cache, read_only_cache, write_cache
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fusers import Fuser
@@ -28,37 +27,12 @@ from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
-from kvfuse.stages.response_fusion import ResponseFuser
+from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser
 
 Prompts = Prompt | Sequence[Prompt]
 """One text or chat, or several."""
 Aligned = AlignedPrompt | AlignedRow | Sequence[AlignedRow]
 """What :meth:`CacheToCache.align` gives, one prompt or several, padded into a batch already or not."""
-
-
-@dataclass
-class FusedPrompt:
-    """The receiver's fused cache of a batch of prompts.
-
-    Attributes:
-        cache: All positions but the last; None for prompts of one token, where nothing is fused.
-        response_fuser: Fuses the last prompt token and the response, where the fusers were trained to.
-    """
-
-    cache: Cache | None
-    response_fuser: ResponseFuser | None = None
-
-    def repeat(self, rows: Tensor) -> None:
-        """Go on with these rows ``(n,)`` int64 of the batch, repeated or left out."""
-        if self.cache is not None:
-            self.cache.reorder_cache(rows.to(self.cache.layers[-1].keys.device))
-        if self.response_fuser is not None:
-            self.response_fuser.reorder(rows)
-
-    def stage(self, tail: AlignedPrompt) -> None:
-        """Read given responses ``(B, 1 + R)`` with every model, so that they are fused when the receiver reads them next."""
-        if self.cache is not None and self.response_fuser is not None:
-            stage(self.cache, self.response_fuser.prefill(tail))
 
 
 class CacheToCache:
@@ -123,7 +97,8 @@ class CacheToCache:
             fuser: One per sharer, in the same order; in our format or the authors'.
             subfolder: Folder of the fuser inside of ``fuser``, or one for each.
             fusion: See :class:`CacheToCache`.
-            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map": "cuda:1"}``.
+            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map":
+                "cuda:1"}``.
             store: See :class:`CacheToCache`.
             model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``.
 
@@ -180,8 +155,8 @@ class CacheToCache:
     def use_cuda_graphs(self) -> Self:
         """Read prompts without padding through CUDA graphs (:mod:`kvfuse.backends.cuda_graphs`); no change on a CPU.
 
-        A length is captured when it is first read, which takes a few reads' time and keeps a cache of its size. The models
-        must stay on their devices.
+        A length is captured when it is first read, which takes a few reads' time and keeps a cache of its size. The
+        models must stay on their devices.
         """
         self.prefiller = CudaGraphPrefill(prefill)
         return self
@@ -220,7 +195,7 @@ class CacheToCache:
 
     @torch.no_grad()
     def chat(self, messages: Prompts, **options: Any) -> str | list[str]:
-        """Answer one chat or question as text, or a batch of them as a list. ``options`` are those of :meth:`generate`."""
+        """Answer one chat or question, as text, or several, as a list. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(chat)) for chat in _as_batch(messages)])
         ids = self.answer(prompt, **options)[:, prompt.ids.shape[1] :]
         texts: list[str] = self.receiver.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -244,7 +219,8 @@ class CacheToCache:
         for model, tokens in zip((self.receiver, *self.sharers), tokenized, strict=True):
             if model.context is not None and len(tokens.ids) > model.context:
                 raise PromptError(
-                    f"expected a prompt of at most {model.context} tokens for {model.name}, got {len(tokens.ids)}; shorten it"
+                    f"expected a prompt of at most {model.context} tokens for {model.name}, "
+                    f"got {len(tokens.ids)}; shorten it"
                 )
         return aligned
 
@@ -325,7 +301,7 @@ class CacheToCache:
         return FusedPrompt(cache, self._response_fuser(prompt, caches, fusers))
 
     def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> ModelCaches:
-        """Step 2: every model, or the receiver and the first few sharers, reads a batch of prompts of two tokens or more.
+        """Step 2: the receiver and all sharers, or the first few, read prompts of two tokens or more.
 
         On one GPU the sharers read at the same time as the receiver; models on several devices overlap anyway.
         """
@@ -381,7 +357,7 @@ class CacheToCache:
         return select_tokens(receiver=receiver, sharer=sharer, prompt=prompt, **options)
 
     def decode(self, prompt: Aligned, cache: Cache | None, **options: Any) -> Any:
-        """Step 4: let the receiver go on from a fused cache, which is consumed. Options and result as :meth:`generate`."""
+        """Step 4: the receiver goes on from a fused cache, which is consumed. Options as those of :meth:`generate`."""
         prompt, tokenizer = _as_prompt(prompt), self.receiver.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         options.setdefault("pad_token_id", pad_id)

@@ -10,13 +10,12 @@ import torch
 
 from kvfuse.cache.kv import KV
 from kvfuse.cache.prefix_cache import USEFUL
-from kvfuse.cache.transformers_cache import read_cache
+from kvfuse.cache.transformers_cache import read_cache, supports_prefix_reuse
 from kvfuse.checkpoint import save_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.prefill import supports_prefix_reuse
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 

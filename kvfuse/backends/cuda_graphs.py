@@ -1,7 +1,7 @@
 """Prefill through CUDA graphs: kernel launches are captured once per length and replayed.
 
-For a short prompt a GPU waits for Python to launch some hundred kernels. A graph is for one shape, so a prompt is padded on
-the right, with any tokens, to the next of a few lengths: what follows a token changes nothing before it.
+For a short prompt a GPU waits for Python to launch some hundred kernels. A graph is for one shape, so a prompt is
+padded on the right, with any tokens, to the next of a few lengths: what follows a token changes nothing before it.
 """
 
 from collections import OrderedDict
@@ -39,7 +39,7 @@ class CudaGraphPrefill:
     def __call__(
         self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None
     ) -> Cache:
-        """Arguments and result as those of the wrapped prefill. Raises PairError: The model's run cannot be captured."""
+        """As the wrapped prefill. Raises PairError if the model's run cannot be captured."""
         if cache is not None or ids.numel() > MAX_GRAPH_TOKENS or not bool(mask.all()):
             return self.prefill(model, ids, mask, positions, cache)
         with self._lock:

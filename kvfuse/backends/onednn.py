@@ -28,14 +28,23 @@ def onednn_linears(rows: int) -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` up to rounding: ``(…, in)``, ``(out, in)`` and ``(out,)`` to ``(…, out)``; itself if the layer trains."""
+    """``F.linear`` up to rounding; exactly ``F.linear`` if the layer trains.
+
+    Args:
+        x: ``(…, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+
+    Returns:
+        ``(…, out)``.
+    """
     if not (onednn_is_faster() and _is_large(x, weight)) or _trains(weight, bias):
         return F.linear(x, weight, bias)
     return _FrozenLinear.apply(x, weight, bias)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``torch.bmm`` up to rounding, where there is one group: ``(1, N, K)`` and ``(1, K, M)`` to ``(1, N, M)``; no gradient."""
+    """``torch.bmm`` up to rounding, without a gradient: ``(G, N, K)`` and ``(G, K, M)`` to ``(G, N, M)``."""
     if len(a) > 1 or not (onednn_is_faster() and _is_large(a, b)):
         return torch.bmm(a, b, out=out)
     product = linear(a[0], b[0].mT)[None]

@@ -67,7 +67,7 @@ class KV:
         return type(self)(*(part.permute(1, 2, 0, 3)[:, None] for part in parts))
 
     def add_tokens(self, rows: Tensor, positions: Tensor, residual: "KV") -> Self:
-        """A copy with ``residual`` ``(L, 1, H, N, D)`` added to the tokens that :meth:`tokens` selects, in this dtype."""
+        """A copy with ``residual`` ``(L, 1, H, N, D)`` added to the tokens that :meth:`tokens` selects."""
         rows, positions = rows.to(self.key.device), positions.to(self.key.device)
         parts = []
         for part, added in ((self.key, residual.key), (self.value, residual.value)):

@@ -120,8 +120,8 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def stacked_layers(layers: list[Any]) -> KV | None:
-    """Keys and values of the layers of a cache as one view each, ``(L, B, H, T, D)``; None if they do not share a stack."""
-    stack = getattr(layers[0], "stack", None)
+    """The layers of a cache as one view ``(L, B, H, T, D)``; None if they do not share a stack."""
+    stack: Any = getattr(layers[0], "stack", None)
     if stack is None or stack.buffers is None or len(layers) != stack.num_layers:
         return None
     tokens = layers[0].keys.shape[2]

@@ -20,8 +20,8 @@ class CachedText:
 
     Attributes:
         own: ``(k, T)`` int64: ids and positions; of a fused cache also whether each position is fused.
-        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and the index of the sharer position that each
-            position reads, ``(T,)`` int64.
+        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and the index of the sharer position that
+            each position reads, ``(T,)`` int64.
     """
 
     own: Tensor

@@ -1,4 +1,4 @@
-"""Read keys and values from transformers' caches and write them back; with ``preallocated``, all that knows their format."""
+"""Read keys and values from transformers' caches and write them back: the only code that knows their format."""
 
 import copy
 import inspect
@@ -121,7 +121,7 @@ def write_cache(
 
 
 def read_only_cache(prefilled: Cache, kv: KV) -> Cache:
-    """A cache with ``kv`` in front of one run, which stores nothing in it: no copy is made, and the run may be repeated.
+    """A cache with ``kv`` in front of one run, which stores nothing in it: no copy, and the run may be repeated.
 
     Args:
         prefilled: The cache that ``kv`` was read from; it is left untouched.
@@ -138,7 +138,7 @@ def read_only_cache(prefilled: Cache, kv: KV) -> Cache:
 
 
 def cache_of(kv: KV) -> Cache:
-    """A read-only cache of ``kv`` ``(L, B, H, T, D)``, for a model whose layers all hold keys and values, nothing else."""
+    """A read-only cache of ``kv`` ``(L, B, H, T, D)``, for models with keys and values in all layers, nothing else."""
     cache = Cache(layers=[_ReadOnlyLayer(key, value) for key, value in zip(kv.key, kv.value, strict=True)])
     cache.kv = kv  # read_cache need not stack the layers again
     return cache

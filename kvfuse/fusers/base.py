@@ -1,11 +1,13 @@
 """The contract of a fuser: the receiver's and a sharer's keys and values in, the residual for the receiver's out."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -22,14 +24,15 @@ class FuserConfig(PreTrainedConfig):
     """What every fuser knows of the pair it serves, saved beside its weights.
 
     Attributes:
-        receiver: Identity of the receiver: name, KV shape, tokenizer, weights (:class:`kvfuse.language_model.Identity`).
+        receiver: Identity of the receiver: name, KV shape, tokenizer, weights
+            (:class:`kvfuse.language_model.Identity`).
         sharer: Identity of the sharer.
         token_alignment: One of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
         fuse: ``all`` | ``messages``: the prompt positions that are fused.
         fuse_response: Whether the last prompt token and the generated tokens are fused as well.
-        rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or with the rotary
-            embedding removed (:mod:`kvfuse.stages.rope`).
+        rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or with the
+            rotary embedding removed (:mod:`kvfuse.stages.rope`).
         weights: ``full`` | ``int8`` | ``int4``: the format of the large matrices
             (:mod:`kvfuse.fusers.execution.quantized`); only full ones can be trained.
     """
@@ -60,8 +63,8 @@ class FuserConfig(PreTrainedConfig):
 class Fuser(PreTrainedModel):
     """Base of all fusers: write :meth:`forward` and :meth:`reset_parameters`.
 
-    A fuser is position-wise: the residual of a token depends on that token's keys and values only, so a fuser may run on
-    any set of tokens. A closed gate gives a residual of exactly zero.
+    A fuser is position-wise: the residual of a token depends on that token's keys and values only, so a fuser may run
+    on any set of tokens. A closed gate gives a residual of exactly zero.
 
     Attributes:
         sharer_layers: The sharer layer that feeds each receiver layer.
@@ -114,7 +117,7 @@ class Fuser(PreTrainedModel):
         return []
 
     def open_gates(self) -> dict[str, Tensor]:
-        """The gates that are open at inference: bool, ``(L,)`` or ``(L, H)``, by what they gate; empty without gates."""
+        """The gates that are open at inference, bool ``(L,)`` or ``(L, H)``, by what they gate; empty without gates."""
         return {}
 
     def print_trainable_parameters(self) -> None:
@@ -124,7 +127,8 @@ class Fuser(PreTrainedModel):
         trainable = sum(count for count, _, trains in counts if trains)
         share = 100 * trainable / max(total, 1)
         print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.2f} || {nbytes / 1e6:.2f} MB"
+            f"trainable params: {trainable:,} || all params: {total:,} || "
+            f"trainable%: {share:.2f} || {nbytes / 1e6:.2f} MB"
         )
 
     @classmethod
@@ -164,12 +168,44 @@ class Fuser(PreTrainedModel):
             CheckpointError: ``folder`` holds something that is not a fuser.
         """
         save: Callable[..., None] = super().save_pretrained
+        if not options.get("is_main_process", True):  # of several processes, which gather the weights together
+            return save(folder, **options)
 
         def write(fresh: Path) -> None:
             save(fresh, **options)
             (fresh / fuser_folder.CARD).write_text(fuser_folder.model_card(self, notes), encoding="utf-8")
 
         fuser_folder.write(Path(folder), write)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        notes: str = "",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload fuser",
+    ) -> CommitInfo:
+        """Upload configuration, weights and model card; transformers' own method would replace the card by a template.
+
+        Args:
+            repo_id: Name of the repository, which is made if it is not there.
+            notes: See :meth:`save_pretrained`.
+            private: Whether a new repository is private.
+            token: Of the Hub; by default the one of ``hf auth login``.
+            revision: Branch to upload to.
+            create_pr: Whether to open a pull request.
+            commit_message: Of the upload.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = Path(folder, "fuser")
+            self.save_pretrained(fresh, notes=notes)
+            options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+            return api.upload_folder(repo_id=repo, folder_path=fresh, **options)
 
     def get_input_embeddings(self) -> None:
         """Called by FSDP through transformers: a fuser has none."""

@@ -17,8 +17,8 @@ GATES = ("layer", "head", "none")
 class C2CConfig(GatedConfig):
     """Options of :class:`C2CFuser`; the defaults are the paper's.
 
-    Rows of the paper's ablation (table 8): ``Project`` is ``replace``, without ``receiver_input``, ``feature_fusion`` and
-    ``weighting``, gate ``none``; ``+ Fuse`` is gate ``none``.
+    Rows of the paper's ablation (table 8): ``Project`` is ``replace``, without ``receiver_input``, ``feature_fusion``
+    and ``weighting``, gate ``none``; ``+ Fuse`` is gate ``none``.
 
     Attributes:
         hidden_dim: Width of the fuser.

@@ -139,8 +139,8 @@ A fuser for Cache-to-Cache (https://arxiv.org/abs/2510.03215): it writes the KV-
 ```python
 from kvfuse import CacheToCache
 
-model = CacheToCache.from_pretrained(receiver="{receiver}", sharer="{sharer}", fuser="this folder, or its name on the Hub")
-print(model.chat("your question", max_new_tokens=64))
+pair = CacheToCache.from_pretrained(receiver="{receiver}", sharer="{sharer}", fuser="this folder or Hub id")
+print(pair.chat("your question", max_new_tokens=64))
 ```
 
 {notes}
@@ -161,8 +161,8 @@ def _describe_weights(fuser: Any) -> str:
     if fuser.config.weights == "full":
         return f"{sum(parameter.numel() for parameter in fuser.parameters()):,} parameters, {dtype_of(fuser)}."
     return (
-        f"{size_of(fuser) / 1e6:,.2f} MB: its large matrices were rounded to {fuser.config.weights} by `kvfuse quantize`, "
-        f"the rest is {dtype_of(fuser)}. It cannot be trained further."
+        f"{size_of(fuser) / 1e6:,.2f} MB: its large matrices were rounded to {fuser.config.weights} "
+        f"by `kvfuse quantize`, the rest is {dtype_of(fuser)}. It cannot be trained further."
     )
 
 

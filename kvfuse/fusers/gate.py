@@ -1,4 +1,4 @@
-"""The learned switch of a layer, or of a head: open or closed at inference, noisy while training; and fusers behind it."""
+"""The learned switch of a layer, or of a head, and what fusers behind such gates have in common."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +19,13 @@ class Gate(Grouped):
     """One gate per group (paper, 3.3.2): binary at inference, a Gumbel-sigmoid of falling temperature while training.
 
     ``logistic`` noise is the difference of two Gumbel draws, so a logit of zero is open half of the time; one draw
-    switches everything that the gate switches at inference. ``logistic-per-token`` draws for every head and token, which
-    learns faster (``docs/gates.md``). ``gumbel`` is the reference's: one Gumbel draw per head and token, which opens 63%
-    at a logit of zero, where a gate is closed at inference.
+    switches everything that the gate switches at inference. ``logistic-per-token`` draws for every head and token,
+    which learns faster (``docs/gates.md``). ``gumbel`` is the reference's: one Gumbel draw per head and token, which
+    opens 63% at a logit of zero, where a gate is closed at inference.
 
     Attributes:
-        logit: ``(G, 1, 1)``, or ``(G, 1, H)`` with a gate per head; open where it is above zero. (Never 0-d: FSDP cannot
-            shard that.)
+        logit: ``(G, 1, 1)``, or ``(G, 1, H)`` with a gate per head; open where it is above zero. (Never 0-d: FSDP
+            cannot shard that.)
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Gate(Grouped):
         return self._opened[1]
 
     def by_part(self, parts: Sequence[str]) -> dict[str, Tensor]:
-        """The open gates of each part, ``(L,)`` or ``(L, H)`` bool; groups are the layers of the first part, then the next."""
+        """The open gates of each part, ``(L,)`` or ``(L, H)`` bool."""
         opened = (self.logit > 0).flatten(1).squeeze(1).cpu()
         return {f"{part}s": half for part, half in zip(parts, opened.chunk(len(parts)), strict=True)}
 
@@ -114,7 +114,8 @@ class GatedFuser(Fuser):
         """The equation: what is added to the receiver's cache.
 
         Args:
-            receiver: ``(G, N, C_r)``, the keys, or values, of a receiver layer for each group (:mod:`kvfuse.fusers.groups`).
+            receiver: ``(G, N, C_r)``, the keys, or values, of a receiver layer for each group
+                (:mod:`kvfuse.fusers.groups`).
             sharer: ``(G, N, C_s)``, those of the sharer layer that feeds it.
             gate: ``(G, N, H)``, or what broadcasts to it.
 

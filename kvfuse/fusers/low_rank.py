@@ -15,7 +15,8 @@ class LowRankConfig(GatedConfig):
     """Options of :class:`LowRankFuser`.
 
     Attributes:
-        rank: Width of the bottleneck; 40 makes 10 MB in bf16 for Qwen3-0.6B <- Qwen2.5-0.5B, where the paper's makes 956.
+        rank: Width of the bottleneck; 40 makes 10 MB in bf16 for Qwen3-0.6B <- Qwen2.5-0.5B, where the paper's makes
+            956.
     """
 
     model_type = "kvfuse-low-rank"

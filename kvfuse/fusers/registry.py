@@ -1,7 +1,7 @@
 """Fusers by kind: the built-in ones, those of installed packages, those registered by hand.
 
-A package offers a fuser by an entry point of the group ``kvfuse.fusers``, its kind the name and its class the object. It is
-imported when its kind is first asked for, by :func:`make_fuser`, a recipe or a fuser's folder.
+A package offers a fuser by an entry point of the group ``kvfuse.fusers``, its kind the name and its class the object.
+It is imported when its kind is first asked for, by :func:`make_fuser`, a recipe or a fuser's folder.
 """
 
 from collections.abc import Mapping

@@ -42,10 +42,11 @@ class RidgeFuser(GatedFuser):
 
     The map is the ridge regression of the receiver's keys, and of its values, on those of the sharer. Taking its place
     outright is the paper's projection only (2.8, table 8), which is weak: all that the map does not explain of the
-    receiver's cache is lost. So a head moves towards the mapped cache by ``weight = R^2 (1 - R^2)``, with ``R^2`` the share
-    of its variance that the map explains on tokens held out: not at all where the map says nothing, nor where it repeats
-    what is there. (No theorem: of six such weights the one that served the embedded pair best.) A gate is open where its
-    layer's ``R^2`` is above zero, which is where the map beats the mean.
+    receiver's cache is lost. So a head moves towards the mapped cache by ``weight = R^2 (1 - R^2)``, with ``R^2`` the
+    share
+    of its variance that the map explains on tokens held out: not at all where the map says nothing, nor where it
+    repeats what is there. (No theorem: of six such weights the one that served the embedded pair best.) A gate is open
+    where its layer's ``R^2`` is above zero, which is where the map beats the mean.
     """
 
     config_class: ClassVar = RidgeConfig

@@ -1,7 +1,8 @@
 """What a sharer reads of a response while the receiver writes it, token by token.
 
-A sharer with the receiver's tokenizer reads the same ids. Under re-encoding it reads one id for each. Otherwise it reads
-its own tokens of the text so far; where a new piece changes how the text before it is tokenized, it takes its last ids back.
+A sharer with the receiver's tokenizer reads the same ids. Under re-encoding it reads one id for each. Otherwise it
+reads its own tokens of the text so far; where a new piece changes how the text before it is tokenized, it takes its
+last ids back.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class ResponseTokens(Protocol):
     """Turns the receiver's tokens of one response into a sharer's."""
 
     def next(self, token: int) -> tuple[int, list[int]]:
-        """Read the receiver's next token. Returns how many of its last ids the sharer takes back, and those it reads then."""
+        """How many of its last ids the sharer takes back after the receiver's next token, and the ids it then reads."""
 
 
 def response_tokens(

@@ -34,7 +34,8 @@ def decode(
         model: The receiver.
         ids: ``(B, T)`` int64, padded left.
         mask: ``(B, T)``.
-        cache: Of exactly ``T - 1`` positions, which is consumed; None for a prompt of one token, where nothing is fused.
+        cache: Of exactly ``T - 1`` positions, which is consumed; None for a prompt of one token, where nothing is
+            fused.
         response_fuser: Fuses the last prompt token and the generated ones, too.
         phase: The phase that the time to the first token is counted to (:mod:`kvfuse.stages.phases`).
         options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
@@ -107,8 +108,8 @@ def score(
         cache: All prompt positions but the last, which is consumed; None for prompts of one token.
 
     Returns:
-        Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of them
-        is the most likely at its position.
+        Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of
+        them is the most likely at its position.
     """
     mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
     ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
@@ -125,8 +126,8 @@ def score(
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
     """Capacity of the static cache that ``options`` ask for; None for one that grows.
 
-    As in transformers, one less than there will be tokens, for the last is not read, or ``max_cache_len`` if that is more.
-    A receiver is compiled again for every length.
+    As in transformers, one less than there will be tokens, for the last is not read, or ``max_cache_len`` if that is
+    more. A receiver is compiled again for every length.
 
     Raises:
         PromptError: They ask for a cache that fused keys and values cannot be written into.
@@ -160,10 +161,10 @@ def _reorder_together(cache: Cache, response_fuser: ResponseFuser) -> None:
 
 
 def _fed_only_new_tokens(model: PreTrainedModel, response_fuser: ResponseFuser | None) -> PreTrainedModel:
-    """A shallow copy that is never fed a token its cache holds already, and whose new tokens are fused if they are to be.
+    """A shallow copy that is never fed a token its cache holds already; its new tokens are fused, if they are to be.
 
-    Assisted decoding feeds the whole prompt in its first step even if the cache is filled, and answers wrongly without an
-    error. The model itself is not touched, since other threads generate with it.
+    Assisted decoding feeds the whole prompt in its first step even if the cache is filled, and answers wrongly without
+    an error. The model itself is not touched, since other threads generate with it.
     """
     prepare = model.prepare_inputs_for_generation
 

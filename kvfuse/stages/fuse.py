@@ -49,15 +49,16 @@ def fuse(
 ) -> KV:
     """Add to the receiver's cache what each sharer's fuser makes of it (paper, Eq. 3).
 
-    Without gradients it is done :data:`TOKENS_PER_CHUNK` tokens at a time, so that memory does not grow with the prompt.
+    Without gradients it is done :data:`TOKENS_PER_CHUNK` tokens at a time, so that memory does not grow with the
+    prompt.
 
     Args:
         receiver: ``(L_r, B, H_r, T - 1, D_r)``: all prompt positions but the last.
         sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
         fusers: One per sharer, see :class:`kvfuse.fusers.Fuser`; possibly wrapped.
         prompt: Which receiver position reads which sharer position.
-        fusion: ``parallel``: every fuser reads the clean receiver cache; ``sequential``: the one that the sharers before
-            have changed.
+        fusion: ``parallel``: every fuser reads the clean receiver cache; ``sequential``: the one that the sharers
+            before have changed.
         ropes: By default none is removed. The rotation is linear, so it is applied to the residual only, and the cache
             stays as it is, to the bit, where a gate is closed.
         consume: Whether ``receiver`` may be overwritten; without gradients only.

@@ -37,7 +37,8 @@ class ModelCaches:
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Cache:
     """Run a model's decoder over a padded batch, up to the last keys and values and no further.
 
-    The vocabulary head, and the attention and feed-forward of the last layer, are not computed: a cache does not need them.
+    The vocabulary head, and the attention and feed-forward of the last layer, are not computed: a cache does not need
+    them.
 
     Args:
         model: Any causal language model.

@@ -1,8 +1,9 @@
 """Prefix caching: reuse what was read and fused of the longest known prefix of a prompt.
 
-Exact caches, computed by a model from tokens, and fused ones are kept apart: a fused cache is no model's cache of its tokens.
-For the same reason the tokens generated over a fused prompt are not kept: their keys and values have attended to fused ones,
-so the next turn of a conversation reads the answer again.
+Exact caches, computed by a model from tokens, and fused ones are kept apart: a fused cache is no model's cache of its
+tokens.
+For the same reason the tokens generated over a fused prompt are not kept: their keys and values have attended to fused
+ones, so the next turn of a conversation reads the answer again.
 """
 
 import hashlib
@@ -58,9 +59,10 @@ class Stats:
 class PrefixStore:
     """Caches of prompts; the least recently used ones are evicted. Threads may share one.
 
-    Models are told apart as live objects, so that the result of one load is never given to another in another precision; a
-    model whose parameters were changed in place, cast or moved counts as another one. Other ways to change what a model or
-    a fuser computes (switching on an adapter, writing to ``parameter.data`` of a model) need :meth:`clear`.
+    Models are told apart as live objects, so that the result of one load is never given to another in another
+    precision; a model whose parameters were changed in place, cast or moved counts as another one. Other ways to change
+    what a model or a fuser computes (switching on an adapter, writing to ``parameter.data`` of a model) need
+    :meth:`clear`.
 
     Args:
         max_bytes: Size of all copies together, on the devices of the models. A longer prompt is read without the store.
@@ -145,7 +147,7 @@ class PrefixStore:
         return "fused", fusion, removed, *names, *((self._name(fuser), _fingerprint(fuser)) for fuser in fusers)
 
     def _name(self, module: nn.Module) -> int:
-        """A number of a module as it is: another one once its parameters have changed, and never that of another module."""
+        """A number of a module as it is: a new one once its parameters have changed, never that of another module."""
         parameters = list(module.parameters())
         with self._lock:
             number, seen = self._names.get(module, (-1, []))
@@ -175,8 +177,8 @@ class PrefixStore:
 def _is_one_prompt(mask: Tensor) -> bool:
     """Whether there is one prompt, without padding, and no gradient is wanted.
 
-    The rows of a batch have known prefixes of unequal lengths, and padding moves their positions in the cache; batches are
-    for throughput, a store is for the wait for the next turn.
+    The rows of a batch have known prefixes of unequal lengths, and padding moves their positions in the cache; batches
+    are for throughput, a store is for the wait for the next turn.
     """
     return len(mask) == 1 and bool(mask.all()) and not torch.is_grad_enabled()
 

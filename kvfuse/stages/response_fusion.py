@@ -1,12 +1,13 @@
 """Fuse the response too: every model reads it along, and each new position is fused as it comes.
 
-The receiver reads a new token into a clean cache, the sharers read it as well, and the fused keys and values replace those
-that the receiver computes when it decodes. A sharer with another tokenizer reads its own tokens of the text so far; where a
-new piece changes the tokens before it, the sharer takes the last ones back and reads them again.
+The receiver reads a new token into a clean cache, the sharers read it as well, and the fused keys and values replace
+those that the receiver computes when it decodes. A sharer with another tokenizer reads its own tokens of the text so
+far; where a new piece changes the tokens before it, the sharer takes the last ones back and reads them again.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -105,6 +106,31 @@ class ResponseFuser:
             sharer.reorder(rows.cpu())
 
 
+@dataclass
+class FusedPrompt:
+    """The receiver's fused cache of a batch of prompts.
+
+    Attributes:
+        cache: All positions but the last; None for prompts of one token, where nothing is fused.
+        response_fuser: Fuses the last prompt token and the response, where the fusers were trained to.
+    """
+
+    cache: Cache | None
+    response_fuser: ResponseFuser | None = None
+
+    def repeat(self, rows: Tensor) -> None:
+        """Go on with these rows ``(n,)`` int64 of the batch, repeated or left out."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows.to(self.cache.layers[-1].keys.device))
+        if self.response_fuser is not None:
+            self.response_fuser.reorder(rows)
+
+    def stage(self, tail: AlignedPrompt) -> None:
+        """Read responses ``(B, 1 + R)`` with every model: they are fused when the receiver reads them next."""
+        if self.cache is not None and self.response_fuser is not None:
+            stage(self.cache, self.response_fuser.prefill(tail))
+
+
 class _SharerReader:
     """One sharer with its cache, and for each row the ids in it.
 
@@ -137,8 +163,8 @@ class _SharerReader:
     def read(self, receiver_tokens: list[int]) -> None:
         """Read the sharer's tokens of what the receiver has just written.
 
-        Every row is fed the same number of tokens, those it lacks and before them some that it knows already: so all rows
-        end in the last column and need no padding within.
+        Every row is fed the same number of tokens, those it lacks and before them some that it knows already: so all
+        rows end in the last column and need no padding within.
         """
         # 1) The ids that each row should hold.
         if not self._tokens:

@@ -1,7 +1,7 @@
 """Remove the rotary embedding from keys and apply it again, by the model's own code, whatever the variant.
 
-Which layers rotate their keys, and by which of the model's embeddings, is measured: a single token attends only to itself,
-so its keys at two positions differ by their rotation and nothing else.
+Which layers rotate their keys, and by which of the model's embeddings, is measured: a single token attends only to
+itself, so its keys at two positions differ by their rotation and nothing else.
 """
 
 import sys

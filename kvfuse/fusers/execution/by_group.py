@@ -20,8 +20,8 @@ from kvfuse.fusers.groups import from_groups, to_groups, write_groups
 from kvfuse.fusers.layers import Grouped
 
 TOKENS_PER_PIECE = 2048
-"""Most tokens that training computes again at once. One piece is better than two, as the gradient of a weight that is used
-twice is held until the second use; a piece this long needs about as much memory itself."""
+"""Most tokens that training computes again at once. One piece is better than two, as the gradient of a weight that is
+used twice is held until the second use; a piece this long needs about as much memory itself."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

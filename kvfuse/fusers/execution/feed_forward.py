@@ -1,4 +1,4 @@
-"""A residual feed-forward block per group, with a backward pass of its own that keeps two tensors where autograd keeps six.
+"""A residual feed-forward block per group whose backward pass keeps two tensors where autograd keeps six.
 
 What is cheap is computed again, from the block's input and its first product. On a CPU large blocks run group by group,
 so that everything but the products stays in the processor's cache. Each of the two products is a function to autograd:
@@ -19,7 +19,7 @@ DROPOUT_LEVELS = 2**16  # a dropout probability is rounded to a multiple of 1 / 
 
 
 def fits_in_cache(device: torch.device, nbytes: int) -> bool:
-    """Whether a tensor of all groups is best computed at once, not group by group: always, but on a CPU if it is large."""
+    """Whether a tensor of all groups is best computed at once: on a CPU only if it stays in the cache."""
     return device.type != "cpu" or nbytes <= CACHE_BYTES
 
 

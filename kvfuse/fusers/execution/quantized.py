@@ -1,7 +1,7 @@
-"""Grouped linear layers with weights of 8 or 4 bits, for fusers that are only used: less room, and on many CPUs less time.
+"""Grouped linear layers with weights of 8 or 4 bits: less room, and on many CPUs less time; for inference.
 
-Weights are rounded to nearest, symmetrically about zero. A scale is rounded to its own dtype before the weights are divided
-by it, so that its rounding costs nothing, in bfloat16 neither.
+Weights are rounded to nearest, symmetrically about zero. A scale is rounded to its own dtype before the weights are
+divided by it, so that its rounding costs nothing, in bfloat16 neither.
 """
 
 import copy
@@ -106,8 +106,8 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """Integers that are a level from -7 to 7 times a step from 1 to 18, one step per block of inputs and output.
 
-    ``levels`` is ``(G, blocks, block / 2, out)`` uint8: the first half of a block in the low bits, the second in the high
-    ones. ``steps`` is ``(G, blocks, 1, out)`` int8. The last block is padded with zeros.
+    ``levels`` is ``(G, blocks, block / 2, out)`` uint8: the first half of a block in the low bits, the second in the
+    high ones. ``steps`` is ``(G, blocks, 1, out)`` int8. The last block is padded with zeros.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, bias: bool = True) -> None:
@@ -163,7 +163,7 @@ def quantized_class(cls: Any, weights: str) -> type[Any]:
 
 @cache
 def cpu_multiplies_int8() -> bool:
-    """Whether products of int8 are fast here, and right: without such instructions oneDNN adds in 16 bits, which overflow.
+    """Whether products of int8 are fast here, and right: without the instructions oneDNN adds in 16 bits, and overflows.
 
     Other processors multiply floats, and so do GPUs, for which no gain was measured.
     """
@@ -175,7 +175,7 @@ def cpu_multiplies_int8() -> bool:
 
 
 def quantize_linears_(model: nn.Module, weights: str) -> None:
-    """Replace the linear layers of a new model by quantised ones, except narrow ones; ``weights`` is ``int8`` or ``int4``."""
+    """Replace the linear layers of a new model, except narrow ones; ``weights`` is ``int8`` or ``int4``."""
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, GroupedLinear)]
     for name, linear in linears:
         groups, inputs, outputs = linear.weight.shape
