@@ -253,7 +253,7 @@ def test_streamed_and_parallel_rows_are_the_same(chats, options):
 def test_a_list_without_its_end_is_refused(chats, streaming):
     broken = chats.with_suffix(".json")
     broken.write_text("[" + chats.read_text().replace("\n", ",")[:-9])
-    with pytest.raises(RecipeError, match="expected a JSON list"):
+    with pytest.raises(RecipeError, match="broken JSON list"):
         prepare(DataSection(path=broken, streaming=streaming), encoder_of())
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvfuse.prompts.chat import Message, Prompt
-from kvfuse.training.data.shapes import Row, to_messages
+from kvfuse.support.rows import Row
+from kvfuse.training.data.shapes import to_messages
 from kvfuse.training.recipe import DataSection
 
 TEXT = "text"

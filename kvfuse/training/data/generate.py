@@ -13,8 +13,9 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
 from kvfuse.prompts.chat import Message
 from kvfuse.prompts.tokenized import read
+from kvfuse.support.rows import decode
 from kvfuse.training.data.shapes import to_messages
-from kvfuse.training.data.sources import decode, load_rows, parse
+from kvfuse.training.data.sources import load_rows, parse
 from kvfuse.training.recipe import DataSection
 
 

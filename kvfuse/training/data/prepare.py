@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import PromptError, RecipeError
+from kvfuse.support.rows import Row, decode
 from kvfuse.training.data.columns import empty_row, features, to_columns
 from kvfuse.training.data.encoding import Encoder, TooLongError
 from kvfuse.training.data.examples import Example, examples_of, without_oldest_turn
-from kvfuse.training.data.shapes import Row
-from kvfuse.training.data.sources import decode, import_datasets, load_rows, parse, require_any, telling
+from kvfuse.training.data.sources import explain_errors, import_datasets, load_rows, parse, require_any
 from kvfuse.training.recipe import DataSection
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _stream(rows: Any, data: DataSection, encoder: Encoder) -> "Dataset":
 
     folder = tempfile.TemporaryDirectory(prefix="kvfuse-")
     atexit.register(folder.cleanup)  # what is read from it lives as long as anything
-    with telling(data):
+    with explain_errors(data):
         return import_datasets().Dataset.from_generator(
             encoded, features=features(), cache_dir=folder.name, fingerprint="streamed"
         )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfuse.prompts.chat import Message
+from kvfuse.support.rows import Row
 
-Row = dict[str, Any]
 SPEAKERS = {
     "assistant": ("gpt", "chatgpt", "bot", "model", "function_call"),  # a call is what the assistant says
     "user": ("human",),
