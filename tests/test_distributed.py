@@ -19,7 +19,7 @@ import os, signal, sys
 import kvfuse.training.run as run
 from accelerate.state import AcceleratorState, DistributedType
 from kvfuse.training.recipe import load_recipe
-from kvfuse.training.loop.safeguards import Safeguards
+from kvfuse.training.loop.callbacks import Safeguards
 
 def take_cpus_for_gpus():  # of CPUs, accelerate silently makes DDP
     start = AcceleratorState.__init__

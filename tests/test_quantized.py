@@ -25,7 +25,7 @@ from kvfuse.fusers.execution.quantized import (
 from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
-from kvfuse.training.closed_form import fit, start_from_ridge
+from kvfuse.training.closed_form import fit
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import load_recipe
 
@@ -331,7 +331,6 @@ def test_it_cannot_be_trained(small_pair, tmp_path, weights):
         fuser.train,
         lambda: FuserTrainer(small_pair, None, [], tmp_path / "run"),
         lambda: fit(small_pair, None, []),
-        lambda: start_from_ridge(small_pair, None, []),
     ):
         with pytest.raises(PairError, match=f"full weights to train, got one with {weights}"):
             attempt()

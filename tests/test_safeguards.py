@@ -19,7 +19,7 @@ from kvfuse.testing import tiny_fuser
 from kvfuse.training.data.columns import to_columns
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
-from kvfuse.training.loop.safeguards import WHOLE, last_whole_checkpoint
+from kvfuse.training.loop.callbacks import WHOLE, last_whole_checkpoint
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
 

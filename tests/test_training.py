@@ -49,7 +49,7 @@ def test_only_the_response_is_labelled(pair, encoded):
     batch = collate(encoded)
     for row, (example, one) in enumerate(zip(EXAMPLES, encoded, strict=True)):
         labelled = batch.labels[row][batch.labels[row] != IGNORED]
-        assert labelled.tolist() == one.response_ids.tolist()
+        assert labelled.tolist() == one.response.ids.tolist()
         assert pair.receiver.tokenizer.decode(labelled, skip_special_tokens=True) == example.response
         assert labelled[-1] == pair.receiver.tokenizer.eos_token_id
         assert batch.tail.ids[row, 0] == batch.prompt.ids[row, -1]
@@ -58,7 +58,7 @@ def test_only_the_response_is_labelled(pair, encoded):
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
     losses = [response_loss(pair, collate([one])) for one in encoded]
-    counts = [len(one.response_ids) for one in encoded]
+    counts = [len(one.response.ids) for one in encoded]
     expected = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     batch = collate(encoded)
     assert float(response_loss(pair, batch)) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +68,7 @@ def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
 def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
     """Unfused, the split into prompt and response changes nothing."""
     one = encoded[3]
-    ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response_ids)])[None]
+    ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response.ids)])[None]
     labels = ids.clone()
     labels[0, : len(one.prompt.receiver.ids)] = IGNORED
     expected = pair.receiver.model(ids, labels=labels).loss
@@ -260,7 +260,7 @@ def test_the_log_tells_how_many_tokens_a_second(receiver, sharer, encoded, tmp_p
     running.args.logging_strategy, running.args.logging_steps = "steps", 1
     pace = running.resume()
     tokens = sum(
-        len(one.prompt.receiver.ids) + len(one.response_ids) + len(one.prompt.sharers[0][0].ids) for one in encoded
+        len(one.prompt.receiver.ids) + len(one.response.ids) + len(one.prompt.sharers[0][0].ids) for one in encoded
     )
     assert (pace.steps, pace.tokens) == (2, 2 * tokens)
     logged = [entry for entry in running.state.log_history if "train_tokens_per_second" in entry]

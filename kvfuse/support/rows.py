@@ -16,7 +16,7 @@ _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 def read_rows(file: Path, separator: str = DOCUMENT_SEPARATOR) -> Iterator[tuple[int, Row | bytes]]:
     """Read a file row by row.
 
-    Rows of JSON and text stay bytes until :func:`decode`, so that a broken row is reported by itself and the rest is read.
+    Rows of JSON and text stay bytes until :func:`decode`, so that a broken row does not cost the rest of its file.
 
     Args:
         file: Read by its suffix: ``.jsonl`` as one object per line, ``.json`` as such lines or as one list, ``.csv``,
