@@ -1,9 +1,9 @@
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from runs import write_recipe
 
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
@@ -106,17 +106,11 @@ def test_a_receiver_with_state_is_refused(sharer, examples, tmp_path):
 
 
 def test_a_run_learns_the_same_and_leaves_no_caches(saved_models, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    models = {name: str(saved_models / name) for name in ("receiver", "sharer")}
-    recipe = {**models, "data": {"path": str(tmp_path / "chats.jsonl"), "validation_share": 0.2}}
-    (tmp_path / "recipe.yaml").write_text(
-        json.dumps({**recipe, "output": "out", "fuser": {"hidden_dim": 8, "intermediate_dim": 8}})
-    )
+    recipe = write_recipe(tmp_path, saved_models, [f"number {i}" for i in range(10)])
     options = ["train.epochs=2", "train.learning_rate=0.01"]
-    read = train(load_recipe(tmp_path / "recipe.yaml", [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
+    read = train(load_recipe(recipe, [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
     for keep in ("sharer", "both"):
         extra = [*options, "train.keep_caches_as=int8", f"train.keep_caches={keep}", f"output={tmp_path / keep}"]
-        kept = train(load_recipe(tmp_path / "recipe.yaml", extra), lambda line: None)
+        kept = train(load_recipe(recipe, extra), lambda line: None)
         assert kept.fused == pytest.approx(read.fused, rel=2e-3)
         assert not list((tmp_path / keep).glob("caches*"))

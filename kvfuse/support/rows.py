@@ -30,12 +30,14 @@ def read_rows(file: Path, separator: str = DOCUMENT_SEPARATOR) -> Iterator[tuple
         OSError: The file cannot be opened.
         ValueError: The file is broken as a whole: a CSV or Parquet file, or a JSON list.
     """
+    # 1) Tables give rows of columns
     if file.suffix == ".csv":
         yield from _read_csv(file)
     elif file.suffix == ".parquet":
         from pyarrow import parquet
 
         yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
+    # 2) Text and JSON give bytes
     elif file.suffix not in JSON:
         yield from _split_documents(file.read_bytes(), separator.encode())
     elif file.suffix == ".json" and _first_character(file) == "[":
@@ -54,7 +56,7 @@ def decode(file: str, content: Row | bytes) -> Row:
     if isinstance(content, dict):
         return content
     try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")  # without a byte order mark
         row = json.loads(text) if Path(file).suffix in JSON else {"text": text}
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
@@ -92,6 +94,7 @@ def _split_list(file: Path) -> Iterator[tuple[int, bytes]]:
     text = file.read_bytes().decode("utf-8", errors="surrogateescape")
     decoder, end = json.JSONDecoder(), text.index("[") + 1
     line = 1 + text.count("\n", 0, end)
+    # Decode one item after another, to know where each ends and at which line it begins
     while True:
         start = _BETWEEN_ITEMS.match(text, end).end()  # type: ignore[union-attr]  # it matches the empty string
         line += text.count("\n", end, start)

@@ -48,7 +48,9 @@ def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_siz
         prompt = stack([example.prompt for example in batch])
         if prompt.ids.shape[1] < 2:  # the last token of a prompt is never fused
             continue
+        # 1) Prefill both models
         streams = pair.read(prompt)
+        # 2) Keep the tokens that are fused: keys and values of the receiver and of the sharer tokens they read
         picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.ropes)
         if picked is not None:
             yield picked.receiver, picked.sharer

@@ -124,6 +124,7 @@ def shape_of(name: str, dtype: str) -> ModelShape:
         raise PairError(
             f"expected a causal language model at {name!r}, got: {first_line(error)}; check the name"
         ) from error
+    # "auto" is no attribute of torch: it is the dtype that the weights are stored in
     stored = getattr(torch, dtype, None) or config.dtype or torch.float32
     return ModelShape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)
 

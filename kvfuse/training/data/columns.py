@@ -33,6 +33,7 @@ def to_columns(example: EncodedExample) -> dict[str, Any]:
     """Flatten an example: ``(n,)`` int32 columns of the receiver, and lists of such with one entry per sharer."""
     prompt, response = example.prompt, example.response
     receiver = (prompt.receiver.ids, prompt.receiver.positions, prompt.fusable, response.ids)
+    # One tuple per sharer here, one list per column below
     sharers = [
         (tokens.ids, tokens.positions, index, *response_part)
         for (tokens, index), response_part in zip(prompt.sharers, example.sharer_responses, strict=True)
@@ -53,12 +54,13 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
     """Undo :func:`to_columns`, except for the prompt's text, which batches do not need."""
     ids, positions, fusable, response = (np.array(row[name], dtype=np.int64) for name in RECEIVER_COLUMNS)
     receiver_pad, *sharer_pads = row["pad_ids"]
+    # Back from one list per column to one tuple per sharer
     prompts, responses = [], []
     for columns, pad_id in zip(zip(*(row[name] for name in SHARER_COLUMNS), strict=True), sharer_pads, strict=True):
         sharer_ids, sharer_positions, index, *read = (np.array(column, dtype=np.int64) for column in columns)
         prompts.append((_tokenized(sharer_ids, sharer_positions, pad_id), index))
         responses.append((read[0], read[1]))
-    fused = tuple(pair for pair in responses if len(pair[1]))
+    fused = tuple(pair for pair in responses if len(pair[1]))  # "seen" has an entry also for an empty response
     prompt = AlignedRow(_tokenized(ids, positions, receiver_pad), fusable.astype(bool), tuple(prompts))
     return EncodedExample(prompt, Response(response, fused))
 

@@ -1,7 +1,8 @@
 """Examples -> token ids for every model, from their tokenizers alone."""
 
 import hashlib
-import importlib.util
+import importlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Reader:
 
     def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
         """Raises TooLongError for a length beyond the context or ``max_tokens``."""
+        # The tighter of the two limits, of which either may be missing
         room = min((limit for limit in (self.context, max_tokens) if limit is not None), default=length)
         if length > room:
             raise TooLongError(f"expected {what} to fit {room} tokens of {self.name}, got {length}; shorten them")
@@ -103,6 +105,7 @@ class Encoder:
         """The encoder for a recipe's models, of which only tokenizers and configurations are loaded."""
         receiver, sharer = Reader.load(recipe.receiver), Reader.load(recipe.sharer)
         identical = tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer)
+        # Options that the recipe leaves out have the defaults of the fuser's configuration
         defaults, options = fuser_class(recipe.fuser.kind).config_class, recipe.fuser.options
         fuse, fuse_response = (options.get(name, getattr(defaults, name)) for name in ("fuse", "fuse_response"))
         alignment = token_alignment(recipe, identical)
@@ -116,9 +119,12 @@ class Encoder:
             PromptError: See :func:`kvfuse.prompts.chat.render`.
         """
         sharers = [(sharer.tokenizer, alignment) for sharer, alignment in self.sharers]
+        # 1) The prompt for all models
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
+        # 2) The response for the receiver, and for the sharers where it is fused too
         readers = sharers if self.fuse_response else []
         response = read_response(prompt, example.response, self.receiver.tokenizer, readers, example.ends)
+        # 3) Both must fit
         encoded = EncodedExample(prompt, response)
         self._require_room(encoded)
         return encoded
@@ -133,10 +139,12 @@ class Encoder:
 
     def fingerprint(self, *others: Any) -> str:
         """32 hex digits that change with everything that decides the encoded rows: tokenizers, options, code."""
+        # 1) Tokenizers, options and libraries
         readers = [self.receiver.identify(), *([*sharer.identify(), alignment] for sharer, alignment in self.sharers)]
         versions = transformers.__version__, tokenizers.__version__
         content = [readers, [self.fuse, self.fuse_response, self.max_tokens, *others, *versions]]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        # 2) Our own code
         for module in ENCODING_MODULES:
             digest.update(source_of(module).read_bytes())
         return digest.hexdigest()[:32]
@@ -144,10 +152,7 @@ class Encoder:
 
 def source_of(module: str) -> Path:
     """The file of a module. Raises ModuleNotFoundError where it has moved, so that no fingerprint silently omits it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"expected a module {module!r}, got none; correct ENCODING_MODULES")
-    return Path(spec.origin)
+    return Path(inspect.getfile(importlib.import_module(module)))
 
 
 def token_alignment(recipe: Recipe, identical: bool) -> str:

@@ -32,6 +32,7 @@ def examples_of(row: Row, data: DataSection) -> list[Example]:
     Raises:
         ValueError: The row is bad; the words before the colon name the kind of error.
     """
+    # A row with the one column "text" is a document also without being asked for
     if data.format == TEXT or (data.format == "auto" and row.keys() == {TEXT}):
         return list(_cut_document(_document(row), data))
     return turns(to_messages(row, data.format), data.loss_on)
@@ -63,6 +64,7 @@ def without_oldest_turn(example: Example) -> Example | None:
         return None
     system = [message for message in example.prompt if message["role"] == "system"]
     rest = [message for message in example.prompt if message["role"] != "system"]
+    # The next question becomes the first
     questions = [index for index, message in enumerate(rest) if message["role"] == "user" and index > 0]
     return replace(example, prompt=[*system, *rest[questions[0] :]]) if questions else None
 

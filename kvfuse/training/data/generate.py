@@ -60,9 +60,11 @@ def generate(
     Raises:
         RecipeError: The source cannot be read, or the file holds something else.
     """
+    # 1) Find the prompts without a response in the file
     done = _already_in(out)
     say(f"{len(done)} responses in {out} already")
     missing = [chat for chat in _prompts(data, model, sampling, say) if _key(chat) not in done]
+    # 2) Respond to them, and append each batch when it is done
     out.parent.mkdir(parents=True, exist_ok=True)
     added = 0
     for start in range(0, len(missing), sampling.batch_size):
@@ -94,6 +96,7 @@ def _prompts(
     unusable = 0
     for number, row in enumerate(load_rows(data)):
         try:
+            # A prompt must leave room for the response
             source, _, content = parse(row, number, data)
             chat = _prompt(to_messages(decode(source, content), data.format))
             length = len(read(chat, model.tokenizer).ids) + sampling.max_new_tokens
@@ -120,6 +123,7 @@ def _already_in(out: Path) -> set[str]:
     if not out.exists():
         return set()
     content = out.read_bytes()
+    # 1) Whole lines must be rows
     whole, _, half = content.rpartition(b"\n")
     keys = set()
     for number, line in enumerate(whole.splitlines(), start=1):
@@ -129,6 +133,7 @@ def _already_in(out: Path) -> set[str]:
             raise RecipeError(
                 f"expected rows of messages in {out}, got line {number}: {error}; name another file"
             ) from error
+    # 2) A half line must be the beginning of a row
     if half[: len(ROW_START)] != ROW_START[: len(half)]:
         raise RecipeError(f"expected rows of messages in {out}, got {half[:20]!r} in its last line; name another file")
     os.truncate(out, len(content) - len(half))

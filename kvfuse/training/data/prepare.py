@@ -85,10 +85,11 @@ def prepare(data: DataSection, encoder: Encoder, quiet: bool = False) -> Prepare
     Raises:
         RecipeError: The source cannot be read, or has no rows.
     """
-    with _progress_bars(not quiet):
+    # 1) Encode all rows
+    with _progress_bars(hidden=quiet):
         rows = load_rows(data)
         encoded = _stream(rows, data, encoder) if data.streaming else _map(rows, data, encoder)
-    # Bad rows and examples share one data set, so that both are cached: rows without a reason are examples
+    # 2) Tell examples from bad rows, which have a reason; both are in one data set, so that both are cached
     reasons = encoded["reason"][:] if len(encoded) else []
     examples = encoded.select([index for index, reason in enumerate(reasons) if not reason][: data.limit])
     bad = encoded.select([index for index, reason in enumerate(reasons) if reason])
@@ -108,7 +109,7 @@ def split(examples: "Dataset", validation_share: float) -> tuple["Dataset", "Dat
 
 
 def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
-    next(require_any(iter(rows), data))
+    next(require_any(iter(rows), data))  # datasets cannot map an empty data set
     workers = min(data.workers, len(rows))
     return rows.map(
         encode_rows,
@@ -141,6 +142,7 @@ def encode_rows(
     batch: dict[str, list[Any]], numbers: Sequence[int], data: DataSection, encoder: Encoder
 ) -> dict[str, list[Any]]:
     """The function of ``Dataset.map``: columns of rows -> columns of encoded examples and bad rows."""
+    # Columns -> rows -> columns
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     found = [
         encoded
@@ -154,11 +156,13 @@ def _encode_row(row: Row, number: int, data: DataSection, encoder: Encoder) -> I
     """Encode the examples of a row; a row or example that is bad keeps its place, with the reason."""
     source, line, content = parse(row, number, data)
     place = {**empty_row(), "source": source, "line": line}
+    # 1) A row that cannot be read has no examples
     try:
         examples = examples_of(decode(source, content), data)
     except ValueError as error:
         yield {**place, "reason": str(error)}
         return
+    # 2) Each example may fail by itself
     for example in examples:
         try:
             yield {**place, **_encode(example, data, encoder)}
@@ -176,6 +180,7 @@ def _encode(example: Example, data: DataSection, encoder: Encoder) -> Row:
             columns = to_columns(encoder.encode(candidate))
             return {**columns, "characters": len(example.response), "shortened": int(candidate is not example)}
         except TooLongError:
+            # Drop one turn at a time, and refuse the example when none can go
             shorter = without_oldest_turn(candidate) if data.truncation == "drop_history" else None
             if shorter is None:
                 raise
@@ -183,14 +188,14 @@ def _encode(example: Example, data: DataSection, encoder: Encoder) -> Row:
 
 
 @contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Show or hide the progress bars of ``datasets``, a setting of the whole process, and restore it."""
+def _progress_bars(*, hidden: bool) -> Iterator[None]:
+    """Hide the progress bars of ``datasets`` where asked to, a setting of the whole process, and restore it."""
     datasets = import_datasets()
-    before = datasets.are_progress_bars_disabled()
-    if not shown:
+    restore = hidden and not datasets.are_progress_bars_disabled()
+    if restore:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not before:
+        if restore:
             datasets.enable_progress_bars()

@@ -33,6 +33,7 @@ def sharegpt(row: Row) -> list[Message]:
         _message(turn.get("from") or turn["role"], turn.get("value") or turn.get("content"))
         for turn in row["conversations"]
     ]
+    # The system message is the first turn or a column
     system = row.get("system") or row.get("system_prompt")
     return chat if not system or chat[0]["role"] == "system" else [_message("system", system), *chat]
 
@@ -104,11 +105,13 @@ def to_messages(row: Row, shape: str = "auto") -> list[Message]:
     Raises:
         ValueError: The row has no such shape; the words before the colon name the kind of error.
     """
+    # 1) Recognise the shape
     if shape == "auto":
         matches = [name for name, known in SHAPES.items() if known.columns <= row.keys()]
         if not matches:
             raise ValueError(f"unknown shape: columns {', '.join(map(str, row))}")
         shape = matches[0]
+    # 2) Read it; readers take columns and types for granted
     try:
         return SHAPES[shape].read(row)
     except (KeyError, TypeError, AttributeError, IndexError) as error:

@@ -45,6 +45,7 @@ def load_rows(data: DataSection) -> "Dataset | IterableDataset":
     """
     files = _find_files(data)
     with explain_errors(data):
+        # Lines are limited as they are read, tables and the Hub after
         if files and files[0].suffix not in TABLES:
             return _load_lines(files, data)
         rows = _load_dataset(files, data)
@@ -80,6 +81,7 @@ def explain_errors(data: DataSection) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, import_datasets().exceptions.DatasetsError) as error:
+        # datasets raises its own error from whatever a generator or a parser raised
         wrapped = isinstance(error, import_datasets().exceptions.DatasetGenerationError)
         cause = error.__cause__ if wrapped and error.__cause__ else error
         if isinstance(cause, RecipeError):
@@ -93,6 +95,7 @@ def explain_errors(data: DataSection) -> Iterator[None]:
 def _find_files(data: DataSection) -> list[Path]:
     """The files of a path, sorted; none where it looks like the name of a data set on the Hub."""
     path = data.path
+    # 1) A folder, a file, or a name on the Hub
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
     elif path.is_file():
@@ -103,6 +106,7 @@ def _find_files(data: DataSection) -> list[Path]:
         raise RecipeError(
             f"expected a file, a folder or a Hub data set at data.path, got {path}, which does not exist; check it"
         )
+    # 2) JSON and text may be mixed; a table has columns of its own
     kinds = {file.suffix for file in files}
     readable = data.format == "text" or kinds <= set(READABLE)
     if not files or not readable or (kinds & set(TABLES) and len(kinds) > 1):
@@ -136,8 +140,10 @@ def _load_lines(files: Sequence[Path], data: DataSection) -> Any:
                 (dict(zip(RAW_COLUMNS, row, strict=True)) for row in islice(found, data.limit)), data
             )
 
+    # 1) Streamed: nothing is stored
     if data.streaming:
         return datasets.IterableDataset.from_generator(rows, features=features)
+    # 2) Mapped: stored once per content of the files, under their hash
     content = hashlib.sha256(repr((data.limit, data.separator)).encode())
     for name, file in named:
         with file.open("rb") as opened:

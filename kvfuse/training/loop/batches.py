@@ -46,6 +46,7 @@ class TrainingBatch:
 def collate(examples: Sequence[EncodedExample], prompt_kv: PromptKV | None = None) -> TrainingBatch:
     """Pad encoded examples into a batch."""
     prompt = stack([example.prompt for example in examples])
+    # The tail begins with the prompt's last token, which predicts the response's first and is no label itself
     tail = stack_responses(prompt, [example.response for example in examples])
     labels = tail.ids.masked_fill(tail.mask == 0, IGNORED)
     labels[:, 0] = IGNORED

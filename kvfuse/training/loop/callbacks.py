@@ -28,7 +28,7 @@ class Schedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Anneal the gates."""
-        model = kwargs["model"]
+        model = kwargs["model"]  # wrapped where there are several processes
         getattr(model, "module", model).set_progress(state.global_step / state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -59,6 +59,7 @@ class Safeguards(TrainerCallback):
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint. The first process removes those that a killed run left half-written."""
     with processes().main_process_first():
+        # checkpoint-1000 comes after checkpoint-200
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         for path in checkpoints:
             if not (path / WHOLE).exists():

@@ -57,16 +57,19 @@ class FuserTrainer(Trainer):
         validation: Validation | None = None,
         quiet: bool = False,
     ) -> None:
+        # 1) What is asked for must be possible
         require_trainable(pair.fusers[0])
         self.pair, self.train_section, self.validation = pair, train, validation
         pair.fusers[0].recompute = train.recompute
         if train.recompute:
             require_recomputable(pair.receiver.model)
+        # 2) Prompt caches, found again by the row of each example
         self.caches: PrecomputedCaches | None = None
         if train.keep_caches != "none":
             beside, both = folder.parent / f"caches-{examples._fingerprint}", train.keep_caches == "both"
             self.caches = PrecomputedCaches(pair, examples, beside, receiver=both, dtype=train.keep_caches_as)
             examples = examples.add_column("row", range(len(examples)))
+        # 3) Trainer itself
         self.clock = ThroughputCallback()
         patience = [EarlyStoppingCallback(train.patience)] if train.patience and validation else []
         super().__init__(
@@ -95,6 +98,7 @@ class FuserTrainer(Trainer):
             if self.caches is not None:
                 self.caches.fill(self.args.per_device_train_batch_size)
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        # A run that did not end keeps its caches for the next
         if self.caches is not None:
             self.caches.remove()
         if self.train_section.fsdp:
@@ -113,6 +117,7 @@ class FuserTrainer(Trainer):
         """Trainer's hook."""
         if not self.train_section.group_by_length:
             return super()._get_train_sampler(train_dataset)
+        # Group over what one optimizer step reads
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _SeededLengthSampler(size, lengths=self.train_dataset["length"][:], seed=self.args.seed)
 
@@ -141,9 +146,11 @@ class FuserTrainer(Trainer):
         """AdamW; gates have a learning rate of their own and no weight decay."""
         if self.optimizer is None:
             fuser, rate = self.pair.fusers[0], self.args.learning_rate
+            # 1) Tell gates from other parameters: tensors cannot be compared, ids can
             gates = fuser.gate_parameters()
             gate_ids = set(map(id, gates))
             others = [parameter for parameter in fuser.parameters() if id(parameter) not in gate_ids]
+            # 2) One group each; AdamW refuses empty groups
             gate_rate = self.train_section.gate_learning_rate or GATE_LEARNING_RATE_SCALE * rate
             groups = [
                 {"params": others, "weight_decay": self.args.weight_decay},

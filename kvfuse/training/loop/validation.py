@@ -85,6 +85,7 @@ class Validation:
         Raises:
             RecipeError: Its loss is not finite.
         """
+        # Without dropout and gate noise
         fuser = self.pair.fusers[0]
         training = fuser.training
         fuser.eval()
@@ -98,12 +99,14 @@ class Validation:
     def _bits(self, examples: Sequence[EncodedExample], fusers: Sequence[nn.Module] | None) -> float:
         """Bits per character over all responses; ``fusers`` as in :func:`kvfuse.training.loop.loss.response_loss`."""
         group = processes()
+        # 1) Each process sums the losses of its share of the examples
         share, nats = examples[group.process_index :: group.num_processes], 0.0
         for start in range(0, math.ceil(len(examples) / group.num_processes), EXAMPLES_PER_BATCH):
             batch = share[start : start + EXAMPLES_PER_BATCH]
             # A process with no examples left runs one all the same: FSDP gathers a fuser in all processes at once
             loss = response_loss(self.pair, collate(batch or examples[:1]), fusers, num_items=1)
             nats += float(loss) if batch else 0.0
+        # 2) All processes add up the same sums
         return sum(gather_object([nats])) / math.log(2) / self.characters
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvfuse.cache.transformers_cache import KV, KVSpec, read_cache
 from kvfuse.errors import PairError, RecipeError
@@ -45,6 +46,7 @@ class PrecomputedCaches:
     """
 
     def __init__(self, pair: CacheToCache, examples: "Dataset", folder: Path, *, receiver: bool, dtype: str) -> None:
+        # A layer without keys and values has a state that cannot be kept here
         partial = pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
         if pair.fuse_response or (receiver and partial):
             raise PairError(
@@ -63,6 +65,7 @@ class PrecomputedCaches:
         """Compute the files that are missing; all processes share the work."""
         group, starts = processes(), range(0, len(self.examples), EXAMPLES_PER_FILE)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A file that exists is complete: it was written beside its place and moved there
         for start in starts[group.process_index :: group.num_processes]:
             if not self._path(start).exists():
                 self._write(start, batch_size)
@@ -85,6 +88,7 @@ class PrecomputedCaches:
     @property
     def bytes(self) -> int:
         """Size of all files."""
+        # Tokens per model, times the bytes of one token's cache
         tokens = Counter(receiver=sum(map(len, self.examples["ids"][:])))
         for sharer_ids in self.examples["sharer_ids"][:]:
             tokens.update({f"sharer_{index}": len(ids) for index, ids in enumerate(sharer_ids)})
@@ -93,6 +97,7 @@ class PrecomputedCaches:
         )
 
     def _require_room(self) -> None:
+        # The folder may not exist yet, but its disk does
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         needed = self.bytes - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         free = shutil.disk_usage(existing).free
@@ -120,10 +125,12 @@ class PrecomputedCaches:
     def _compute(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """The tensors of one batch, without its padding."""
         prompt = stack([example.prompt for example in examples])
+        # 1) Prefill the models
         caches = {f"sharer_{index}": read_cache(cache) for index, cache in enumerate(self.pair.read_sharers(prompt))}
         masks = {f"sharer_{index}": sharer.mask for index, sharer in enumerate(prompt.sharers)}
         if "receiver" in self.models:
             caches["receiver"], masks["receiver"] = read_cache(self.pair.read_receiver(prompt)), prompt.mask[:, :-1]
+        # 2) Cut out each example
         tensors: dict[str, Tensor] = {}
         for name, kv in caches.items():
             for index, row in enumerate(rows):
@@ -147,6 +154,7 @@ def _pack(tensor: Tensor, dtype: str) -> dict[str, Tensor]:
     """``(L, H, T, D)`` in ``dtype``, by suffix of the tensor's name; int8 has a float32 ``.scale`` ``(L, H, T, 1)``."""
     if dtype != "int8":
         return {"": tensor.to(getattr(torch, dtype)).contiguous()}
+    # Symmetric: the largest value of a head becomes 127
     scale = (tensor.float().abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return {"": (tensor / scale).round().to(torch.int8).contiguous(), ".scale": scale}
 
@@ -159,9 +167,5 @@ def _bytes_per_token(spec: KVSpec, dtype: str) -> int:
 
 def _pad_left(rows: Sequence[Tensor]) -> Tensor:
     """``(L, H, T, D)`` each -> ``(L, B, H, T, D)``, padded left with zeros."""
-    length = max(row.shape[2] for row in rows)
-    layers, heads, _, dim = rows[0].shape
-    padded = rows[0].new_zeros(layers, len(rows), heads, length, dim)
-    for index, row in enumerate(rows):
-        padded[:, index, :, length - row.shape[2] :] = row
-    return padded
+    by_token = pad_sequence([row.movedim(2, 0) for row in rows], padding_side="left")  # (T, B, L, H, D)
+    return by_token.permute(2, 1, 3, 0, 4).contiguous()

@@ -24,12 +24,14 @@ def recomputed_layers(model: PreTrainedModel, wanted: bool = True) -> Iterator[N
     :func:`kvfuse.cache.transformers_cache.read_only_cache`.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    # 1) Let transformers' layers checkpoint themselves
     before = [{flag: getattr(layer, flag) for flag in FLAGS} for layer in layers]
     for layer in layers:
         _set(layer, dict.fromkeys(FLAGS, True), partial(checkpoint, use_reentrant=False))
     try:
         yield
     finally:
+        # 2) Put everything back
         for layer, flags in zip(layers, before, strict=True):
             _set(layer, flags, None)
 
