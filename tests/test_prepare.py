@@ -1,3 +1,4 @@
+import ast
 import json
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ CHATS = [
     {"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)}
     for i, turns in enumerate(QUESTIONS)
 ]
+NOT_ENCODING: dict[str, str] = {}  # modules that preparing imports, and why an edit of them changes no encoded row
 BAD = {
     "broken JSON": b'{"messages": [',
     "not UTF-8": b'{"prompt": "\xff"}',
@@ -112,6 +114,32 @@ def test_the_fingerprint_reads_nothing_but_what_encodes(monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
     encoder_of().fingerprint()
     assert read == [encoding.source_of(name) for name in encoding.ENCODING_MODULES]
+
+
+def imports_of(module):
+    """Modules of ours that a module imports, wherever in it; a name imported from a package may be a module too."""
+    for node in ast.walk(ast.parse(encoding.source_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("kvfuse."))
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("kvfuse."):
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (node.module, *(name for name in names if is_module(name)))
+
+
+def is_module(name):
+    return Path(encoding.source_of("kvfuse")).parent.joinpath(*name.split(".")[1:]).with_suffix(".py").exists()
+
+
+def test_the_fingerprint_covers_every_module_that_encodes():
+    reached, unread = set(), {"kvfuse.training.data.prepare"}
+    while unread:
+        module = unread.pop()
+        reached.add(module)
+        unread |= set(imports_of(module)) - reached
+    encode = {name for name in reached if name.startswith(("kvfuse.prompts.", "kvfuse.training.data."))}
+    assert set(encoding.ENCODING_MODULES) == {*encode, "kvfuse.support.rows"} - NOT_ENCODING.keys()
+    assert encode >= NOT_ENCODING.keys(), "no exception is stale"
+    assert "kvfuse.support.rows" in reached
 
 
 def test_a_module_that_moved_is_not_left_out_of_the_fingerprint(monkeypatch):
@@ -253,7 +281,7 @@ def test_streamed_and_parallel_rows_are_the_same(chats, options):
 def test_a_list_without_its_end_is_refused(chats, streaming):
     broken = chats.with_suffix(".json")
     broken.write_text("[" + chats.read_text().replace("\n", ",")[:-9])
-    with pytest.raises(RecipeError, match="expected a JSON list"):
+    with pytest.raises(RecipeError, match="broken JSON list"):
         prepare(DataSection(path=broken, streaming=streaming), encoder_of())
 
 

@@ -71,6 +71,17 @@ def test_a_wrong_value_is_named(recipe, override, message):
         load_recipe(recipe(GOOD), [override])
 
 
+def test_a_start_that_was_the_default_is_accepted_and_deprecated(recipe):
+    with pytest.warns(DeprecationWarning, match=r"train\.start has no effect"):
+        loaded = load_recipe(recipe(GOOD), ["train.start=random", "train.steps=7"])
+    assert loaded == load_recipe(recipe(GOOD), ["train.steps=7"])
+
+
+def test_a_start_from_ridge_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"train\.start.*was removed"):
+        load_recipe(recipe({**GOOD, "train": {"start": "ridge"}}))
+
+
 @pytest.mark.parametrize("content", ["receiver: [", "- a list", "just words"])
 def test_a_file_that_is_no_recipe_is_named(recipe, content):
     with pytest.raises(RecipeError, match="expected"):

@@ -124,7 +124,7 @@ def test_between_tokenizers_they_agree_where_words_end_together(receiver):
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(followed):
     encoded = [Encoder.of(followed).encode(Example(QUESTION, "It is Oslo." * length)) for length in (1, 2, 3)]
-    counts = [len(one.response_ids) for one in encoded]
+    counts = [len(one.response.ids) for one in encoded]
     mean = sum(
         float(response_loss(followed, collate([one]))) * count for one, count in zip(encoded, counts, strict=True)
     ) / sum(counts)

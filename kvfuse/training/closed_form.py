@@ -21,22 +21,22 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
     """Fit the one fuser of a pair to the prompts of the examples.
 
     Args:
-        pair: The models; their fuser is fitted in place.
-        train: ``batch_size`` and ``steps`` say how many examples are read at once and how often; once through by default.
-        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`. Their responses are not read: the caches of two
-            models are compared, not what follows from them.
+        pair: The models; the fuser is fitted in place.
+        train: Gives ``batch_size``, and the number of batches in ``steps``; default: all examples once.
+        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`. Responses are not used: the fit
+            compares the two models' caches, not what follows from them.
 
     Raises:
-        PairError: The fuser's weights are integers, or there are too few examples.
+        PairError: The fuser is quantised, or there are too few examples.
     """
     require_trainable(pair.fusers[0])
-    read = islice(examples, train.steps and train.steps * train.batch_size)
-    pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
+    used = islice(examples, train.steps and train.steps * train.batch_size)
+    pair.fusers[0].fit(read_pairs(pair, map(from_columns, used), train.batch_size))
 
 
 @torch.no_grad()
 def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_size: int) -> Iterator[tuple[KV, KV]]:
-    """The receiver's and the sharer's caches of the tokens that are fused, batch by batch, as the fuser will see them.
+    """Compute the receiver's and the sharer's caches of the fused tokens, batch by batch, as the fuser will see them.
 
     Yields:
         ``(L_r, 1, H_r, N, D_r)`` and ``(L_s, 1, H_s, N, D_s)``.
