@@ -20,7 +20,7 @@ from kvfuse.methods import (
     register_method,
 )
 from kvfuse.methods.registry import GROUP
-from kvfuse.methods.routing import bag_of_tokens, confident_replies, line_above
+from kvfuse.methods.routing import bag_of_tokens, confident_replies, threshold_for
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 
@@ -209,15 +209,15 @@ def test_a_share_of_the_questions_goes_to_the_sharer(pair, router, name, share):
     with pytest.raises(MethodError, match="prepare"):
         method.generate(PROMPTS, **OPTIONS)
     method.prepare(PROMPTS, **OPTIONS)
-    figures = method.figures(PROMPTS)
-    assert method.choose(figures) == [
+    figures = method.sharer_scores(PROMPTS)
+    assert method.to_sharer(figures) == [
         figure in sorted(figures)[len(PROMPTS) - round(share * len(PROMPTS)) :] for figure in figures
     ]
 
 
 def test_a_line_is_drawn_between_figures():
-    assert line_above(0.5, [4.0, 1.0, 2.0, 3.0]) == 2.5
-    assert (line_above(0.0, [1.0]), line_above(1.0, [1.0])) == (math.inf, -math.inf)
+    assert threshold_for(0.5, [4.0, 1.0, 2.0, 3.0]) == 2.5
+    assert (threshold_for(0.0, [1.0]), threshold_for(1.0, [1.0])) == (math.inf, -math.inf)
 
 
 def test_methods_are_made_by_name(pair, methods):

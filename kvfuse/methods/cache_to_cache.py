@@ -1,4 +1,4 @@
-"""The receiver answers from a fused cache."""
+"""Cache-to-Cache: the receiver answers from a fused cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +18,11 @@ from kvfuse.stages.decode import stream
 
 
 class Fused(Method):
-    """Cache-to-Cache. A control changes what the models read, :meth:`align`, or what fuses, :attr:`fusers`."""
+    """Cache-to-Cache. A control overrides :meth:`align`, what the models read, or :attr:`fusers`.
+
+    Args:
+        pair: The models and fusers.
+    """
 
     name = "cache-to-cache"
     fuses = True
@@ -29,62 +33,58 @@ class Fused(Method):
     @torch.no_grad()
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        readings = [self.align(prompt) for prompt in prompts]
-        prompt = stack(readings)
-        ids = self.pair.answer(prompt, self.fusers, **options)
-        return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver, list(map(_tokens_in, readings)))
+        batch = stack([self.align(prompt) for prompt in prompts])
+        ids = self.pair.answer(batch, self.fusers, **options)  # (B, T + new)
+        tokens_in = torch.stack([batch.mask.sum(1), *(sharer.mask.sum(1) for sharer in batch.sharers)]).sum(0)  # (B,)
+        return to_replies(ids[:, batch.ids.shape[1] :], self.pair.receiver, tokens_in.tolist())
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
-        batch = stack([self.align(prompt)])
-        return stream(
-            self.pair.receiver.tokenizer,
-            lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options),
-        )
+        batch, tokenizer = stack([self.align(prompt)]), self.pair.receiver.tokenizer
+        return stream(tokenizer, lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options))
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
-        readings = [self.align(prompt) for prompt in prompts]
-        receiver, sharers = self.pair.receiver.tokenizer, self._followed_by()
-        follow = [
-            [read_response(one, text, receiver, sharers) for text in some]
-            for one, some in zip(readings, options, strict=True)
+        rows = [self.align(prompt) for prompt in prompts]
+        receiver, sharers = self.pair.receiver.tokenizer, self._response_readers()
+        responses = [
+            [read_response(row, text, receiver, sharers) for text in texts]
+            for row, texts in zip(rows, options, strict=True)
         ]
-        prompt = stack(readings)
-        batch = OptionBatch.of(prompt, follow)
+        prompt = stack(rows)
+        batch = OptionBatch.of(prompt, responses)
         return batch.score(self.pair.receiver.model, self._cache(prompt, batch))
 
     def align(self, prompt: Prompt) -> AlignedRow:
-        """What every model reads."""
+        """The prompt as every model reads it."""
         return self.pair.align(prompt)
 
     @property
     def fusers(self) -> Sequence[nn.Module]:
-        """What fuses."""
+        """The modules that fuse, one per sharer."""
         return self.pair.fusers
 
-    def _followed_by(self) -> list[tuple[Any, str]]:
-        """The tokenizers of the sharers that read responses, and how they are aligned."""
+    def _response_readers(self) -> list[tuple[Any, str]]:
+        """Tokenizer and token alignment of each sharer, where responses are fused too."""
         sharers = zip(self.pair.sharers, self.pair.fusers, strict=True)
         return [
             (sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response
         ]
 
     def _cache(self, prompt: AlignedPrompt, batch: OptionBatch) -> Cache | None:
-        """The fused cache of a prompt, once for each response; where these are fused too, with what their tokens will have."""
+        """The fused cache of the prompts, one row per option; None for prompts of one token."""
         if prompt.ids.shape[1] < 2:
             return None
+        # 1) every model reads the prompts once, and the receiver's cache is fused
         pair, fusers = self.pair, self.fusers
-        streams = pair.read(prompt)
-        cache = pair.fuse(prompt, streams, fusers, use_up=not pair.fuse_response)
+        caches = pair.read(prompt)
+        cache = pair.fuse(prompt, caches, fusers, use_up=not pair.fuse_response)
+        # 2) the fused cache is repeated for the options
         cache.reorder_cache(batch.rows.to(pair.receiver.model.device))
+        # 3) where responses are fused, all models read the options too; their fused keys and values are staged
         if pair.fuse_response:
-            for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
-                own.reorder_cache(batch.rows.to(model.model.device))
-            stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
+            for clean, model in zip((caches.receiver, *caches.sharers), (pair.receiver, *pair.sharers), strict=True):
+                clean.reorder_cache(batch.rows.to(model.model.device))
+            stage(cache, pair.prefill_response(caches, batch.prompt, batch.tail, fusers))
         return cache
-
-
-def _tokens_in(reading: AlignedRow) -> int:
-    return len(reading.receiver.ids) + sum(len(theirs.ids) for theirs, _ in reading.sharers)
