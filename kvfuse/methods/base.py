@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
+from kvfuse.prompts.alignment import AlignedPrompt
 from kvfuse.prompts.chat import Prompt
 from kvfuse.stages.phases import measured
 
@@ -104,7 +106,7 @@ class Method(ABC):
         """Answer a batch and time it."""
         start = time.perf_counter()
         replies = self.reply(prompts, **options)
-        seconds = (time.perf_counter() - start) / max(len(prompts), 1)
+        seconds = (time.perf_counter() - start) / max(len(prompts), 1)  # a batch is timed as a whole
         return [Answer(reply.text, reply.tokens, reply.tokens_in, seconds) for reply in replies]
 
     def timed(self, prompt: Prompt, **options: Any) -> Answer:
@@ -114,18 +116,20 @@ class Method(ABC):
         return replace(answer, phases=dict(stopwatch.seconds))
 
 
-def to_replies(ids: Tensor, model: LanguageModel, tokens_in: Sequence[int]) -> list[Reply]:
+def to_replies(ids: Tensor, prompt: AlignedPrompt, model: LanguageModel) -> list[Reply]:
     """Decode generated ids.
 
     Args:
-        ids: ``(B, new)`` int64, without the prompt; a row ends at its first end-of-sequence token.
+        ids: ``(B, T + new)`` int64, what ``generate`` returned; a row ends at its first end-of-sequence token.
+        prompt: What all models read, the generating model's ids ``(B, T)``.
         model: The model that generated them.
-        tokens_in: Number of prompt tokens read for each row.
     """
     eos = model.model.generation_config.eos_token_id
     stops = set(eos if isinstance(eos, list) else [eos])
+    masks = [prompt.mask, *(sharer.mask for sharer in prompt.sharers)]
+    tokens_in = torch.stack([mask.sum(1) for mask in masks]).sum(0)  # (B,)
     replies = []
-    for row, read in zip(ids.tolist(), tokens_in, strict=True):
+    for row, read in zip(ids[:, prompt.ids.shape[1] :].tolist(), tokens_in.tolist(), strict=True):
         # the end-of-sequence token counts as generated, the padding after it does not
         length = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
         replies.append(Reply(model.tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, read))
@@ -147,5 +151,6 @@ def by_choice(
     for choice, answer in ((False, if_false), (True, if_true)):
         rows = [row for row, chosen in enumerate(choices) if chosen == choice]
         if rows:
+            # each function sees one smaller batch, and none that is empty
             answers.update(zip(rows, answer(*([column[row] for row in rows] for column in columns)), strict=True))
     return [answers[row] for row in range(len(choices))]

@@ -34,9 +34,7 @@ class Fused(Method):
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         batch = stack([self.align(prompt) for prompt in prompts])
-        ids = self.pair.answer(batch, self.fusers, **options)  # (B, T + new)
-        tokens_in = torch.stack([batch.mask.sum(1), *(sharer.mask.sum(1) for sharer in batch.sharers)]).sum(0)  # (B,)
-        return to_replies(ids[:, batch.ids.shape[1] :], self.pair.receiver, tokens_in.tolist())
+        return to_replies(self.pair.answer(batch, self.fusers, **options), batch, self.pair.receiver)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""

@@ -59,7 +59,9 @@ class Calibrated(Method):
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`; ``greedy`` is the uncalibrated reader's."""
+        # 1) log-probabilities after the prompts
         scores = self.reader.score(prompts, options)
+        # 2) minus those after the content-free prompts, where these differ
         content_free = [self.content_free(prompt) for prompt in prompts]
         rows = [row for row, prompt in enumerate(prompts) if content_free[row] != prompt]
         if rows:
@@ -74,6 +76,7 @@ class Calibrated(Method):
         return by_choice(lettered, prompts, if_false=partial(self.reader.reply, **options), if_true=self._best_letters)
 
     def _best_letters(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        # each letter is scored as the answer that names it
         texts = [[self._answer(prompt, letter) for letter in letters(prompt)] for prompt in prompts]
         with phase("receiver_prefill"):
             scored = self.score(prompts, texts)

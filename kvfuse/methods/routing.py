@@ -93,6 +93,7 @@ class _TwoModels(Method):
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
         """See :class:`Method`; chooses the threshold where a share is given."""
         if self.share is not None:
+            # the scores of all prompts, a few at a time
             scores: list[float] = []
             for start in range(0, len(prompts), PROMPTS_PER_BATCH):
                 scores += self.sharer_scores(prompts[start : start + PROMPTS_PER_BATCH])
@@ -166,8 +167,10 @@ class Cascade(_TwoModels):
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
+        # 1) the receiver answers everything
         replies, confidences = confident_replies(prompts, self.receiver.model, **options)
 
+        # 2) the sharer answers again where the confidence is low; the rejected answer counts towards the cost
         def ask_sharer(prompts: Sequence[Prompt], rejected: Sequence[Reply]) -> list[Reply]:
             replies = zip(self.sharer.reply(prompts, **options), rejected, strict=True)
             return [reply.plus(tokens=first.tokens, tokens_in=first.tokens_in) for reply, first in replies]
@@ -182,12 +185,13 @@ def confident_replies(
     """A model's replies, each with its confidence: the probability of its least likely token."""
     single = Single("receiver", model)
     batch = single.batch(single.tokenize(prompts))
-    output = single.decode(batch, **options, return_dict_in_generate=True, output_logits=True)
+    output = single.decode(batch, **{**options, "return_dict_in_generate": True, "output_logits": True})
     new_ids = output.sequences[:, batch.ids.shape[1] :]  # (B, new)
-    replies = to_replies(new_ids, model, batch.mask.sum(1).tolist())
+    replies = to_replies(output.sequences, batch, model)
+    # the probability of each generated token
     probabilities = torch.stack(output.logits, 1).float().softmax(-1)  # (B, new, vocabulary)
     probabilities = probabilities.gather(2, new_ids[..., None])[..., 0]  # (B, new)
-    # what follows a reply's end is padding
+    # the least of each reply, without the padding after its end
     confidences = [float(row[: reply.tokens].min()) for row, reply in zip(probabilities, replies, strict=True)]
     return replies, confidences
 
@@ -198,6 +202,7 @@ def threshold_for(share: float, scores: Sequence[float]) -> float:
     Example:
         ``threshold_for(0.5, [4.0, 1.0, 2.0, 3.0])`` is 2.5.
     """
+    # infinite bounds, for a share of 0 or 1
     descending = np.sort(scores)[::-1]
     above = round(share * len(descending))
     bounds = np.concatenate([[np.inf], descending, [-np.inf]])

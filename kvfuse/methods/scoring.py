@@ -35,6 +35,7 @@ class OptionBatch:
     @classmethod
     def of(cls, prompt: AlignedPrompt, responses: Sequence[Sequence[Response]]) -> Self:
         """Flatten the responses to each prompt of a batch; at least one prompt must have one."""
+        # one row per response, behind a copy of its prompt
         counts = [len(options) for options in responses]
         flat = [response for options in responses for response in options]
         rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,)

@@ -30,8 +30,7 @@ class Single(Method):
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         batch = self.batch(self.tokenize(prompts))
-        ids = self.decode(batch, **options)  # (B, T + new)
-        return to_replies(ids[:, batch.ids.shape[1] :], self.model, batch.mask.sum(1).tolist())
+        return to_replies(self.decode(batch, **options), batch, self.model)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
@@ -42,6 +41,7 @@ class Single(Method):
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
         model, tokenizer = self.model.model, self.model.tokenizer
+        # 1) tokenize the prompts, and the options as they follow them
         tokenized = self.tokenize(prompts)
         prompt = self.batch(tokenized)
         responses = [
@@ -49,10 +49,11 @@ class Single(Method):
             for row, texts in zip(tokenized, options, strict=True)
         ]
         batch, cache = OptionBatch.of(prompt, responses), None
-        # the prompts are read once, then their caches are repeated for the options
+        # 2) read each prompt once, up to its last token, and repeat its cache for the options
         if prompt.ids.shape[1] > 1:
             cache = prefill(model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
             cache.reorder_cache(batch.rows.to(model.device))
+        # 3) read the last token and the options over the cache
         return batch.score(model, cache)
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
