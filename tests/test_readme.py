@@ -31,7 +31,7 @@ ENV = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("kvfuse ")])
 def test_commands_run(command, tmp_path, monkeypatch):
-    """In a folder with links to what a command reads, for what it writes; in this process, which has imported everything."""
+    """In this process, which has imported everything, and in a folder with links to what a command reads."""
     for folder in ("recipes", "kvfuse"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     words = shlex.split(command, comments=True)[1:]
