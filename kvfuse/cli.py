@@ -59,6 +59,9 @@ def kvfuse(
     """Language models that communicate through their KV-caches instead of text."""
 
 
+# Answer
+
+
 @app.command()
 def chat(
     fuser: Annotated[list[str], Option("--fuser", "-f", help="Fuser, folder or Hub id; one per sharer.")],
@@ -85,6 +88,9 @@ def chat(
     while question := typer.prompt("you", default="", show_default=False):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": _answer(pair, messages, max_new_tokens)})
+
+
+# Train and evaluate
 
 
 @app.command()
@@ -194,6 +200,9 @@ def generate(
     run(data, LanguageModel.from_pretrained(model, device_map="auto"), out, sampling, typer.echo)
 
 
+# Look inside a pair
+
+
 @app.command()
 def align(
     receiver: Annotated[str, Option("--receiver", "-r", help="Model that answers, folder or Hub id.")],
@@ -276,6 +285,9 @@ def doctor(fuser: Fusers = None, receiver: Receiver = None, sharer: Sharers = No
         raise typer.Exit(1)
 
 
+# Fuser folders
+
+
 @app.command()
 def convert(source: FuserSource, folder: NewFolder, subfolder: Subfolder = "") -> None:
     """Convert a fuser from the authors' format to kvfuse's (safetensors), or back.
@@ -301,6 +313,9 @@ def quantize(
     from kvfuse.checkpoint import quantize as run
 
     typer.echo(run(source, folder, weights, subfolder))
+
+
+# Lists
 
 
 @list_app.command()
@@ -336,6 +351,9 @@ def analyses() -> None:
 
     for name in ANALYSES:
         typer.echo(f"{name:<16}{question(name)}")
+
+
+# The embedded pair
 
 
 @demo_app.callback()

@@ -33,19 +33,19 @@ SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 LLAMA_3_ROPE = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **SCALING}}
 DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3": {"head_dim": 12},
+    "qwen3": {"head_dim": 12},  # heads together wider than the hidden size
     "qwen2": {},
-    "llama": LLAMA_3_ROPE,
+    "llama": LLAMA_3_ROPE,  # scaled rotary embedding
     "gemma2": {"head_dim": 16, "sliding_window": 8},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": WINDOWED},
-    "mistral": {"head_dim": 8, "sliding_window": 8},
+    "mistral": {"head_dim": 8, "sliding_window": 8},  # a window in every layer
     "phi3": {},
-    "smollm3": {"no_rope_layer_interval": 2},
+    "smollm3": {"no_rope_layer_interval": 2},  # one layer without rotary embedding
     "olmo2": {},
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, "layer_types": WINDOWED, **GPT_OSS_EXPERTS, **DEFAULT_ROPE},
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
-    "gpt2": {},
-    "gpt_neox": {},
+    "gpt2": {},  # learned positions, no grouped queries
+    "gpt_neox": {},  # rotary embedding of a part of each head
     "qwen3_next": {"layer_types": PARTLY_LINEAR, "head_dim": 8, **SHARED_EXPERT, **EXPERTS, **LINEAR},
     "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
 }
