@@ -6,7 +6,7 @@ from test_fusers import random_kv
 
 from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError
-from kvfuse.fusers import FUSERS
+from kvfuse.fusers import FUSERS, GatedFuser
 from kvfuse.fusers.gate import GatedConfig
 from kvfuse.testing import tiny_fuser
 
@@ -53,3 +53,22 @@ def test_an_unknown_noise_is_named(receiver, sharer, kind):
         PairError, match=r"expected fuser\.gate_noise to be one of logistic, logistic-per-token, gumbel"
     ):
         tiny_fuser(receiver, sharer, kind, gate_noise="nonsense")
+
+
+def test_a_network_of_the_old_contract_still_fuses(receiver, sharer):
+    """Fusers of packages written for 0.1 return the residual and the weights of its heads."""
+
+    class Old(FUSERS["low-rank"]):
+        residual = GatedFuser.residual
+
+        def network(self, theirs, mine):
+            features = self.fusion(self.down(torch.cat([theirs, mine], dim=-1)))
+            return self.up(features), self.head_weights(self.weighting(features))
+
+    new = tiny_fuser(receiver, sharer, "low-rank")
+    old = Old(new.config).eval()
+    old.load_state_dict(new.state_dict())
+    inputs = {"receiver": random_kv(new.config.receiver_kv), "sharer": random_kv(new.config.sharer_kv)}
+    with pytest.warns(DeprecationWarning, match="write residual"):
+        got = old(**inputs)
+    torch.testing.assert_close(got.key, new(**inputs).key)

@@ -102,7 +102,8 @@ def run(
         raise AnalysisError(f"expected positions to be one of {', '.join(POSITIONS)}, got {positions!r}; choose one")
     asked = spread(study.with_answers(), questions)
     receiver = study.pair.receiver
-    hinting = TextToText(Single("receiver", receiver), study.pair.sharers[0], request, told, hint_tokens)
+    models = Single("receiver", receiver), Single("sharer", study.pair.sharers[0])
+    hinting = TextToText(*models, request=request, reading=told, hint_tokens=hint_tokens)
     seen, sight = [], []
     with torch.no_grad():
         for batch in batches(asked, study.batch_size):

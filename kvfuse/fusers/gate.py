@@ -1,5 +1,6 @@
 """The learned switch of a layer, or of a head, and what fusers behind such gates have in common."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from kvfuse.cache.kv import KV
 from kvfuse.fusers.base import Fuser, FuserConfig, require_choices
 from kvfuse.fusers.execution.by_group import run
-from kvfuse.fusers.groups import PARTS, to_groups
+from kvfuse.fusers.groups import PARTS, scale_heads, to_groups
 from kvfuse.fusers.layers import Grouped, GroupedFFN, version_of
 
 GATE_NOISES = ("logistic", "logistic-per-token", "gumbel")
@@ -122,7 +123,12 @@ class GatedFuser(Fuser):
         Returns:
             ``(G, N, C_r)``, exactly zero where the gate is.
         """
-        raise NotImplementedError
+        if not hasattr(self, "network"):
+            raise NotImplementedError
+        # The contract of 0.1, for one version: network(sharer, receiver) -> residual, weights of heads or None.
+        warnings.warn("write residual(*, receiver, sharer, gate) instead of network", DeprecationWarning, stacklevel=2)
+        projected, weight = self.network(sharer, receiver)
+        return scale_heads(projected, gate if weight is None else gate * weight)
 
     def forward(self, *, receiver: KV, sharer: KV) -> KV:
         """See :meth:`Fuser.forward`."""

@@ -57,9 +57,9 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
     # Back from one list per column to one tuple per sharer
     prompts, responses = [], []
     for columns, pad_id in zip(zip(*(row[name] for name in SHARER_COLUMNS), strict=True), sharer_pads, strict=True):
-        sharer_ids, sharer_positions, index, *read = (np.array(column, dtype=np.int64) for column in columns)
+        sharer_ids, sharer_positions, index, read, seen = (np.array(column, dtype=np.int64) for column in columns)
         prompts.append((_tokenized(sharer_ids, sharer_positions, pad_id), index))
-        responses.append((read[0], read[1]))
+        responses.append((read, seen))
     fused = tuple(pair for pair in responses if len(pair[1]))  # "seen" has an entry also for an empty response
     prompt = AlignedRow(_tokenized(ids, positions, receiver_pad), fusable.astype(bool), tuple(prompts))
     return EncodedExample(prompt, Response(response, fused))
@@ -67,8 +67,16 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
 
 def empty_row() -> dict[str, Any]:
     """The columns of a row that gave no example."""
-    receiver, sharers = dict.fromkeys(RECEIVER_COLUMNS, EMPTY), {name: [] for name in SHARER_COLUMNS}
-    return {"reason": "", **receiver, **sharers, "pad_ids": [], "length": 0, "characters": 0, "shortened": 0}
+    receiver: dict[str, Any] = dict.fromkeys(RECEIVER_COLUMNS, EMPTY)
+    return {
+        "reason": "",
+        **receiver,
+        **{name: [] for name in SHARER_COLUMNS},
+        "pad_ids": [],
+        "length": 0,
+        "characters": 0,
+        "shortened": 0,
+    }
 
 
 def features() -> Any:
