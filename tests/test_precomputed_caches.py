@@ -93,7 +93,7 @@ def test_the_size_is_told_before_anything_is_read(keep, monkeypatch):
 
 def test_responses_that_are_fused_are_refused(receiver, sharer, examples, tmp_path):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
-    with pytest.raises(PairError, match="prompts alone"):
+    with pytest.raises(PairError, match="prompts only"):
         PrecomputedCaches(pair, examples, tmp_path, receiver=False, dtype="int8")
 
 

@@ -72,19 +72,19 @@ def columns(prepared):
 
 
 @pytest.mark.parametrize("fuse_response", [False, True])
-@pytest.mark.parametrize("how", ["identity", "span", "reencode-first"])
-def test_columns_give_the_batch_of_the_examples(receiver, sharer, how, fuse_response):
-    theirs = receiver if how == "identity" else sharer
-    encoder = Encoder(Reader.of(receiver), ((Reader.of(theirs), how),), fuse_response=fuse_response)
+@pytest.mark.parametrize("alignment", ["identity", "span", "reencode-first"])
+def test_columns_give_the_batch_of_the_examples(receiver, sharer, alignment, fuse_response):
+    reader = Reader.of(receiver if alignment == "identity" else sharer)
+    encoder = Encoder(Reader.of(receiver), ((reader, alignment),), fuse_response=fuse_response)
     prompts = ("What is Oslo?", [{"role": "user", "content": "hi"}], CHATS[2]["messages"])
     encoded = [encoder.encode(Example(prompt, "It is a city.")) for prompt in prompts]
     before, after = collate(encoded), collate([from_columns(to_columns(one)) for one in encoded])
     for name in ("prompt", "tail"):
-        ours, again = getattr(before, name), getattr(after, name)
-        assert len(ours.sharers) == len(again.sharers) == (1 if name == "prompt" or fuse_response else 0)
-        for one, other in zip([ours, *ours.sharers], [again, *again.sharers], strict=True):
-            fields = [field for field in vars(one) if field != "sharers"]
-            assert all(torch.equal(getattr(one, field), getattr(other, field)) for field in fields)
+        expected, got = getattr(before, name), getattr(after, name)
+        assert len(expected.sharers) == len(got.sharers) == (1 if name == "prompt" or fuse_response else 0)
+        for part, same in zip([expected, *expected.sharers], [got, *got.sharers], strict=True):
+            fields = [field for field in vars(part) if field != "sharers"]
+            assert all(torch.equal(getattr(part, field), getattr(same, field)) for field in fields)
     assert torch.equal(before.labels, after.labels)
 
 
@@ -269,12 +269,10 @@ def test_other_content_of_the_same_length_is_encoded_again(chats, calls):
 )
 def test_streamed_and_parallel_rows_are_the_same(chats, options):
     chats.write_bytes(b"\n".join([BAD["broken JSON"], chats.read_bytes()]))
-    one, other = (
-        prepare(DataSection(path=chats), encoder_of()),
-        prepare(DataSection(path=chats, **options), encoder_of()),
-    )
-    assert columns(one) == columns(other)
-    assert one.bad == other.bad
+    plain = prepare(DataSection(path=chats), encoder_of())
+    same = prepare(DataSection(path=chats, **options), encoder_of())
+    assert columns(plain) == columns(same)
+    assert plain.bad == same.bad
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -24,9 +24,9 @@ def test_defaults_are_the_papers(recipe):
     assert loaded.fuser.kind == "c2c"
 
 
-@pytest.mark.parametrize("how", ["auto", *TOKEN_ALIGNMENTS])
-def test_every_token_alignment_can_be_asked_for(recipe, how):
-    assert load_recipe(recipe({**GOOD, "token_alignment": how})).token_alignment == how
+@pytest.mark.parametrize("alignment", ["auto", *TOKEN_ALIGNMENTS])
+def test_every_token_alignment_can_be_asked_for(recipe, alignment):
+    assert load_recipe(recipe({**GOOD, "token_alignment": alignment})).token_alignment == alignment
 
 
 def test_words_after_the_recipe_win(recipe):

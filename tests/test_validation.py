@@ -75,9 +75,9 @@ def test_a_loss_that_is_no_number_is_refused(some_pair):
         validation(some_pair).measure()
 
 
-@pytest.mark.parametrize(("fused", "told"), [(0.9, "beats"), (1.1, "does NOT beat")])
-def test_the_verdict_is_in_words(fused, told):
-    assert f"The fused receiver {told} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
+@pytest.mark.parametrize(("fused", "verdict"), [(0.9, "beats"), (1.1, "does NOT beat")])
+def test_the_verdict_is_in_words(fused, verdict):
+    assert f"The fused receiver {verdict} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
 
 
 def test_the_table_has_all_three_against_the_receiver():
@@ -90,7 +90,7 @@ def test_the_table_has_all_three_against_the_receiver():
 
 
 class Scripted(Validation):
-    """Says at each checkpoint what it is told to."""
+    """Measures given losses, one at each checkpoint."""
 
     def __init__(self, pair, losses):
         super().__init__(pair, encoded(pair), list(map(len, RESPONSES)))

@@ -171,7 +171,7 @@ def _fuser_options(kind: str) -> list[str]:
         config = fuser_class(kind).config_class
     except PairError as error:
         raise RecipeError(str(error)) from error
-    # Options are the annotated fields of the kind's configuration, except those that training derives from the pair
+    # Options are the fields of the kind's configuration, except fields that training derives from the pair
     derived = {"receiver", "sharer", "token_alignment", "model_type", "weights"}
     classes = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
     return [name for cls in classes for name in cls.__annotations__ if name not in derived]

@@ -38,16 +38,14 @@ def to_columns(example: EncodedExample) -> dict[str, Any]:
         (tokens.ids, tokens.positions, index, *response_part)
         for (tokens, index), response_part in zip(prompt.sharers, example.sharer_responses, strict=True)
     ]
-    return {
-        # One dtype for all: datasets writes arrays without conversion only where they share one
-        **{name: column.astype(np.int32) for name, column in zip(RECEIVER_COLUMNS, receiver, strict=True)},
-        **{
-            name: [part.astype(np.int32) for part in column]
-            for name, column in zip(SHARER_COLUMNS, zip(*sharers, strict=True), strict=True)
-        },
-        "pad_ids": [prompt.receiver.pad_id, *(tokens.pad_id for tokens, _ in prompt.sharers)],
-        "length": len(prompt.receiver.ids) + len(response.ids),
-    }
+    pad_ids = [prompt.receiver.pad_id, *(tokens.pad_id for tokens, _ in prompt.sharers)]
+    columns: dict[str, Any] = {"pad_ids": pad_ids, "length": len(prompt.receiver.ids) + len(response.ids)}
+    # One dtype for all: datasets writes arrays without conversion only where they share one
+    for name, column in zip(RECEIVER_COLUMNS, receiver, strict=True):
+        columns[name] = column.astype(np.int32)
+    for name, parts in zip(SHARER_COLUMNS, zip(*sharers, strict=True), strict=True):
+        columns[name] = [part.astype(np.int32) for part in parts]
+    return columns
 
 
 def from_columns(row: dict[str, Any]) -> EncodedExample:
@@ -67,16 +65,9 @@ def from_columns(row: dict[str, Any]) -> EncodedExample:
 
 def empty_row() -> dict[str, Any]:
     """The columns of a row that gave no example."""
-    receiver: dict[str, Any] = dict.fromkeys(RECEIVER_COLUMNS, EMPTY)
-    return {
-        "reason": "",
-        **receiver,
-        **{name: [] for name in SHARER_COLUMNS},
-        "pad_ids": [],
-        "length": 0,
-        "characters": 0,
-        "shortened": 0,
-    }
+    lists: dict[str, list[Any]] = {name: [] for name in (*SHARER_COLUMNS, "pad_ids")}
+    numbers = dict.fromkeys(("length", "characters", "shortened"), 0)
+    return {"reason": "", **dict.fromkeys(RECEIVER_COLUMNS, EMPTY), **lists, **numbers}
 
 
 def features() -> Any:

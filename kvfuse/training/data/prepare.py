@@ -153,23 +153,23 @@ def encode_rows(
 
 
 def _encode_row(row: Row, number: int, data: DataSection, encoder: Encoder) -> Iterator[Row]:
-    """Encode the examples of a row; a row or example that is bad keeps its place, with the reason."""
+    """Encode the examples of a row; a bad row or example is kept with its source and the reason."""
     source, line, content = parse(row, number, data)
-    place = {**empty_row(), "source": source, "line": line}
+    origin = {**empty_row(), "source": source, "line": line}
     # 1) A row that cannot be read has no examples
     try:
         examples = examples_of(decode(source, content), data)
     except ValueError as error:
-        yield {**place, "reason": str(error)}
+        yield {**origin, "reason": str(error)}
         return
     # 2) Each example may fail by itself
     for example in examples:
         try:
-            yield {**place, **_encode(example, data, encoder)}
+            yield {**origin, **_encode(example, data, encoder)}
         except TooLongError as error:
-            yield {**place, "reason": f"too long: {error}"}
+            yield {**origin, "reason": f"too long: {error}"}
         except PromptError as error:
-            yield {**place, "reason": f"refused prompt: {error}"}
+            yield {**origin, "reason": f"refused prompt: {error}"}
 
 
 def _encode(example: Example, data: DataSection, encoder: Encoder) -> Row:

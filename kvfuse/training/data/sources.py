@@ -106,7 +106,7 @@ def _find_files(data: DataSection) -> list[Path]:
         raise RecipeError(
             f"expected a file, a folder or a Hub data set at data.path, got {path}, which does not exist; check it"
         )
-    # 2) JSON and text may be mixed; a table has columns of its own
+    # 2) JSON and text may be mixed; tables have columns
     kinds = {file.suffix for file in files}
     readable = data.format == "text" or kinds <= set(READABLE)
     if not files or not readable or (kinds & set(TABLES) and len(kinds) > 1):

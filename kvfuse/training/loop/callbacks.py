@@ -17,7 +17,7 @@ WHOLE = "whole"  # the last file written into a checkpoint
 
 
 class Schedule(TrainerCallback):
-    """Runs what depends on the step. It reads the step count alone, so that a resumed run behaves alike."""
+    """Runs what depends on the step. It depends only on the step count, so that a resumed run behaves the same."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own dropout and gate noise, after all have seeded the order of the examples alike."""

@@ -40,7 +40,7 @@ class FuserTrainer(Trainer):
         pair: The models; the fuser is trained in place.
         train: The recipe's ``train`` section.
         examples: Training examples, a data set of :func:`kvfuse.training.data.columns.to_columns`.
-        folder: For checkpoints; a run resumes from the last one it finds there. Precomputed caches go beside it.
+        folder: For checkpoints; a run resumes from the last one it finds there. Precomputed caches go next to it.
         validation: Measured at each checkpoint; the fuser ends as it was at the best of them.
         quiet: Show no progress.
 
@@ -66,8 +66,8 @@ class FuserTrainer(Trainer):
         # 2) Prompt caches, found again by the row of each example
         self.caches: PrecomputedCaches | None = None
         if train.keep_caches != "none":
-            beside, both = folder.parent / f"caches-{examples._fingerprint}", train.keep_caches == "both"
-            self.caches = PrecomputedCaches(pair, examples, beside, receiver=both, dtype=train.keep_caches_as)
+            cache_folder, both = folder.parent / f"caches-{examples._fingerprint}", train.keep_caches == "both"
+            self.caches = PrecomputedCaches(pair, examples, cache_folder, receiver=both, dtype=train.keep_caches_as)
             examples = examples.add_column("row", range(len(examples)))
         # 3) Trainer itself
         self.clock = ThroughputCallback()
@@ -143,7 +143,7 @@ class FuserTrainer(Trainer):
         return {"batch": batch, "labels": batch.labels, **tokens}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; gates have a learning rate of their own and no weight decay."""
+        """AdamW; gates have a separate learning rate and no weight decay."""
         if self.optimizer is None:
             fuser, rate = self.pair.fusers[0], self.args.learning_rate
             # 1) Tell gates from other parameters: tensors cannot be compared, ids can

@@ -51,7 +51,7 @@ class PrecomputedCaches:
         partial = pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
         if pair.fuse_response or (receiver and partial):
             raise PairError(
-                "expected fusers for prompts alone, and a receiver with keys and values in every layer where its "
+                "expected fusers of prompts only, and a receiver with keys and values in every layer where its "
                 "caches are kept, got others; leave out train.keep_caches"
             )
         self.pair, self.examples, self.folder = pair, examples, folder
@@ -66,7 +66,7 @@ class PrecomputedCaches:
         """Compute the files that are missing; all processes share the work."""
         group, starts = processes(), range(0, len(self.examples), EXAMPLES_PER_FILE)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # A file that exists is complete: it was written beside its place and moved there
+        # A file that exists is complete: it was moved there after it was written
         for start in starts[group.process_index :: group.num_processes]:
             if not self._path(start).exists():
                 self._write(start, batch_size)

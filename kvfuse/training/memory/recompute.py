@@ -20,7 +20,7 @@ def recomputed_layers(model: PreTrainedModel, wanted: bool = True) -> Iterator[N
     """While open, the decoder layers of a frozen model keep only their inputs.
 
     transformers does this for models in training mode, and drops their cache. Here the flags are set on the layers
-    alone, which leaves their dropout off. A layer reads the cache twice, so it must be a
+    only, which leaves their dropout off. A layer reads the cache twice, so it must be a
     :func:`kvfuse.cache.transformers_cache.read_only_cache`.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
