@@ -10,7 +10,7 @@ from benchmarks.rows import Row, row, spread_row
 from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.stages.response_fusion import ModelCaches
+from kvfuse.stages.prefill import ModelCaches
 
 BARS: dict[str, dict[int, float]] = {
     "fuse / bare products": {256: 1.25},

@@ -38,7 +38,7 @@ class TokenClock(StoppingCriteria):
 def decode_rows(case: Case) -> Iterator[Row]:
     """Few tokens over one cache, then over the other, many times; the caches' values are random, which costs the same."""
     pair, prompt = case.pair, case.prompt
-    fused = pair.fuse(prompt, case.new_streams(), pair.fusers, use_up=True)
+    fused = pair.fuse(prompt, caches=case.new_streams(), consume=True).cache
     alone = partial(generate, pair.receiver, prompt.ids, 1 + TOKENS)  # transformers' own, by its own cache
     runs = {
         "receiver": partial(

@@ -19,7 +19,8 @@ SHORT = 256
 
 def fuse_once(case: Case, fuser: Fuser | None = None) -> float:
     """Seconds of one fuse of what was read, by the pair's own fuser or another."""
-    return timed(case.pair.fuse, case.prompt, case.new_streams(), [fuser or case.pair.fusers[0]], use_up=True)
+    fusers = [fuser or case.pair.fusers[0]]
+    return timed(case.pair.fuse, case.prompt, caches=case.new_streams(), fusers=fusers, consume=True)
 
 
 def bare_products(case: Case) -> Runs:

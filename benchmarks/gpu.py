@@ -15,8 +15,9 @@ from benchmarks.rows import Row
 from benchmarks.timing import Runs, in_turns, ratio, timed
 from kvfuse.backends.cuda_graphs import CudaGraphPrefill
 from kvfuse.fusers import quantize
-from kvfuse.fusers.execution.fold_norms import fold
+from kvfuse.fusers.execution.fold_norms import fold_norms
 from kvfuse.model import CacheToCache
+from kvfuse.stages.prefill import prefill
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 COPY = "Memcpy DtoH"
@@ -56,7 +57,7 @@ def _queued(case: Case) -> float:
     for _ in range(BUSY):
         torch.mm(busy, busy)
     start.record()
-    case.pair.fuse(case.prompt, streams, case.pair.fusers, use_up=True)
+    case.pair.fuse(case.prompt, caches=streams, consume=True)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
@@ -73,7 +74,7 @@ def _events(case: Case) -> list[str]:
     streams = case.new_streams()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        case.pair.fuse(case.prompt, streams, case.pair.fusers, use_up=True)
+        case.pair.fuse(case.prompt, caches=streams, consume=True)
         torch.cuda.synchronize()
     return [event.name for event in seen.events()]
 
@@ -81,7 +82,7 @@ def _events(case: Case) -> list[str]:
 @torch.no_grad()
 def gpu_folded_rows(case: Case) -> Iterator[Row]:
     """The fuse once more, after the fuser was folded; it stays so."""
-    fold(case.pair.fusers[0])
+    fold_norms(case.pair.fusers[0])
     queued = _warm_turns(case, {"queued": partial(_queued, case)})["queued"]
     least = case.machine.seconds(Work.of_fusing(case.pair, case.prompt))
     yield case.timed_row("fuse, queued behind other work, folded", _ms(queued), "ms")
@@ -109,8 +110,8 @@ def gpu_first_token_rows(case: Case) -> Iterator[Row]:
 
 
 def _prefill_rows(case: Case) -> Iterator[Row]:
-    """TokenizedPrompt alone, by each model: its kernels queued one by one, or at once."""
-    captured, prompt, reads = CudaGraphPrefill(), case.prompt, case.prompt.sharers[0]
+    """Reading alone, by each model: its kernels queued one by one, or at once."""
+    captured, prompt, reads = CudaGraphPrefill(prefill), case.prompt, case.prompt.sharers[0]
     for name, one, ids, positions in (
         ("receiver", case.pair.receiver, prompt.ids, prompt.positions),
         ("sharer", case.pair.sharers[0], reads.ids, reads.positions),
@@ -141,7 +142,7 @@ def static_rows(case: Case) -> Iterator[Row]:
 
 
 def _captured(pair: CacheToCache) -> CacheToCache:
-    return CacheToCache(pair.receiver, pair.sharers, pair.fusers).capture()
+    return CacheToCache(pair.receiver, pair.sharers, pair.fusers).use_cuda_graphs()
 
 
 def _warm_turns(case: Case, runs: Runs) -> dict[str, list[float]]:

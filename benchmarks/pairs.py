@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
-from kvfuse.cache.transformers_cache import KV, copy_stacked
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import copy_stacked
 from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, stack
-from kvfuse.stages.response_fusion import ModelCaches
+from kvfuse.stages.prefill import ModelCaches
 from kvfuse.testing import tiny_tokenizer
 
 CONTEXT = {"max_position_embeddings": 8192, "tie_word_embeddings": True}

@@ -21,14 +21,15 @@ from torch import Tensor
 from benchmarks.pairs import QWEN2_5_0_5B, QWEN3_0_6B
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed
-from kvfuse.cache.transformers_cache import KV, KVSpec
-from kvfuse.checkpoint import load_fuser, size_of
+from kvfuse.cache.kv import KV, KVSpec
+from kvfuse.checkpoint import load_fuser
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question
 from kvfuse.demo.score import ask_all, held_out, is_right
 from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
 from kvfuse.fusers import Fuser, make_fuser, quantize
-from kvfuse.fusers.execution.quantized import FORMATS, FULL
+from kvfuse.fusers.execution.quantized import FORMATS
+from kvfuse.fusers.folder import size_of
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
 
@@ -39,7 +40,7 @@ BARS = {("int8", 256): 0.60}
 
 def variants(fuser: Fuser) -> dict[str, Fuser]:
     """A fuser as it is and in every format."""
-    return {FULL: fuser, **{weights: quantize(fuser, weights) for weights in FORMATS}}
+    return {"full": fuser, **{weights: quantize(fuser, weights) for weights in FORMATS}}
 
 
 def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
@@ -48,9 +49,7 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
     questions = held_out(pair)
     places = [question.place for question in questions]
     fusers = [variants(load_fuser(folder)) for folder in folders]
-    setting = (
-        f"{fusers[0][FULL].config.model_type.removeprefix('kvfuse-')}, {len(fusers)} fusers, {len(questions)} questions"
-    )
+    setting = f"{fusers[0]['full'].config.model_type.removeprefix('kvfuse-')}, {len(fusers)} fusers, {len(questions)} questions"
     sizes = {name: size_of(fuser) for name, fuser in fusers[0].items()}
     asked = {name: [_ask(pair, one[name], questions) for one in fusers] for name in fusers[0]}
     right = {name: np.array([is_right(answers, questions) for answers in runs]) for name, runs in asked.items()}
@@ -58,25 +57,25 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
     for name in asked:
         yield row(f"{name}: size", setting, sizes[name] / 1e6, None, "MB")
         yield _with_interval(f"{name}: right", setting, bootstrap_mean(right[name].mean(0), places))
-        if name != FULL:
-            change = bootstrap_mean((right[name].astype(float) - right[FULL]).mean(0), places)
-            yield _with_interval(f"{name} - {FULL}", setting, change, "points")
+        if name != "full":
+            change = bootstrap_mean((right[name].astype(float) - right["full"]).mean(0), places)
+            yield _with_interval(f"{name} - full", setting, change, "points")
             for turn, (before, after) in {"lost": (True, False), "won": (False, True)}.items():
-                share = ((right[FULL] == before) & (right[name] == after)).mean()
+                share = ((right["full"] == before) & (right[name] == after)).mean()
                 yield row(f"{name}: right answers {turn}", setting, 100 * share, None, "%")
             yield row(
-                f"{name}: answers that read otherwise", setting, 100 * (texts[name] != texts[FULL]).mean(), None, "%"
+                f"{name}: answers that read otherwise", setting, 100 * (texts[name] != texts["full"]).mean(), None, "%"
             )
 
 
 def residual_rows() -> Iterator[Row]:
     """How far the residual of a few layers is from the full fuser's, and how large all layers are."""
     small, inputs = true_fuser(LAYERS_OF_RESIDUAL), caches(LAYERS_OF_RESIDUAL, 256)
-    residuals = {name: _flat(fuser(*inputs)) for name, fuser in variants(small).items()}
+    residuals = {name: _flat(fuser(receiver=inputs[0], sharer=inputs[1])) for name, fuser in variants(small).items()}
     for name in FORMATS:
-        lost = float((residuals[name] - residuals[FULL]).norm() / residuals[FULL].norm())
+        lost = float((residuals[name] - residuals["full"]).norm() / residuals["full"].norm())
         yield row(f"{name}: residual off by", f"true widths, {LAYERS_OF_RESIDUAL} layers", 100 * lost, None, "%")
-    for name in (FULL, *FORMATS):
+    for name in ("full", *FORMATS):
         with torch.device("meta"):
             whole = type(small)(type(small.config)(**_pair(28), weights=name)).to(torch.bfloat16)
         yield row(f"{name}: size", "true shapes, bfloat16", size_of(whole) / 1e6, None, "MB")
@@ -90,10 +89,10 @@ def time_rows(layers: int, repeats: int) -> Iterator[Row]:
         calls = {name: partial(timed, fuser.__call__, *inputs) for name, fuser in fusers.items()}
         in_turns(calls, 1)
         taken = in_turns(calls, repeats)
-        yield spread_row(FULL, setting, [1e3 * seconds for seconds in taken[FULL]], None, "ms")
+        yield spread_row("full", setting, [1e3 * seconds for seconds in taken["full"]], None, "ms")
         for name in FORMATS:
             yield spread_row(
-                f"{name} / {FULL}", setting, ratio(taken[name], taken[FULL]), BARS.get((name, tokens)), "x"
+                f"{name} / full", setting, ratio(taken[name], taken["full"]), BARS.get((name, tokens)), "x"
             )
 
 

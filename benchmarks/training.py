@@ -25,10 +25,12 @@ from benchmarks.memory import peak_bytes
 from benchmarks.pairs import random_pair
 from benchmarks.rows import Row, report, row, spread_row
 from benchmarks.timing import in_turns, ratio, timed, total
-from kvfuse.cache.transformers_cache import CACHE, KV, cache_of, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import CACHE, cache_of, read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import RenderedPrompt
+from kvfuse.prompts.response import Response
 from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.training.data.columns import EncodedExample, to_columns
 from kvfuse.training.loop.batches import TrainingBatch, collate
@@ -46,7 +48,7 @@ def random_example(seed: int = 0, tokens: int = TOKENS, response: int = RESPONSE
     text = RenderedPrompt("", (), (), templated=False)
     reading = TokenizedPrompt(ids[:length], np.zeros((length, 2), dtype=np.int64), text, 0, np.arange(length))
     fusable = np.arange(length) < length - 1
-    return EncodedExample(AlignedRow(reading, fusable, ((reading, np.arange(length)),)), ids[length:])
+    return EncodedExample(AlignedRow(reading, fusable, ((reading, np.arange(length)),)), Response(ids[length:]))
 
 
 class Step:
@@ -101,7 +103,7 @@ class Step:
 
     def _fuse(self) -> None:
         self.fuser.recompute = False  # whatever ran before
-        residual = self.fuser(self.mine, self.theirs)
+        residual = self.fuser(receiver=self.mine, sharer=self.theirs)
         torch.autograd.backward([residual.key, residual.value], self.gradient)
 
     def _respond(self) -> None:

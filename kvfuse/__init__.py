@@ -1,26 +1,41 @@
-"""kvfuse: language models that talk through their KV-caches instead of text (Cache-to-Cache, arXiv 2510.03215)."""
+"""kvfuse: language models that communicate through KV-caches instead of text (Cache-to-Cache, arXiv 2510.03215)."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["KV", "CacheToCache", "KVFuseError", "KVSpec", "LanguageModel", "PrefixStore", "load_fuser", "save_fuser"]
 __version__ = "0.1.0"
 
+# Public name -> module. Imported on first use, so that ``import kvfuse`` loads neither torch nor transformers.
 _HOMES = {
+    "AnalysisError": "errors",
     "CacheToCache": "model",
-    "KV": "cache.transformers_cache",
+    "CheckpointError": "errors",
+    "EvaluationError": "errors",
+    "Fuser": "fusers",
+    "KV": "cache.kv",
     "KVFuseError": "errors",
-    "KVSpec": "cache.transformers_cache",
+    "KVSpec": "cache.kv",
     "LanguageModel": "language_model",
+    "MethodError": "errors",
+    "PairError": "errors",
     "PrefixStore": "stages.prefix_store",
+    "PromptError": "errors",
+    "RecipeError": "errors",
     "load_fuser": "checkpoint",
+    "make_fuser": "fusers",
+    "make_method": "methods",
+    "register_fuser": "fusers",
+    "register_method": "methods",
     "save_fuser": "checkpoint",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that ``import kvfuse`` stays quick."""
     if name not in _HOMES:
         raise AttributeError(f"module 'kvfuse' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"kvfuse.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""The command line: every verb parses, calls one function of the library, and prints."""
+"""The command line: each command parses its options, calls one function of the library and prints the result."""
 
 import os
 import sys
@@ -6,47 +6,71 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option, Typer
+
+from kvfuse import __version__
 
 if TYPE_CHECKING:
     from kvfuse.model import CacheToCache
 
-app = typer.Typer(
+app = Typer(
     name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-demo_app = typer.Typer(name="demo", invoke_without_command=True)
-list_app = typer.Typer(name="list", no_args_is_help=True, help="Tell what there is.")
-data_app = typer.Typer(name="data", no_args_is_help=True, help="Make data to train on.")
-app.add_typer(demo_app)
-app.add_typer(data_app)
-app.add_typer(list_app)
+data_app = Typer(name="data", no_args_is_help=True, help="Make training data.")
+list_app = Typer(name="list", no_args_is_help=True, help="List methods, tasks, analyses and published pairs.")
+demo_app = Typer(name="demo", invoke_without_command=True)
+for sub_app in (demo_app, data_app, list_app):
+    app.add_typer(sub_app)
+
+# The options that several commands share
+KEY_VALUES = "[KEY=VALUE]..."
+EMBEDDED = "Default: the embedded pair."
+Recipe = Annotated[Path, Argument(help="YAML file, e.g. recipes/embedded.yaml.")]
+Overrides = Annotated[
+    list[str] | None, Argument(metavar=KEY_VALUES, help="Values in place of the recipe's, e.g. train.steps=100.")
+]
+Receiver = Annotated[
+    str | None, Option("--receiver", "-r", help="Model that answers, folder or Hub id. Default: named by the fuser.")
+]
+Sharers = Annotated[
+    list[str] | None,
+    Option("--sharer", "-s", help="Model that only reads, folder or Hub id; one per fuser. Default: named by it."),
+]
+Fusers = Annotated[
+    list[str] | None, Option("--fuser", "-f", help=f"Fuser, folder or Hub id; one per sharer. {EMBEDDED}")
+]
+FuserSource = Annotated[str, Argument(metavar="FUSER", help="Folder or Hub id of a fuser.")]
+NewFolder = Annotated[Path, Argument(help="Folder to write.")]
+Subfolder = Annotated[str, Option(help="Folder of the fuser inside its repository.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvfuse {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def kvfuse() -> None:
-    """Language models that talk through their KV-caches instead of text."""
+def kvfuse(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Language models that communicate through their KV-caches instead of text."""
+
+
+# Answer
 
 
 @app.command()
 def chat(
-    fuser: Annotated[list[str], typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; once per sharer.")],
-    receiver: Annotated[
-        str | None,
-        typer.Option(
-            "--receiver", "-r", help="Folder or Hub id of the model that answers; by default the fuser names it."
-        ),
-    ] = None,
-    sharer: Annotated[
-        list[str] | None,
-        typer.Option("--sharer", "-s", help="Folder or Hub id of a model that only reads; in the order of the fusers."),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Argument(help="One question; without it, a conversation until an empty line.")
-    ] = None,
-    subfolder: Annotated[str, typer.Option(help="Folder of the fuser inside of its repository.")] = "",
-    fusion: Annotated[
-        str, typer.Option(help="How several sharers come together: parallel or sequential.")
-    ] = "parallel",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    fuser: Annotated[list[str], Option("--fuser", "-f", help="Fuser, folder or Hub id; one per sharer.")],
+    receiver: Receiver = None,
+    sharer: Sharers = None,
+    prompt: Annotated[str | None, Argument(help="Question. Default: a conversation, until an empty line.")] = None,
+    subfolder: Subfolder = "",
+    fusion: Annotated[str, Option(help="With several sharers: parallel or sequential.")] = "parallel",
+    max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 256,
 ) -> None:
     """Ask two models that answer together.
 
@@ -55,28 +79,27 @@ def chat(
     from kvfuse.model import CacheToCache
     from kvfuse.stages.prefix_store import PrefixStore
 
-    model = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
+    pair = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
     if prompt is not None:
-        _answer(model, [{"role": "user", "content": prompt}], max_new_tokens)
+        _answer(pair, [{"role": "user", "content": prompt}], max_new_tokens)
         return
-    model.store = PrefixStore()  # each turn reads only what is new
+    pair.store = PrefixStore()  # each turn reads only what is new
     messages: list[dict[str, str]] = []
     while question := typer.prompt("you", default="", show_default=False):
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _answer(model, messages, max_new_tokens)})
+        messages.append({"role": "assistant", "content": _answer(pair, messages, max_new_tokens)})
+
+
+# Train and evaluate
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; recipes/ has examples.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. train.steps=100.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be trained, and estimate time and memory.")
-    ] = False,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be trained, with time and memory.")] = False,
 ) -> None:
-    """Train a fuser for a pair of frozen models; started again, a killed run goes on where it was.
+    """Train a fuser for two frozen models. A killed run, started again, resumes.
 
     kvfuse train recipes/stories.yaml train.steps=100 output=runs/short
     """
@@ -94,50 +117,36 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="YAML file with a section evaluation; recipes/ has examples.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. evaluation.limit=100."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     *,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers, figures and report.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files, in place of the Hub.")] = None,
-    template: Annotated[Path | None, typer.Option(help="Jinja file in place of the tasks' prompts.")] = None,
-    zeroed: Annotated[bool, typer.Option("--zeroed", help="Control: the sharer's cache is zero.")] = False,
-    mismatched: Annotated[
-        bool, typer.Option("--mismatched", help="Control: the sharer reads another question.")
-    ] = False,
-    shuffled: Annotated[
-        bool, typer.Option("--shuffled", help="Control: the sharer's positions are interchanged.")
-    ] = False,
-    random_fuser: Annotated[
-        bool, typer.Option("--random-fuser", help="Control: a fuser that has learnt nothing.")
-    ] = False,
+    out: Annotated[Path, Option(file_okay=False, help="Folder for answers, figures and report.")],
+    data: Annotated[Path | None, Option(help="Folder with the tasks' files. Default: the Hub.")] = None,
+    template: Annotated[Path | None, Option(help="Jinja file that replaces the tasks' prompts.")] = None,
+    zeroed: Annotated[bool, Option("--zeroed", help="Control: the sharer's cache is zero.")] = False,
+    mismatched: Annotated[bool, Option("--mismatched", help="Control: the sharer reads another question.")] = False,
+    shuffled: Annotated[bool, Option("--shuffled", help="Control: the sharer's positions are shuffled.")] = False,
+    random_fuser: Annotated[bool, Option("--random-fuser", help="Control: a fuser with random weights.")] = False,
     projected_only: Annotated[
-        bool, typer.Option("--projected-only", help="Control: the receiver's own cache is taken away.")
+        bool, Option("--projected-only", help="Control: the receiver's cache is removed.")
     ] = False,
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Control: the receiver without its preference for a letter.")
-    ] = False,
+    calibrated: Annotated[bool, Option("--calibrated", help="Control: the receiver without letter bias.")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Run everything on tiny random models and a few made-up questions.")
+        bool, Option("--smoke", help="Run the recipe on tiny random models and made-up questions.")
     ] = False,
 ) -> None:
-    """Ask methods the same questions and report who is right, how surely, how fast; started again, a killed run goes on.
+    """Compare methods on the same questions: accuracy with intervals, latency, a verdict. A killed run resumes.
 
     kvfuse eval recipes/embedded.yaml --out runs/embedded-eval --calibrated
     """
     from kvfuse.evaluation.recipe import CONTROLS, load_evaluation
     from kvfuse.evaluation.run import evaluate as run
 
-    words = [
-        *(overrides or []),
-        *(f"evaluation.{key}={value}" for key, value in (("data", data), ("template", template)) if value),
-    ]
-    wanted = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
-    loaded = load_evaluation(recipe, words).with_controls(
-        [name for name, chosen in zip(CONTROLS, wanted, strict=True) if chosen]
-    )
+    paths = {"data": data, "template": template}
+    words = [*(overrides or []), *(f"evaluation.{key}={path}" for key, path in paths.items() if path)]
+    flags = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
+    controls = [name for name, wanted in zip(CONTROLS, flags, strict=True) if wanted]
+    loaded = load_evaluation(recipe, words).with_controls(controls)
     if smoke:
         from kvfuse.evaluation.smoke import tiny
 
@@ -147,14 +156,10 @@ def evaluate(
 
 @app.command()
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Folders of evaluations; one is written anew, several are set side by side.")
-    ],
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, help="Page for several; its Markdown is written beside it.")
-    ] = Path("report.html"),
+    folders: Annotated[list[Path], Argument(help="Folders of evaluations; several are compared.")],
+    out: Annotated[Path, Option(dir_okay=False, help="HTML page of a comparison.")] = Path("report.html"),
 ) -> None:
-    """Write the report of an evaluation again, or set several side by side.
+    """Write the report of an evaluation again, or compare several evaluations.
 
     kvfuse report runs/embedded-eval
     """
@@ -163,32 +168,25 @@ def report(
 
     if len(folders) == 1:
         write_report(folders[0])
-        typer.echo(f"wrote {folders[0] / 'report.html'}")
+        out = folders[0] / "report.html"
     else:
         write_comparison(folders, out)
-        typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {out}")
 
 
 @data_app.command()
 def generate(
-    source: Annotated[str, typer.Argument(help="File, folder or Hub data set; see the key data of recipes.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model that responds.")],
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, help="JSON lines; prompts that it holds already are not asked again.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a recipe's data, e.g. split=test limit=100."),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of so much probability.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
+    source: Annotated[str, Argument(help="File, folder or Hub data set with prompts.")],
+    model: Annotated[str, Option("--model", "-m", help="Folder or Hub id of the model that responds.")],
+    out: Annotated[Path, Option(dir_okay=False, help="JSON lines file to extend; its prompts are skipped.")],
+    overrides: Annotated[list[str] | None, Argument(metavar=KEY_VALUES, help="Keys of data, e.g. limit=100.")] = None,
+    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_p: Annotated[float, Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a response.")] = 512,
+    batch_size: Annotated[int, Option(min=1, help="Prompts per batch.")] = 8,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 42,
 ) -> None:
-    """Let a model respond to the prompts of any data, to train on its own words; started again, a killed run goes on.
+    """Generate a model's own responses to any prompts, as training data. A killed run resumes.
 
     kvfuse data generate teknium/OpenHermes-2.5 limit=1000 --model Qwen/Qwen3-0.6B --out own-words.jsonl
     """
@@ -198,35 +196,28 @@ def generate(
     from kvfuse.training.recipe import load_data
 
     data = load_data(source, overrides or [])
-    run(
-        data,
-        LanguageModel.from_pretrained(model, device_map="auto"),
-        out,
-        Sampling(temperature, top_p, max_new_tokens, batch_size, seed),
-        typer.echo,
-    )
+    sampling = Sampling(temperature, top_p, max_new_tokens, batch_size, seed)
+    run(data, LanguageModel.from_pretrained(model, device_map="auto"), out, sampling, typer.echo)
+
+
+# Look inside a pair
 
 
 @app.command()
 def align(
-    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Folder or Hub id of the model that answers.")],
-    sharer: Annotated[str, typer.Option("--sharer", "-s", help="Folder or Hub id of the model that only reads.")],
-    text: Annotated[str | None, typer.Argument(help="What the user says.")] = None,
-    chat: Annotated[Path | None, typer.Option(help="In place of a text: a JSON file with a list of messages.")] = None,
+    receiver: Annotated[str, Option("--receiver", "-r", help="Model that answers, folder or Hub id.")],
+    sharer: Annotated[str, Option("--sharer", "-s", help="Model that only reads, folder or Hub id.")],
+    text: Annotated[str | None, Argument(help="Message of a user.")] = None,
+    chat: Annotated[Path | None, Option(help="JSON file with a list of messages, in place of a text.")] = None,
     how: Annotated[
-        str | None,
-        typer.Option(
-            help="identity, span, reencode-first or reencode-longest; by default identity for one tokenizer, else span."
-        ),
+        str | None, Option(help="identity (default for one tokenizer), span (else), reencode-first, reencode-longest.")
     ] = None,
-    fuse: Annotated[str, typer.Option(help="all positions but the last, or only those of messages.")] = "all",
-    html: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Write a picture to this file, in place of the lines.")
-    ] = None,
+    fuse: Annotated[str, Option(help="Positions to fuse, except the last: all, or those of messages.")] = "all",
+    html: Annotated[Path | None, Option(dir_okay=False, help="Write the alignment to this file, in colours.")] = None,
 ) -> None:
-    """Show a prompt in both tokenizations, and which sharer token each receiver token reads. Only the tokenizers are loaded.
+    """Show a prompt in both tokenizations, and the sharer token that each receiver token reads.
 
-    kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct --html alignment.html
+    kvfuse align "What is the capital of Norway?" -r Qwen/Qwen3-0.6B -s meta-llama/Llama-3.2-1B-Instruct
     """
     from kvfuse.errors import PromptError
     from kvfuse.language_model import load_tokenizer, tokenizer_hash
@@ -235,13 +226,12 @@ def align(
     from kvfuse.support.files import write_file
 
     if (text is None) == (chat is None):
-        raise PromptError(
-            f"expected a text or --chat, got {'neither' if text is None else 'both'}; give one of the two"
-        )
+        got = "neither" if text is None else "both"
+        raise PromptError(f"expected a text or --chat, got {got}; give one of the two")
     prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
-    identical = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
-    seen = view(prompt, *tokenizers, default_token_alignment(identical) if how is None else how, fuse)
+    same = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
+    seen = view(prompt, *tokenizers, default_token_alignment(same) if how is None else how, fuse)
     if html:
         write_file(html, page(seen))
     typer.echo(summary(seen) if html else "\n".join(lines(seen)))
@@ -249,42 +239,27 @@ def align(
 
 @app.command()
 def analyze(
-    name: Annotated[str, typer.Argument(help="What to ask; 'kvfuse list analyses' tells what there is.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the analysis, e.g. share=0.25.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the figures (JSON) and the picture (PNG and SVG).")
-    ] = Path("analysis"),
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="Only whether it runs: tiny random models, fewer of everything.")
-    ] = False,
-    fuser: Annotated[
-        list[str] | None,
-        typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair."),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="With a fuser: questions and answers, as training reads them.")
-    ] = None,
-    receiver: Annotated[
-        str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")
-    ] = None,
-    sharer: Annotated[
-        list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask so many of the questions.")] = None,
+    name: Annotated[str, Argument(help="Name of the analysis; see 'kvfuse list analyses'.")],
+    options: Annotated[list[str] | None, Argument(metavar=KEY_VALUES, help="Its options, e.g. share=0.25.")] = None,
+    out: Annotated[Path, Option(file_okay=False, help="Folder for figures (JSON) and pictures.")] = Path("analysis"),
+    smoke: Annotated[bool, Option("--smoke", help="Test run on tiny random models.")] = False,
+    fuser: Fusers = None,
+    data: Annotated[str | None, Option("--data", "-d", help="With --fuser: its questions, as for training.")] = None,
+    receiver: Receiver = None,
+    sharer: Sharers = None,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of questions.")] = None,
 ) -> None:
-    """Answer one of the paper's questions about a pair, by default about the embedded one, with figures and a picture.
+    """Answer one of the paper's questions about a pair, with figures and a picture.
 
     kvfuse analyze gates --out analysis
     """
     if not fuser:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
+        _hide_progress_bars()
     from kvfuse.analysis.registry import analyze as run
     from kvfuse.analysis.registry import module_of, parse_options
     from kvfuse.analysis.study import choose
 
-    module_of(name)  # an unknown one is refused before anything is loaded
+    module_of(name)  # refuses an unknown name before anything is loaded
     study = choose(fuser or (), data, receiver, sharer or (), limit, smoke)
     finding = run(name, study, **parse_options(options or []))
     typer.echo(finding.reading)
@@ -292,28 +267,17 @@ def analyze(
 
 
 @app.command()
-def doctor(
-    fuser: Annotated[
-        list[str] | None,
-        typer.Option("--fuser", "-f", help="Folder or Hub id of a fuser; by default the embedded pair."),
-    ] = None,
-    receiver: Annotated[
-        str | None, typer.Option("--receiver", "-r", help="By default the one that the fuser names.")
-    ] = None,
-    sharer: Annotated[
-        list[str] | None, typer.Option("--sharer", "-s", help="By default those that the fusers name.")
-    ] = None,
-) -> None:
-    """Examine a pair: shapes, tokenizers, alignment, gates, memory and time; closed gates must leave the receiver as it is.
+def doctor(fuser: Fusers = None, receiver: Receiver = None, sharer: Sharers = None) -> None:
+    """Check a pair: shapes, tokenizers, alignment, gates, memory, time, and whether closed gates change nothing.
 
     kvfuse doctor -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser
     """
+    if not fuser:
+        _hide_progress_bars()
     from rich.console import Console
 
     from kvfuse.analysis.doctor import examine, sample_of, table, verdict
 
-    if not fuser:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
     checks = examine(sample_of(fuser or (), receiver, sharer or ()))
     Console().print(table(checks))
     typer.echo(verdict(checks))
@@ -321,13 +285,12 @@ def doctor(
         raise typer.Exit(1)
 
 
+# Fuser folders
+
+
 @app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a fuser.")],
-    folder: Annotated[Path, typer.Argument(help="New folder.")],
-    subfolder: Annotated[str, typer.Option(help="Folder inside of the source.")] = "",
-) -> None:
-    """Turn a fuser of the authors' format into ours (safetensors), or one of ours into theirs.
+def convert(source: FuserSource, folder: NewFolder, subfolder: Subfolder = "") -> None:
+    """Convert a fuser from the authors' format to kvfuse's (safetensors), or back.
 
     kvfuse convert nics-efc/C2C_Fuser my-fuser --subfolder qwen3_0.6b+qwen2.5_0.5b_Fuser
     """
@@ -338,12 +301,12 @@ def convert(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="FUSER", help="Folder or Hub id of a fuser.")],
-    folder: Annotated[Path, typer.Argument(help="New folder.")],
-    weights: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
-    subfolder: Annotated[str, typer.Option(help="Folder inside of the source.")] = "",
+    source: FuserSource,
+    folder: NewFolder,
+    weights: Annotated[str, Option(help="int8 or int4.")] = "int8",
+    subfolder: Subfolder = "",
 ) -> None:
-    """Write a smaller copy of a fuser, whose large matrices are integers; it answers like the other, but cannot be trained.
+    """Write a smaller copy of a fuser with integer weights. It answers as before, but cannot be trained.
 
     kvfuse quantize my-fuser my-small-fuser --weights int4
     """
@@ -352,9 +315,12 @@ def quantize(
     typer.echo(run(source, folder, weights, subfolder))
 
 
+# Lists
+
+
 @list_app.command()
 def pairs() -> None:
-    """Tell what is known of the authors' published pairs, with sources."""
+    """List the authors' published pairs, with sources."""
     from kvfuse.published.pairs import PUBLISHED_PAIRS, REPOSITORY
 
     typer.echo(f"Fusers in {REPOSITORY}; load one with its name as subfolder.")
@@ -364,7 +330,7 @@ def pairs() -> None:
 
 @list_app.command()
 def methods() -> None:
-    """Name the ways to answer that evaluations compare."""
+    """List the methods that evaluations compare."""
     from kvfuse.methods import METHODS
 
     typer.echo("\n".join(METHODS))
@@ -372,7 +338,7 @@ def methods() -> None:
 
 @list_app.command()
 def tasks() -> None:
-    """Name the tasks that evaluations ask."""
+    """List the tasks of evaluations."""
     from kvfuse.evaluation.tasks import task_names
 
     typer.echo("\n".join(task_names()))
@@ -380,28 +346,30 @@ def tasks() -> None:
 
 @list_app.command()
 def analyses() -> None:
-    """Tell which analyses there are, and the question that each answers."""
+    """List the analyses, each with the question that it answers."""
     from kvfuse.analysis.registry import ANALYSES, question
 
     for name in ANALYSES:
         typer.echo(f"{name:<16}{question(name)}")
 
 
+# The embedded pair
+
+
 @demo_app.callback()
 def demo(
     context: typer.Context,
-    ask: Annotated[str | None, typer.Option(help="Ask one question, e.g. 'What currency is used in Norway?'")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Fusers to score, by training seed; by default all that are shipped.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score so many of the held-out questions.")] = None,
-    pair: Annotated[
-        Path | None, typer.Option(help="A folder that 'kvfuse demo build' made, in place of the shipped pair.")
-    ] = None,
+    ask: Annotated[str | None, Option(help="Ask one question, e.g. 'What currency is used in Norway?'")] = None,
+    json: Annotated[Path | None, Option(help="Write all figures to this file.")] = None,
+    seed: Annotated[list[int] | None, Option(help="Training seeds of the fusers to score. Default: all.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of held-out questions.")] = None,
+    pair: Annotated[Path | None, Option(help=f"Folder made by 'kvfuse demo build'. {EMBEDDED}")] = None,
 ) -> None:
-    """Let the embedded pair answer its held-out questions with every method, side by side."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded
+    """Let the embedded pair answer its held-out questions with every method, side by side.
+
+    kvfuse demo --ask "What currency is used in Norway?"
+    """
+    _hide_progress_bars()
     if context.invoked_subcommand is None:
         from kvfuse.demo.show import answer_one, run
 
@@ -412,27 +380,33 @@ def demo(
 
 
 @demo_app.command()
-def build(
-    folder: Annotated[Path, typer.Argument(help="New folder for facts, tokenizers, models, fusers and figures.")],
-) -> None:
-    """Make the embedded pair again from nothing, in under 20 minutes on two cores. Needs the extra 'demo-build'."""
+def build(folder: Annotated[Path, Argument(help="Folder for facts, models, fusers and figures.")]) -> None:
+    """Build the embedded pair from nothing, in under 20 minutes on two cores. Needs the extra 'demo-build'.
+
+    kvfuse demo build my-pair
+    """
     from kvfuse.demo.build import build as run
 
     run(folder)
 
 
-def _answer(model: "CacheToCache", messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """Print an answer as it comes, and give it back."""
+def _answer(pair: "CacheToCache", messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Print an answer as it is generated, and return it."""
     pieces = []
-    for piece in model.stream(messages, max_new_tokens=max_new_tokens):
+    for piece in pair.stream(messages, max_new_tokens=max_new_tokens):
         typer.echo(piece, nl=False)
         pieces.append(piece)
     typer.echo()
     return "".join(pieces)
 
 
+def _hide_progress_bars() -> None:
+    """Hide the Hub's progress bars, for pairs that download nothing. Must run before huggingface_hub is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
-    """Entry point: errors that kvfuse raises on purpose become one line and exit status 1."""
+    """Entry point: an error that kvfuse raises on purpose becomes one line and exit status 1."""
     from kvfuse.errors import KVFuseError
 
     try:

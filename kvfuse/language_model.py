@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kvfuse.cache.transformers_cache import KVSpec
+from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
 from kvfuse.stages.prefill import probe
 from kvfuse.stages.rope import RoPE, measure_rope

@@ -1,29 +1,38 @@
 """Two models, or more, that answer together: align, prefill, fuse, decode, in that order."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.backends.cuda_graphs import CudaGraphPrefill
-from kvfuse.cache.transformers_cache import KV, has_state, read_cache, write_cache
+from kvfuse.backends.streams import fork, run_on
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import has_state, read_cache, read_only_cache, write_cache
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.execution.fold_norms import fold
+from kvfuse.fusers.execution.fold_norms import fold_norms
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
 from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.stages.decode import decode, static_length, stream
-from kvfuse.stages.fuse import FUSIONS, fuse
+from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
 from kvfuse.stages.phases import phase
-from kvfuse.stages.prefill import Prefill, beside, fork, prefill
+from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
-from kvfuse.stages.response_fusion import ModelCaches, ResponseFuser
+from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser
+
+Prompts = Prompt | Sequence[Prompt]
+"""One text or chat, or several."""
+Aligned = AlignedPrompt | AlignedRow | Sequence[AlignedRow]
+"""What :meth:`CacheToCache.align` gives, one prompt or several, padded into a batch already or not."""
 
 
 class CacheToCache:
@@ -34,7 +43,7 @@ class CacheToCache:
         sharers: The models that only read.
         fusers: One per sharer, trained for exactly this pair.
         fusion: How several sharers come together, ``parallel`` or ``sequential`` (:func:`kvfuse.stages.fuse.fuse`).
-        store: Where caches of prompts are kept for those that begin alike; by default they are not.
+        store: Keeps the caches of prompts for later prompts with the same prefix; by default none are kept.
 
     Raises:
         PairError: A fuser belongs to another pair.
@@ -55,30 +64,17 @@ class CacheToCache:
                 f"expected one fuser per sharer, got {len(fusers)} for {len(sharers)}; name as many of each"
             )
         for sharer, fuser in zip(sharers, fusers, strict=True):
-            check_identity("receiver", fuser.config.receiver, receiver)
-            check_identity("sharer", fuser.config.sharer, sharer)
-            if fuser.config.token_alignment == "identity":
-                _require_same_ids(receiver, sharer)
-            if fuser.config.fuse_response and fuser.config.token_alignment == "span" and has_state(sharer.model.config):
-                raise PairError(
-                    f"expected a sharer that can take tokens back, as fusing the response between two tokenizers needs, "
-                    f"got {sharer.name} with linear attention; use another, or a fuser for prompts alone"
-                )
+            _require_fit(receiver=receiver, sharer=sharer, fuser=fuser)
         if len({(fuser.config.fuse, fuser.config.fuse_response) for fuser in fusers}) > 1:
             raise PairError(
                 "expected fusers that fuse the same positions, got fusers for different ones; train them alike"
             )
-        self.receiver, self.sharers, self.fusers, self.fusion, self.store = (
-            receiver,
-            list(sharers),
-            list(fusers),
-            fusion,
-            store,
-        )
+        self.receiver, self.sharers, self.fusers = receiver, list(sharers), list(fusers)
+        self.fusion, self.store = fusion, store
         self.prefiller: Prefill = prefill
         removed = [fuser.config.rope == "removed" for fuser in fusers]
         self.ropes = [
-            (receiver.rope, one.rope) if turned else None for one, turned in zip(sharers, removed, strict=True)
+            (receiver.rope, sharer.rope) if off else None for sharer, off in zip(sharers, removed, strict=True)
         ]
 
     @classmethod
@@ -98,10 +94,11 @@ class CacheToCache:
         Args:
             receiver: Folder or Hub id; by default the one that the first fuser names.
             sharer: One or more; by default those that the fusers name.
-            fuser: One per sharer, in the same order; ours or the authors'.
+            fuser: One per sharer, in the same order; in our format or the authors'.
             subfolder: Folder of the fuser inside of ``fuser``, or one for each.
             fusion: See :class:`CacheToCache`.
-            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map": "cuda:1"}``.
+            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map":
+                "cuda:1"}``.
             store: See :class:`CacheToCache`.
             model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``.
 
@@ -109,61 +106,77 @@ class CacheToCache:
             PairError: Models and fusers that do not fit, or a model that is not there.
             CheckpointError: A fuser that is missing or damaged.
         """
+        # 1) Fusers: they name the models that they were trained with.
         sources = _as_list(fuser)
         subfolders = [subfolder] * len(sources) if isinstance(subfolder, str) else subfolder
-        fusers = [load_fuser(one, inside) for one, inside in zip(sources, subfolders, strict=True)]
+        fusers = [load_fuser(source, inside) for source, inside in zip(sources, subfolders, strict=True)]
         if not fusers:
             raise PairError("expected at least one fuser, got none; name a fuser's folder or Hub id")
-        names = [receiver or fusers[0].config.receiver["name"]]
-        names += _as_list(sharer) if sharer is not None else [one.config.sharer["name"] for one in fusers]
-        first = LanguageModel.from_pretrained(names[0], **model_options)
-        sharers = [
-            LanguageModel.from_pretrained(name, **{**model_options, **(sharer_options or {})}) for name in names[1:]
-        ]
-        for one in fusers:  # never computed in less than it was trained in, nor in less than the receiver
-            one.to(first.model.device, torch.promote_types(one.dtype, first.model.dtype))
-        return cls(first, sharers, fusers, fusion, store)
+        # 2) Models.
+        sharers = _as_list(sharer) if sharer is not None else [fuser.config.sharer["name"] for fuser in fusers]
+        loaded = LanguageModel.from_pretrained(receiver or fusers[0].config.receiver["name"], **model_options)
+        sharer_options = {**model_options, **(sharer_options or {})}
+        others = [LanguageModel.from_pretrained(name, **sharer_options) for name in sharers]
+        # 3) A fuser is never computed in less precision than it was trained in, nor than the receiver.
+        for one in fusers:
+            one.to(loaded.model.device, torch.promote_types(one.dtype, loaded.model.dtype))
+        return cls(loaded, others, fusers, fusion, store)
 
     @property
     def fuse_response(self) -> bool:
-        """Whether the last prompt token and what is generated are fused as well, as the fusers were trained to."""
+        """Whether the last prompt token and the response are fused as well, as the fusers were trained to."""
         return self.fusers[0].config.fuse_response
 
-    def fold(self) -> Self:
-        """Multiply the weights of the fusers' norms into the products behind them, in place: fewer steps, the same but for rounding.
+    @property
+    def device(self) -> torch.device:
+        """Of the receiver."""
+        return self.receiver.model.device
 
-        For answering alone: what is folded can be neither trained nor saved any more.
-        """
-        for fuser in self.fusers:
-            fold(fuser.eval().requires_grad_(False))
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the receiver."""
+        return self.receiver.model.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast all models and fusers, in place; arguments as those of ``torch.nn.Module.to``."""
+        for module in (self.receiver.model, *(sharer.model for sharer in self.sharers), *self.fusers):
+            module.to(*args, **kwargs)
         return self
 
-    def capture(self) -> Self:
-        """Read prompts without padding through CUDA graphs (:mod:`kvfuse.backends.cuda_graphs`); on a CPU nothing changes.
+    def fold_norms(self) -> Self:
+        """Multiply the weights of the fusers' norms into the linear layers behind them, in place: fewer kernels.
 
-        A length is recorded when it is first read, which takes as long as reading it some times and keeps a cache of its size. The models
-        must stay on their devices.
+        Results are equal up to rounding. A folded fuser can neither be trained nor saved.
         """
-        self.prefiller = CudaGraphPrefill()
+        for fuser in self.fusers:
+            fold_norms(fuser.eval().requires_grad_(False))
+        return self
+
+    def use_cuda_graphs(self) -> Self:
+        """Read prompts without padding through CUDA graphs (:mod:`kvfuse.backends.cuda_graphs`); no change on a CPU.
+
+        A length is captured when it is first read, which takes a few reads' time and keeps a cache of its size. The
+        models must stay on their devices.
+        """
+        self.prefiller = CudaGraphPrefill(prefill)
         return self
 
     def select(self, *sharers: int) -> Self:
-        """The same models with only some of the sharers, named by their place; for one request, at no cost."""
-        if not sharers or not all(0 <= place < len(self.sharers) for place in sharers):
-            raise PairError(
-                f"expected places of sharers from 0 to {len(self.sharers) - 1}, got {sharers}; choose at least one of them"
-            )
+        """The same models with some of the sharers only, named by index; for one request, at no cost."""
+        if not sharers or not all(0 <= index < len(self.sharers) for index in sharers):
+            last = len(self.sharers) - 1
+            raise PairError(f"expected indices of sharers from 0 to {last}, got {sharers}; choose at least one of them")
         chosen = [self.sharers[i] for i in sharers], [self.fusers[i] for i in sharers]
         pair = type(self)(self.receiver, *chosen, self.fusion, self.store)
         pair.prefiller = self.prefiller
         return pair
 
     @torch.no_grad()
-    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
-        """Continue a batch of prompts with transformers' ``generate``.
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """Continue one prompt or a batch with transformers' ``generate``.
 
         Args:
-            prompts: Texts and chats; one alone is a batch of one.
+            prompts: Texts and chats; one is a batch of one.
             options: Any of ``generate``: ``max_new_tokens``, sampling, beams, ``streamer``, …
 
         Returns:
@@ -174,174 +187,182 @@ class CacheToCache:
         """
         return self.answer(stack([self.align(prompt) for prompt in _as_batch(prompts)]), **options)
 
+    @overload
+    def chat(self, messages: Prompt, **options: Any) -> str: ...
+
+    @overload
+    def chat(self, messages: Sequence[Prompt], **options: Any) -> list[str]: ...
+
     @torch.no_grad()
-    def chat(self, messages: Prompt, **options: Any) -> str:
-        """Answer one chat, or one question, as text. ``options`` are those of :meth:`generate`."""
-        prompt = stack([self.align(as_chat(messages))])
-        ids = self.answer(prompt, **options)
-        return self.receiver.tokenizer.decode(ids[0, prompt.ids.shape[1] :], skip_special_tokens=True)
+    def chat(self, messages: Prompts, **options: Any) -> str | list[str]:
+        """Answer one chat or question, as text, or several, as a list. ``options`` are those of :meth:`generate`."""
+        prompt = stack([self.align(as_chat(chat)) for chat in _as_batch(messages)])
+        ids = self.answer(prompt, **options)[:, prompt.ids.shape[1] :]
+        texts: list[str] = self.receiver.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts[0] if _is_single(messages) else texts
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
         prompt = stack([self.align(as_chat(messages))])
         yield from stream(self.receiver.tokenizer, lambda streamer: self.answer(prompt, streamer=streamer, **options))
 
-    def answer(self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
-        """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`prefill`, the rest as in :meth:`generate`."""
-        fusers = self.fusers if fusers is None else fusers
-        room = static_length(self.receiver.model, prompt.ids.shape[1], options)
-        if not (self.fuse_response and fusers) or prompt.ids.shape[1] < 2:
-            return self.decode(prompt, self.prefill(prompt, fusers, room), **options)
-        streams = self.read(prompt)
-        cache = self.fuse(prompt, streams, fusers, room, as_read=True)
-        sharers = [
-            (sharer, fuser.config.token_alignment) for sharer, fuser in zip(self.sharers, self.fusers, strict=True)
-        ]
-        follower = ResponseFuser(self.receiver, sharers, prompt, streams, partial(self.fuse_kv, fusers=fusers))
-        return self.decode(prompt, cache, follower=follower, **options)
-
     def align(self, prompt: Prompt) -> AlignedRow:
-        """Step 1: tokenize a prompt for every model and align it.
+        """Step 1: tokenize a prompt for every model and align the tokens.
 
         Raises:
             PromptError: It is empty, or longer than a model's context.
         """
-        sharers = [
-            (sharer.tokenizer, fuser.config.token_alignment)
-            for sharer, fuser in zip(self.sharers, self.fusers, strict=True)
-        ]
+        alignments = [fuser.config.token_alignment for fuser in self.fusers]
+        sharers = [(sharer.tokenizer, how) for sharer, how in zip(self.sharers, alignments, strict=True)]
         aligned = align(prompt, self.receiver.tokenizer, sharers, self.fusers[0].config.fuse)
-        _require_room(self.receiver, len(aligned.receiver.ids))
-        for sharer, (reading, _) in zip(self.sharers, aligned.sharers, strict=True):
-            _require_room(sharer, len(reading.ids))
+        tokenized = [aligned.receiver, *(sharer for sharer, _ in aligned.sharers)]
+        for model, tokens in zip((self.receiver, *self.sharers), tokenized, strict=True):
+            if model.context is not None and len(tokens.ids) > model.context:
+                raise PromptError(
+                    f"expected a prompt of at most {model.context} tokens for {model.name}, "
+                    f"got {len(tokens.ids)}; shorten it"
+                )
         return aligned
 
-    def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> ModelCaches:
-        """Step 2: every model, or the receiver and the first few sharers, reads a prompt of two tokens or more.
+    def answer(self, prompt: AlignedPrompt, *, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
+        """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`fuse`, the rest as in :meth:`generate`."""
+        capacity = static_length(self.receiver.model, prompt.ids.shape[1], options)
+        fused = self.fuse(prompt, fusers=fusers, max_cache_len=capacity)
+        return self.decode(prompt, fused.cache, response_fuser=fused.response_fuser, **options)
 
-        On one GPU the sharers read beside the receiver; models on several devices work at the same time by themselves.
+    def prefill(
+        self,
+        prompt: Aligned,
+        *,
+        tail: AlignedPrompt | None = None,
+        fusers: Sequence[nn.Module] | None = None,
+        max_cache_len: int | None = None,
+    ) -> Cache | None:
+        """Steps 2 and 3 as one: the receiver's fused cache, to be given to :meth:`decode` or to the receiver itself.
+
+        Gradients flow into the fusers unless they are switched off.
+
+        Args:
+            prompt: What :meth:`align` gives, one or several, or a batch of it.
+            tail: Responses that the receiver will read next, to be fused as well where the fusers were trained to.
+            fusers: See :meth:`fuse`.
+            max_cache_len: See :meth:`fuse`.
+
+        Returns:
+            The receiver's cache of all positions but the last, fused; None for prompts of one token.
         """
-        stream = fork(self.receiver.model.device)
+        fused = self.fuse(_as_prompt(prompt), fusers=fusers, max_cache_len=max_cache_len)
+        if tail is not None:
+            fused.stage(tail)
+        return fused.cache
+
+    def fuse(
+        self,
+        prompt: AlignedPrompt,
+        *,
+        caches: ModelCaches | None = None,
+        fusers: Sequence[nn.Module] | None = None,
+        consume: bool | None = None,
+        max_cache_len: int | None = None,
+        read_only: bool = False,
+    ) -> FusedPrompt:
+        """Steps 2 and 3: read a batch of prompts with every model and fuse their caches.
+
+        Args:
+            prompt: The batch.
+            caches: What :meth:`read` gave; by default the prompt is read.
+            fusers: In place of the pair's own; an empty list gives the receiver's own cache.
+            consume: Whether the caches may be overwritten: by default those that are read here, not those given.
+            max_cache_len: Make the cache a static one of this capacity; by default it grows.
+            read_only: Make it a cache that stores nothing, for a run that may be repeated.
+        """
+        fusers = self.fusers if fusers is None else fusers
+        if prompt.ids.shape[1] < 2:  # the only token is the first query
+            return FusedPrompt(None)
+        # 1) Every model reads the prompt.
+        is_fresh = caches is None
+        caches = self.read(prompt, len(fusers)) if caches is None else caches
+        fuses_response = bool(self.fuse_response and fusers)
+        consume = is_fresh if consume is None else consume
+        consume = consume and not (fuses_response or read_only or torch.is_grad_enabled())
+        with phase("fuse"):
+            # 2) The fusers write the sharers' caches into the receiver's.
+            fuse_kv = self.fuse_kv if self.store is None or not is_fresh else self._fuse_with_store
+            receiver, sharers = read_cache(caches.receiver), [read_cache(cache) for cache in caches.sharers]
+            kv = fuse_kv(prompt=prompt, receiver=receiver, sharers=sharers, fusers=fusers, consume=consume)
+            # 3) The receiver gets it as a cache of transformers.
+            if read_only:
+                cache = read_only_cache(caches.receiver, kv)
+            else:
+                config = self.receiver.model.config
+                cache = write_cache(config, caches.receiver, kv, max_cache_len, consume=consume)
+        if not fuses_response:
+            return FusedPrompt(cache)
+        return FusedPrompt(cache, self._response_fuser(prompt, caches, fusers))
+
+    def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> ModelCaches:
+        """Step 2: the receiver and all sharers, or the first few, read prompts of two tokens or more.
+
+        On one GPU the sharers read at the same time as the receiver; models on several devices overlap anyway.
+        """
+        stream = fork(self.device)
         receiver = self.read_receiver(prompt)
-        with beside(stream):
+        with run_on(stream):
             return ModelCaches(receiver, self.read_sharers(prompt, num_sharers))
 
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:
         """The receiver's part of :meth:`read`: a cache of all positions but the last."""
         with phase("receiver_prefill"):
-            return self._prefill(self.receiver.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+            ids, mask, positions = prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1]
+            return self._prefill(self.receiver.model, ids, mask, positions)
 
     def read_sharers(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> list[Cache]:
         """The sharers' part of :meth:`read`."""
-        read = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
+        reads = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
         with phase("sharer_prefill"):
-            return [self._prefill(sharer.model, reads.ids, reads.mask, reads.positions) for sharer, reads in read]
-
-    def fuse(
-        self,
-        prompt: AlignedPrompt,
-        streams: ModelCaches,
-        fusers: Sequence[nn.Module],
-        max_cache_len: int | None = None,
-        use_up: bool = False,
-        as_read: bool = False,
-    ) -> Cache:
-        """Step 3: the receiver's cache, fused. Arguments as :meth:`prefill`.
-
-        Args:
-            prompt: A batch.
-            streams: What :meth:`read` gave.
-            fusers: As in :meth:`prefill`.
-            max_cache_len: As in :meth:`prefill`.
-            use_up: Nobody needs ``streams`` any more: without gradients, the receiver's cache is fused in place, not copied.
-            as_read: Nobody has changed ``streams`` since this prompt was read: what the store has fused of it is not fused again.
-        """
-        with phase("fuse"):
-            receiver, sharers = read_cache(streams.receiver), list(map(read_cache, streams.sharers))
-            in_place = use_up and not torch.is_grad_enabled()
-            if self.store is None or not as_read:
-                fused = self.fuse_kv(prompt, receiver, sharers, fusers, in_place)
-            else:
-                models = [one.model for one in (self.receiver, *self.sharers)]
-                fused = self.store.fuse(models, receiver, sharers, fusers, prompt, self.fusion, self.ropes, in_place)
-            return write_cache(self.receiver.model.config, streams.receiver, fused, max_cache_len, take_over=in_place)
+            return [self._prefill(sharer.model, part.ids, part.mask, part.positions) for sharer, part in reads]
 
     def fuse_kv(
         self,
+        *,
         prompt: AlignedPrompt,
         receiver: KV,
         sharers: Sequence[KV],
-        fusers: Sequence[nn.Module],
-        in_place: bool = False,
-    ) -> KV:
-        """The receiver's keys and values of a prompt, or of its tail, fused. See :func:`kvfuse.stages.fuse.fuse`."""
-        return fuse(receiver, sharers, fusers, prompt, self.fusion, self.ropes, in_place)
-
-    def prefill_response(
-        self,
-        streams: ModelCaches,
-        prompt: AlignedPrompt,
-        tail: AlignedPrompt,
         fusers: Sequence[nn.Module] | None = None,
+        consume: bool = False,
     ) -> KV:
-        """Read responses at once, where they are fused too: what :class:`ResponseFuser` does token by token.
+        """Step 3 on keys and values: those of a prompt, or of its tail. See :func:`kvfuse.stages.fuse.fuse`."""
+        options: dict[str, Any] = {"fusion": self.fusion, "ropes": self.ropes, "consume": consume}
+        fusers = self.fusers if fusers is None else fusers
+        return fuse(receiver=receiver, sharers=sharers, fusers=fusers, prompt=prompt, **options)
+
+    @torch.no_grad()
+    def fuser_inputs(
+        self, prompt: AlignedPrompt, *, index: int = 0, like: Tensor | None = None, receiver: KV | None = None
+    ) -> SelectedTokens | None:
+        """The tokens of a batch of prompts that a fuser sees, as it sees them; None if there are none.
 
         Args:
-            streams: Caches of the prompt, which are filled further.
-            prompt: What is in them.
-            tail: ``(B, k)``: the last prompt token and the response, padded right; each sharer's begins with its last prompt
-                token, which it has read.
-            fusers: As in :meth:`prefill`.
-
-        Returns:
-            ``(L, B, H, k, D)``: fused keys and values of the tail.
-        """
-        seen = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1)
-        prefill(self.receiver.model, tail.ids, seen, tail.positions, streams.receiver)
-        for sharer, cache, before, reads in zip(
-            self.sharers, streams.sharers, prompt.sharers, tail.sharers, strict=True
-        ):
-            seen = torch.cat([before.mask, reads.mask[:, 1:]], dim=1)
-            prefill(sharer.model, reads.ids[:, 1:], seen, reads.positions[:, 1:], cache)
-        theirs = [
-            read_cache(cache, last=reads.ids.shape[1])
-            for cache, reads in zip(streams.sharers, tail.sharers, strict=True)
-        ]
-        return self.fuse_kv(
-            tail,
-            read_cache(streams.receiver, last=tail.ids.shape[1]),
-            theirs,
-            self.fusers if fusers is None else fusers,
-        )
-
-    def prefill(
-        self, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None, max_cache_len: int | None = None
-    ) -> Cache | None:
-        """Steps 2 and 3: read the prompt with every model and fuse their caches.
-
-        Gradients flow into the fusers unless they are switched off.
-
-        Args:
-            prompt: A batch.
-            fusers: In place of the pair's own; an empty list gives the receiver's own cache.
-            max_cache_len: Make it a static cache with room for so many positions; by default it grows.
-
-        Returns:
-            The receiver's cache of all positions but the last, fused; None for prompts of one token.
+            prompt: The batch.
+            index: Number of the fuser and its sharer.
+            like: Gives device and dtype; by default the fuser does.
+            receiver: The receiver's keys and values, if they were read already.
         """
         if prompt.ids.shape[1] < 2:
             return None
-        fusers = self.fusers if fusers is None else fusers
-        return self.fuse(prompt, self.read(prompt, len(fusers)), fusers, max_cache_len, use_up=True, as_read=True)
+        receiver = read_cache(self.read_receiver(prompt)) if receiver is None else receiver
+        sharer = read_cache(self.read_sharers(prompt, index + 1)[index])
+        like = next(self.fusers[index].parameters()) if like is None else like
+        options: dict[str, Any] = {"index": index, "like": like, "ropes": self.ropes}
+        return select_tokens(receiver=receiver, sharer=sharer, prompt=prompt, **options)
 
-    def decode(self, prompt: AlignedPrompt, cache: Cache | None, **options: Any) -> Any:
-        """Step 4: let the receiver go on from a fused cache, which is used up. Arguments and result as :meth:`generate`."""
-        tokenizer = self.receiver.tokenizer
-        options.setdefault(
-            "pad_token_id", tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+    def decode(self, prompt: Aligned, cache: Cache | None, **options: Any) -> Any:
+        """Step 4: the receiver goes on from a fused cache, which is consumed. Options as those of :meth:`generate`."""
+        prompt, tokenizer = _as_prompt(prompt), self.receiver.tokenizer
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        options.setdefault("pad_token_id", pad_id)
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
-            options["position_ids"] = prompt.positions.to(self.receiver.model.device)
+            options["position_ids"] = prompt.positions.to(self.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)
 
     def _prefill(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Cache:
@@ -349,20 +370,55 @@ class CacheToCache:
             return self.prefiller(model, ids, mask, positions)
         return self.store.prefill(model, ids, mask, positions, self.prefiller)
 
+    def _fuse_with_store(self, **caches: Any) -> KV:
+        """:meth:`fuse_kv` of a whole prompt, of which the store knows a prefix."""
+        assert self.store is not None
+        models = [member.model for member in (self.receiver, *self.sharers)]
+        return self.store.fuse(models=models, fusion=self.fusion, ropes=self.ropes, **caches)
 
-def _require_same_ids(receiver: LanguageModel, sharer: LanguageModel) -> None:
-    """Refuse a sharer without an embedding for every id it will be given."""
-    needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings
-    if known < needed:
-        raise PairError(
-            f"expected a sharer that can read the receiver's {needed} token ids, got {sharer.name} with {known}; use another"
+    def _response_fuser(self, prompt: AlignedPrompt, caches: ModelCaches, fusers: Sequence[nn.Module]) -> ResponseFuser:
+        tokens: list[Callable[..., Any]] = [
+            partial(
+                response_tokens, fuser.config.token_alignment, receiver=self.receiver.tokenizer, sharer=sharer.tokenizer
+            )
+            for sharer, fuser in zip(self.sharers, self.fusers, strict=True)
+        ]
+        return ResponseFuser(
+            receiver=self.receiver.model,
+            sharers=[sharer.model for sharer in self.sharers],
+            prompt=prompt,
+            caches=caches,
+            tokens=tokens,
+            fuse=partial(self.fuse_kv, fusers=fusers),
         )
 
+    def fold(self) -> Self:
+        """Deprecated name of :meth:`fold_norms`."""
+        warnings.warn("pair.fold() is now pair.fold_norms()", DeprecationWarning, stacklevel=2)
+        return self.fold_norms()
 
-def _require_room(model: LanguageModel, length: int) -> None:
-    if model.context is not None and length > model.context:
-        raise PromptError(
-            f"expected a prompt of at most {model.context} tokens for {model.name}, got {length}; shorten it"
+    def capture(self) -> Self:
+        """Deprecated name of :meth:`use_cuda_graphs`."""
+        warnings.warn("pair.capture() is now pair.use_cuda_graphs()", DeprecationWarning, stacklevel=2)
+        return self.use_cuda_graphs()
+
+
+def _require_fit(*, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> None:
+    """Refuse a fuser that was trained with other models, or that these models cannot serve."""
+    check_identity("receiver", fuser.config.receiver, receiver)
+    check_identity("sharer", fuser.config.sharer, sharer)
+    alignment = fuser.config.token_alignment
+    if alignment == "identity":
+        needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings
+        if known < needed:
+            raise PairError(
+                f"expected a sharer that can read the receiver's {needed} token ids, "
+                f"got {sharer.name} with {known}; use another"
+            )
+    if fuser.config.fuse_response and alignment == "span" and has_state(sharer.model.config):
+        raise PairError(
+            f"expected a sharer that can take tokens back, as fusing the response between two tokenizers needs, "
+            f"got {sharer.name} with linear attention; use another, or a fuser for prompts alone"
         )
 
 
@@ -370,7 +426,17 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | Path) else list(value)
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt alone as a batch of one; a batch as it is."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    return cast("Sequence[Prompt]", [prompts] if single else prompts)
+def _is_single(prompts: Prompts) -> bool:
+    """Whether these are one text or chat, not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+
+
+def _as_batch(prompts: Prompts) -> Sequence[Prompt]:
+    return cast("Sequence[Prompt]", [prompts] if _is_single(prompts) else prompts)
+
+
+def _as_prompt(prompt: Aligned) -> AlignedPrompt:
+    """A batch of aligned prompts as it is; one or several padded into a batch."""
+    if isinstance(prompt, AlignedPrompt):
+        return prompt
+    return stack([prompt] if isinstance(prompt, AlignedRow) else prompt)

@@ -6,7 +6,7 @@ import torch
 
 from kvfuse.analysis.effective_rank import Gram, caches, effective_rank, run
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 

@@ -4,7 +4,7 @@ import torch
 
 from kvfuse.analysis.readout import ROLES, answer_ids, batches, eager, first_run, judge, mix, read, roles, spread
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.methods import make_method
 
 

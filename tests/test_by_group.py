@@ -6,9 +6,10 @@ from test_fusers import inputs_of, random_kv
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfuse.cache.transformers_cache import KV
-from kvfuse.fusers import FUSERS, lanes
-from kvfuse.fusers.execution.by_group import cut, has_lanes, runs
+from kvfuse.cache.kv import KV
+from kvfuse.fusers import FUSERS
+from kvfuse.fusers.execution import feed_forward
+from kvfuse.fusers.execution.by_group import contiguous_slices, is_grouped, select_groups
 from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.testing import tiny_fuser, tiny_model
 
@@ -40,10 +41,10 @@ class Dispatched(TorchDispatchMode):
 def both_ways(fuser, inputs, monkeypatch):
     """The residual with as many lanes at once as there are, and one by one."""
     with torch.no_grad():
-        monkeypatch.setattr(lanes, "CACHED_BYTES", 2**40)
-        together = fuser(*inputs)
-        monkeypatch.setattr(lanes, "CACHED_BYTES", 0)
-        return together, fuser(*inputs)
+        monkeypatch.setattr(feed_forward, "CACHE_BYTES", 2**40)
+        together = fuser(receiver=inputs[0], sharer=inputs[1])
+        monkeypatch.setattr(feed_forward, "CACHE_BYTES", 0)
+        return together, fuser(receiver=inputs[0], sharer=inputs[1])
 
 
 @pytest.fixture(params=[{"kind": kind} for kind in FUSERS] + OPTIONS, ids=str)
@@ -62,7 +63,7 @@ def test_one_by_one_equals_together_equals_training(fuser, inputs, closed, monke
         with torch.no_grad():
             fuser.gate.logit[closed] = -1.0
             fuser.gate.logit[-1, :, -1:] = -1.0
-    expected = fuser(*inputs)  # with gradients: all groups, switched afterwards
+    expected = fuser(receiver=inputs[0], sharer=inputs[1])  # with gradients: all groups, switched afterwards
     for got in both_ways(fuser, inputs, monkeypatch):
         torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-6)
@@ -80,17 +81,20 @@ def test_few_tokens_weigh_their_heads_alike(receiver, sharer, monkeypatch):
 
 @pytest.mark.parametrize("budget", [0, 2**40])
 def test_what_is_behind_closed_gates_is_not_computed(receiver, sharer, monkeypatch, budget):
-    monkeypatch.setattr(lanes, "CACHED_BYTES", budget)
+    monkeypatch.setattr(feed_forward, "CACHE_BYTES", budget)
     fuser = tiny_fuser(receiver, sharer)
     with torch.no_grad():
         fuser.gate.logit[[0, 3, 4]] = -1.0
     computed = []
-    network = type(fuser).network
-    monkeypatch.setattr(
-        type(fuser), "network", lambda self, theirs, mine: computed.append(len(mine)) or network(self, theirs, mine)
-    )
+    residual = type(fuser).residual
+
+    def counted(self, *, receiver, **others):
+        computed.append(len(receiver))
+        return residual(self, receiver=receiver, **others)
+
+    monkeypatch.setattr(type(fuser), "residual", counted)
     with torch.no_grad():
-        fuser(random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv))
+        fuser(receiver=random_kv(fuser.config.receiver_kv), sharer=random_kv(fuser.config.sharer_kv))
     assert sum(computed) == 3
 
 
@@ -100,21 +104,21 @@ def test_gates_that_change_are_noticed(receiver, sharer):
     with torch.no_grad():
         for logit, adds in ((-1.0, False), (1.0, True)):
             fuser.gate.reset_parameters(logit)
-            assert fuser(*inputs).key.any() == adds
+            assert fuser(receiver=inputs[0], sharer=inputs[1]).key.any() == adds
         fuser.gate.logit.data.fill_(-1.0)
-        assert not fuser(*inputs).key.any()
+        assert not fuser(receiver=inputs[0], sharer=inputs[1]).key.any()
         fuser.gate.reset_parameters(1.0)
         fuser.load_state_dict({**fuser.state_dict(), "gate.logit": -torch.ones_like(fuser.gate.logit)})
-        assert not fuser(*inputs).value.any()
+        assert not fuser(receiver=inputs[0], sharer=inputs[1]).value.any()
 
 
 def test_a_fuser_with_weights_for_all_layers_together_has_no_lanes(receiver, sharer, monkeypatch):
     """Cutting a weight whose first axis is something else would be silently wrong."""
     fuser = tiny_fuser(receiver, sharer)
-    assert has_lanes(fuser)
+    assert is_grouped(fuser)
     groups = len(fuser.gate.logit)
     fuser.shared = nn.Linear(4, groups)
-    assert not has_lanes(fuser)
+    assert not is_grouped(fuser)
     together, apart = both_ways(
         fuser, (random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)), monkeypatch
     )
@@ -124,30 +128,30 @@ def test_a_fuser_with_weights_for_all_layers_together_has_no_lanes(receiver, sha
 def test_a_cut_shares_the_weights():
     linear = GroupedLinear(6, 4, 5)
     linear.reset_parameters()
-    part = cut(linear, slice(2, 4), of=6)
+    part = select_groups(linear, slice(2, 4), 6)
     assert part.weight.data_ptr() == linear.weight[2].data_ptr()
     x = torch.randn(2, 3, 4)
     assert torch.equal(part(x), linear(x.repeat(3, 1, 1))[2:4])
-    pairs = cut(linear, slice(1, 2), of=3)  # a lane of two groups
+    pairs = select_groups(linear, slice(1, 2), 3)  # a lane of two groups
     assert torch.equal(pairs.weight, linear.weight[[1, 4]])
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [([], []), ([0, 1, 4], [(0, 2), (4, 5)]), ([2], [(2, 3)])])
 def test_runs_are_neighbours(chosen, expected):
-    assert [(one.start, one.stop) for one in runs(chosen)] == expected
+    assert [(one.start, one.stop) for one in contiguous_slices(chosen)] == expected
 
 
 def test_all_layers_at_once_are_a_few_operations_and_no_device_is_asked(receiver, sharer, monkeypatch):
     """Each is a kernel launch on a GPU, where an RMSNorm is one, not the five that it is here."""
-    monkeypatch.setattr(lanes, "CACHED_BYTES", 2**40)
+    monkeypatch.setattr(feed_forward, "CACHE_BYTES", 2**40)
     for layers in (3, 9):
         deep = tiny_model("qwen3", num_hidden_layers=layers)
         fuser = tiny_fuser(deep, sharer)
         inputs = random_kv(fuser.config.receiver_kv, 1, 64), random_kv(fuser.config.sharer_kv, 1, 64)
         with torch.no_grad():
-            fuser(*inputs)  # asks once which gates are open
+            fuser(receiver=inputs[0], sharer=inputs[1])  # asks once which gates are open
             with Dispatched() as seen:
-                fuser(*inputs)
+                fuser(receiver=inputs[0], sharer=inputs[1])
         norms = sum("pow" in name for name in seen.names)
         assert norms == 3
         assert len(seen.names) - 4 * norms < 38, seen.names

@@ -38,9 +38,10 @@ def inputs(fuser):
 
 def test_residual_has_the_receivers_shape_and_a_token_its_own(fuser, inputs):
     rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
-    together = fuser(*inputs)
+    together = fuser(receiver=inputs[0], sharer=inputs[1])
     assert (together.spec, together.key.shape) == (fuser.config.receiver_kv, inputs[0].key.shape)
-    alone = fuser(*(kv.tokens(rows, places) for kv in inputs))
+    receiver_kv, sharer_kv = (kv.tokens(rows, places) for kv in inputs)
+    alone = fuser(receiver=receiver_kv, sharer=sharer_kv)
     torch.testing.assert_close(alone.value, together.tokens(rows, places).value, rtol=1e-5, atol=1e-6)
 
 
@@ -49,7 +50,10 @@ def test_closed_gates_give_exactly_zero(fuser, inputs):
         assert fuser.gate_parameters() == []
         return
     fuser.gate.reset_parameters(-1.0)
-    assert not any(part.any() for part in (fuser(*inputs).key, fuser(*inputs).value))
+    assert not any(
+        part.any()
+        for part in (fuser(receiver=inputs[0], sharer=inputs[1]).key, fuser(receiver=inputs[0], sharer=inputs[1]).value)
+    )
 
 
 def test_gradients_reach_every_parameter(fuser, inputs):
@@ -59,21 +63,26 @@ def test_gradients_reach_every_parameter(fuser, inputs):
 def test_the_receivers_cache_is_read_only_where_asked(receiver, sharer):
     blind = tiny_fuser(receiver, sharer, receiver_input=False)
     mine, theirs = random_kv(blind.config.receiver_kv), random_kv(blind.config.sharer_kv)
-    assert torch.equal(blind(mine, theirs).key, blind(mine.zeros_like(), theirs).key)
-    assert not torch.equal(blind(mine, theirs).key, blind(mine, theirs.zeros_like()).key)
+    assert torch.equal(blind(receiver=mine, sharer=theirs).key, blind(receiver=mine.zeros_like(), sharer=theirs).key)
+    assert not torch.equal(
+        blind(receiver=mine, sharer=theirs).key, blind(receiver=mine, sharer=theirs.zeros_like()).key
+    )
 
 
 def test_projection_only_replaces_the_receivers_cache(receiver, sharer):
     project = tiny_fuser(receiver, sharer, **PROJECT)
     theirs = random_kv(project.config.sharer_kv)
     first, second = (random_kv(project.config.receiver_kv) for _ in range(2))
-    torch.testing.assert_close(first.value + project(first, theirs).value, second.value + project(second, theirs).value)
+    torch.testing.assert_close(
+        first.value + project(receiver=first, sharer=theirs).value,
+        second.value + project(receiver=second, sharer=theirs).value,
+    )
 
 
 @pytest.mark.parametrize(("parts", "zero", "other"), [("keys", "value", "key"), ("values", "key", "value")])
 def test_one_part_alone_leaves_the_other_as_it_is(receiver, sharer, parts, zero, other):
     fuser = tiny_fuser(receiver, sharer, parts=parts)
-    residual = fuser(random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv))
+    residual = fuser(receiver=random_kv(fuser.config.receiver_kv), sharer=random_kv(fuser.config.sharer_kv))
     assert not getattr(residual, zero).any()
     assert getattr(residual, other).any()
 
@@ -83,15 +92,15 @@ def test_without_weighting_a_head_is_its_projection(receiver, sharer):
     weighted.load_state_dict(plain.state_dict(), strict=False)
     weighted.weighting_out.reset_parameters(zero=True)  # sigmoid(0) = 1/2
     mine, theirs = random_kv(plain.config.receiver_kv), random_kv(plain.config.sharer_kv)
-    torch.testing.assert_close(plain(mine, theirs).key, 2 * weighted(mine, theirs).key)
+    torch.testing.assert_close(plain(receiver=mine, sharer=theirs).key, 2 * weighted(receiver=mine, sharer=theirs).key)
 
 
 def test_a_gate_per_head_switches_that_head_alone(receiver, sharer):
     fuser = tiny_fuser(receiver, sharer, gate="head")
     mine, theirs = random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
-    before = fuser(mine, theirs)
+    before = fuser(receiver=mine, sharer=theirs)
     fuser.gate.logit.data[3 + 1, 0, 0] = -1.0  # values of layer 1, head 0
-    after = fuser(mine, theirs)
+    after = fuser(receiver=mine, sharer=theirs)
     assert torch.equal(before.key, after.key)
     assert not after.value[1, :, 0].any()
     assert torch.equal(before.value[1, :, 1], after.value[1, :, 1])

@@ -1,4 +1,4 @@
-"""A receiver that likes a letter is brought back to what it knows."""
+"""Contextual calibration removes a letter prior and nothing else."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from kvfuse.methods.calibrated import letters, void_options
 LETTERED = "Which?\nI. one\nA. Oslo\nB) Bern\n(C) Rome\nD: Paris\nAnswer:"
 VOID = "Which?\nI. one\nA. N/A\nB) N/A\n(C) N/A\nD: N/A\nAnswer:"
 QUESTIONS = [
-    f"Which?\n\nA. {one}\nB. {other}\nC. hi"
-    for one, other in (("Oslo", "model"), ("two", "question"), ("speak", "English"))
+    f"Which?\n\nA. {first}\nB. {second}\nC. hi"
+    for first, second in (("Oslo", "model"), ("two", "question"), ("speak", "English"))
 ]
 
 
@@ -39,14 +39,15 @@ def test_only_what_stands_behind_a_letter_is_taken_away():
         assert void_options(plain) is plain
 
 
-def test_scores_are_those_over_a_prompt_that_says_nothing(single):
+def test_scores_are_log_probabilities_minus_those_after_the_content_free_prompt(single):
     prompts, options = [chat(LETTERED), chat("hi"), LETTERED], [["A", "B"], ["Oslo"], [" A", " B", " C"]]
     own, void = single.score(prompts, options), single.score([chat(VOID), chat("hi"), VOID], options)
-    for mine, theirs, prior, prompt in zip(Calibrated(single).score(prompts, options), own, void, prompts, strict=True):
-        for one, likely, less in zip(mine, theirs, prior, strict=True):
-            expected = likely.log_likelihood - (less.log_likelihood if prompt != chat("hi") else 0.0)
-            assert one.log_likelihood == pytest.approx(expected, abs=1e-4)
-            assert (one.greedy, one.tokens) == (likely.greedy, likely.tokens)
+    calibrated = Calibrated(single).score(prompts, options)
+    for rows in zip(calibrated, own, void, prompts, strict=True):
+        for score, raw, prior in zip(*rows[:3], strict=True):
+            expected = raw.log_likelihood - (prior.log_likelihood if rows[3] != chat("hi") else 0.0)
+            assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
+            assert (score.greedy, score.tokens) == (raw.greedy, raw.tokens)
 
 
 def test_a_content_free_prompt_of_ones_own(single):
@@ -65,19 +66,19 @@ def test_a_letter_that_is_liked_everywhere_is_not_chosen_everywhere(single):
         def score(self, prompts, options):
             liked = super().score(prompts, options)
             prior = [[100.0 * ("A" in text) for text in texts] for texts in options]
-            return [list(map(add, some, more)) for some, more in zip(liked, prior, strict=True)]
+            return [list(map(add, scores, more)) for scores, more in zip(liked, prior, strict=True)]
 
     def add(score, more):
         return replace(score, log_likelihood=score.log_likelihood + more)
 
     biased = Biased("receiver", single.model)
     own = [
-        max(scores, key=lambda one: one.log_likelihood) is scores[0]
+        max(scores, key=lambda score: score.log_likelihood) is scores[0]
         for scores in biased.score(QUESTIONS, [["A", "B", "C"]] * 3)
     ]
     assert own == [True] * 3
     replies, fair = (
-        [one.text for one in Calibrated(reader, answer="It is {letter}").reply(QUESTIONS)]
+        [reply.text for reply in Calibrated(reader, answer="It is {letter}").reply(QUESTIONS)]
         for reader in (biased, single)
     )
     assert replies == fair
@@ -92,4 +93,4 @@ def test_without_options_the_receiver_answers(single):
     assert lettered.text in [f"The correct answer is {letter}" for letter in "ABCD"]
     assert lettered.tokens == 0
     both = single.reply([chat(LETTERED), chat(VOID)], **options)
-    assert lettered.tokens_in == sum(one.tokens_in for one in both)
+    assert lettered.tokens_in == sum(reply.tokens_in for reply in both)

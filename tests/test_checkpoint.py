@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from kvfuse.cache.transformers_cache import CACHE
-from kvfuse.checkpoint import load_fuser, model_card, save_fuser
+from kvfuse.checkpoint import load_fuser, save_fuser
 from kvfuse.errors import CheckpointError
-from kvfuse.fusers import FUSERS
+from kvfuse.fusers import FUSERS, Fuser
+from kvfuse.fusers.folder import model_card
 from kvfuse.language_model import _sample
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
@@ -157,3 +159,78 @@ def test_the_last_weight_of_a_large_embedding_is_sampled():
     """155,582,464 of them, as Qwen3-0.6B's: float32 has no number for the last place."""
     weights = torch.empty(1, dtype=torch.bfloat16).expand(151936, 1024)
     assert len(_sample(weights.as_strided((151936 * 1024,), (0,)))) == 4
+
+
+# As users of transformers and peft expect it
+
+
+def test_the_base_class_loads_any_kind(fuser, folder):
+    loaded = Fuser.from_pretrained(folder)
+    assert type(loaded) is type(fuser)
+    assert not loaded.training
+    assert all(torch.equal(tensor, fuser.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_class_refuses_the_folder_of_another_kind(receiver, sharer, tmp_path):
+    save_fuser(tiny_fuser(receiver, sharer, "low-rank"), tmp_path / "fuser")
+    with pytest.raises(CheckpointError, match=r"expected a C2CFuser in .*, got a LowRankFuser"):
+        FUSERS["c2c"].from_pretrained(tmp_path / "fuser")
+
+
+def test_save_pretrained_writes_the_card_and_is_whole_or_nothing(fuser, tmp_path, monkeypatch):
+    fuser.save_pretrained(tmp_path / "fuser", notes="It was measured.")
+    assert "It was measured." in (tmp_path / "fuser" / "README.md").read_text()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "fuser").iterdir()}
+    monkeypatch.setattr("kvfuse.fusers.folder.model_card", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fuser.save_pretrained(tmp_path / "fuser")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fuser").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["fuser"]
+
+
+def test_other_files_beside_a_fuser_are_kept(fuser, folder):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "run.txt").write_text("mine too")
+    fuser.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "logs" / "run.txt").read_text() == "mine too"
+
+
+def test_a_models_folder_is_not_replaced(fuser, saved_models):
+    before = sorted(path.name for path in (saved_models / "receiver").iterdir())
+    with pytest.raises(CheckpointError, match="new or hold a fuser"):
+        fuser.save_pretrained(saved_models / "receiver")
+    assert sorted(path.name for path in (saved_models / "receiver").iterdir()) == before
+
+
+def test_push_to_hub_uploads_weights_configuration_and_card(fuser, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            uploaded["private"] = private
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            uploaded.update(repo=repo_id, files={path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return "the commit"
+
+    monkeypatch.setattr("kvfuse.fusers.base.HfApi", Hub)
+    assert fuser.push_to_hub("my-fuser", notes="Measured: 7.", private=True, token="secret") == "the commit"
+    assert (uploaded["repo"], uploaded["private"], uploaded["token"]) == ("me/my-fuser", True, "secret")
+    assert uploaded["files"].keys() == {"config.json", "model.safetensors", "README.md"}
+    card = uploaded["files"]["README.md"].decode()
+    assert "Measured: 7." in card
+    assert ModelCard(card).data.library_name == "kvfuse"
+
+
+def test_what_trains_is_shown_as_in_peft(receiver, sharer, capsys):
+    fuser = tiny_fuser(receiver, sharer)
+    fuser.gate.requires_grad_(False)
+    total, gates = sum(parameter.numel() for parameter in fuser.parameters()), fuser.gate.logit.numel()
+    fuser.print_trainable_parameters()
+    assert f"trainable params: {total - gates:,} || all params: {total:,} || trainable%:" in capsys.readouterr().out

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from kvfuse.checkpoint import save_fuser
@@ -16,6 +17,15 @@ def folders(saved_models, tmp_path_factory):
     receiver, sharer = (LanguageModel.from_pretrained(saved_models / name) for name in ("receiver", "sharer"))
     fuser = save_fuser(tiny_fuser(receiver, sharer), tmp_path_factory.mktemp("fusers") / "fuser")
     return {"-r": str(saved_models / "receiver"), "-s": str(saved_models / "sharer"), "-f": str(fuser)}
+
+
+def commands(group, *path):
+    for name, command in getattr(group, "commands", {}).items():
+        yield " ".join((*path, name)), command
+        yield from commands(command, *path, name)
+
+
+COMMANDS = dict(commands(get_command(app)))
 
 
 def words(options):
@@ -43,9 +53,21 @@ def fails(monkeypatch, capsys):
     return call
 
 
-def test_help_names_every_verb():
+def test_help_names_every_command():
     shown = run("--help").output
-    assert all(verb in shown for verb in ("chat", "train", "align", "quantize", "demo"))
+    assert {"chat", "train", "eval", "report", "align", "analyze", "doctor", "convert", "quantize"} <= COMMANDS.keys()
+    assert all(re.search(rf"^  {name} ", shown, re.MULTILINE) for name in COMMANDS if " " not in name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example(name):
+    """Groups and lists take no arguments."""
+    lines = [line.strip() for line in COMMANDS[name].help.splitlines() if line.strip()]
+    assert lines[-1].startswith(f"kvfuse {name} ") or name in ("data", "list") or name.startswith("list ")
+
+
+def test_version():
+    assert run("--version").output == "kvfuse 0.1.0\n"
 
 
 def test_chat_answers_one_question(folders):
@@ -108,8 +130,8 @@ def test_wrong_alignments_give_one_line_and_no_file(folders, fails, tmp_path, ar
 
 
 def test_quantize_prints_one_line_with_both_sizes(folders, tmp_path):
-    told = run("quantize", folders["-f"], str(tmp_path / "small"), "--weights", "int4").stdout
-    assert re.fullmatch(rf"wrote {tmp_path}/small: 0\.\d\d MB of float32 -> 0\.\d\d MB of int4 \(\d+%\)\n", told)
+    shown = run("quantize", folders["-f"], str(tmp_path / "small"), "--weights", "int4").stdout
+    assert re.fullmatch(rf"wrote {tmp_path}/small: 0\.\d\d MB of float32 -> 0\.\d\d MB of int4 \(\d+%\)\n", shown)
     assert (
         run(
             "chat", *words({**folders, "-f": str(tmp_path / "small")}), "--max-new-tokens", "2", "What is Oslo?"

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from kvfuse.backends.cuda_graphs import KEPT, MOST, SHORTEST, CudaGraphPrefill, graph_length
-from kvfuse.cache.transformers_cache import KV, copy_stacked, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import copy_stacked, read_cache, supports_prefix_reuse
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.prefill import prefill, supports_prefix_reuse
+from kvfuse.stages.prefill import prefill
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 
@@ -60,7 +61,7 @@ def test_a_copy_side_by_side_is_read_on_from():
 def test_on_a_cpu_nothing_changes(pair):
     prompt = stack([pair.align(TEXTS[0])])
     expected = pair.answer(prompt, **GREEDY)
-    assert pair.capture() is pair
+    assert pair.use_cuda_graphs() is pair
     assert torch.equal(pair.answer(prompt, **GREEDY), expected)
     assert pair.select(0).prefiller is pair.prefiller
 
@@ -72,13 +73,13 @@ def on_gpu():
     plain = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
     for one in (receiver.model, sharer.model, *plain.fusers):
         one.to("cuda")
-    return plain, CacheToCache(receiver, [sharer], plain.fusers).capture()
+    return plain, CacheToCache(receiver, [sharer], plain.fusers).use_cuda_graphs()
 
 
 @gpu
 @torch.no_grad()
 def test_graphs_are_used_again_for_other_tokens():
-    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill()
+    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill(prefill)
     for tokens, rows, seed in ((40, 1, 0), (64, 1, 1), (7, 1, 2), (65, 1, 3), (40, 2, 4), (40, 1, 5)):
         what = prompt_of(tokens, rows, seed)
         assert_same(captured(model, *what), prefill(model, *what))
@@ -89,7 +90,7 @@ def test_graphs_are_used_again_for_other_tokens():
 @torch.no_grad()
 def test_captured_answers_are_the_same(on_gpu):
     plain, captured = on_gpu
-    kept = CacheToCache(plain.receiver, plain.sharers, plain.fusers, store=PrefixStore()).capture()
+    kept = CacheToCache(plain.receiver, plain.sharers, plain.fusers, store=PrefixStore()).use_cuda_graphs()
     for _ in range(2):
         for text in TEXTS:
             expected = plain.generate(text, **GREEDY)
@@ -113,7 +114,7 @@ def test_threads_share_graphs(on_gpu):
 @gpu
 @torch.no_grad()
 def test_what_is_read_is_the_callers_own():
-    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill()
+    model, captured = tiny_model("qwen3").model.to("cuda"), CudaGraphPrefill(prefill)
     first = captured(model, *prompt_of(30))
     before = read_cache(first).key.clone()
     captured(model, *prompt_of(30, seed=1))

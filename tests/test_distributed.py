@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import torch
+from runs import IN_TWO, write_recipe
 from safetensors.torch import load_file
-from test_processes import IN_TWO
 
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.run import train
@@ -19,7 +19,7 @@ import os, signal, sys
 import kvfuse.training.run as run
 from accelerate.state import AcceleratorState, DistributedType
 from kvfuse.training.recipe import load_recipe
-from kvfuse.training.loop.safeguards import Safeguards
+from kvfuse.training.loop.callbacks import Safeguards
 
 def take_cpus_for_gpus():  # of CPUs, accelerate silently makes DDP
     start = AcceleratorState.__init__
@@ -50,19 +50,14 @@ PLAIN = ("fuser.gate=none", "fuser.dropout=0", "train.learning_rate=1e-3")
 
 @pytest.fixture
 def folder(saved_models, tmp_path, monkeypatch):
-    rows = [
-        json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i} of them"[: 8 + i]}) for i in range(20)
-    ]
-    (tmp_path / "data.jsonl").write_text("\n".join([*rows, '{"prompt": "q", "response": ""}']))
-    recipe = {
-        "receiver": str(saved_models / "receiver"),
-        "sharer": str(saved_models / "sharer"),
-        "output": "run",
-        "data": {"path": "data.jsonl", "validation_share": 0.2},  # 16 to learn: all batches are whole
-        "fuser": {"hidden_dim": 8, "intermediate_dim": 8},
-        "train": {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    write_recipe(
+        tmp_path,
+        saved_models,
+        [f"It is number {i} of them"[: 8 + i] for i in range(20)],  # 16 to learn: all batches are whole
+        train={"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2},
+    )
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('\n{"prompt": "q", "response": ""}')
     (tmp_path / "run.py").write_text(RUN)
     monkeypatch.chdir(tmp_path)
     return tmp_path

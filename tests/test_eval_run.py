@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_processes import IN_TWO
+from runs import IN_TWO
 
 pytest.importorskip("lm_eval")
 

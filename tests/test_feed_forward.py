@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.memory import peak_bytes
-from kvfuse.fusers import feed_forward as blocks
-from kvfuse.fusers import lanes
-from kvfuse.fusers.execution.feed_forward import DRAWS, feed_forward
+from kvfuse.fusers.execution import feed_forward as blocks
+from kvfuse.fusers.execution.feed_forward import DROPOUT_LEVELS, feed_forward
 from kvfuse.fusers.layers import GroupedFFN
 
 SHAPES = ((3, 5, 8), (3, 1, 8), (3, 8, 6), (3, 6, 8))
@@ -17,7 +16,7 @@ LEFT_OUT = 6554  # of 2^16, for a dropout of 0.1
 
 @pytest.fixture(params=[0, 2**40], ids=["one by one", "at once"])
 def tensors(request, monkeypatch):
-    monkeypatch.setattr(lanes, "CACHED_BYTES", request.param)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", request.param)
     torch.manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
 
@@ -28,13 +27,13 @@ def plain(x, scale, w1, w2, mask=1.0):
 
 def mask_of(count, left_out, seed=0):
     torch.manual_seed(seed)
-    return blocks._draw(torch.empty(count, dtype=torch.uint8), left_out)
+    return blocks._draw_mask(torch.empty(count, dtype=torch.uint8), left_out)
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (0.1, 1 - LEFT_OUT / DRAWS)])
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (0.1, 1 - LEFT_OUT / DROPOUT_LEVELS)])
 def test_value_and_gradients_are_those_of_the_plain_formula(tensors, dropout, kept, keep):
-    got = feed_forward(*tensors, dropout, EPS, keep)
+    got = feed_forward(*tensors, dropout=dropout, eps=EPS, keep=keep)
     mask = (got - tensors[0]).detach() != 0  # rounding aside, nothing that is added is zero
     expected = plain(*tensors, mask / kept)
     torch.testing.assert_close(got, expected)
@@ -47,14 +46,14 @@ def test_value_and_gradients_are_those_of_the_plain_formula(tensors, dropout, ke
 def test_gradients_are_right_numerically(tensors, keep):
     def block(*inputs):
         torch.manual_seed(0)
-        return feed_forward(*inputs, 0.3, EPS, keep)
+        return feed_forward(*inputs, dropout=0.3, eps=EPS, keep=keep)
 
     assert torch.autograd.gradcheck(block, tensors)
 
 
 def test_dropout_leaves_out_and_scales_up_and_the_gradient_knows_what(tensors):
     x = tensors[0]
-    whole, some = feed_forward(*tensors, 0.0, EPS) - x, feed_forward(*tensors, 0.5, EPS) - x
+    whole, some = feed_forward(*tensors, dropout=0.0, eps=EPS) - x, feed_forward(*tensors, dropout=0.5, eps=EPS) - x
     left_out = some.abs() < 1e-12
     assert 0.2 < left_out.double().mean() < 0.8
     torch.testing.assert_close(some[~left_out], 2 * whole[~left_out])
@@ -65,9 +64,9 @@ def test_dropout_leaves_out_and_scales_up_and_the_gradient_knows_what(tensors):
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("left_out", [1, LEFT_OUT, DRAWS // 2, DRAWS - 1])
+@pytest.mark.parametrize("left_out", [1, LEFT_OUT, DROPOUT_LEVELS // 2, DROPOUT_LEVELS - 1])
 def test_a_mask_keeps_the_share_that_it_says(left_out):
-    mask, share = mask_of(1_000_003, left_out), 1 - left_out / DRAWS
+    mask, share = mask_of(1_000_003, left_out), 1 - left_out / DROPOUT_LEVELS
     assert set(mask.unique().tolist()) <= {0, 1}
     assert abs(float(mask.double().mean()) - share) < 4 * (share * (1 - share) / len(mask)) ** 0.5
 
@@ -92,7 +91,7 @@ def test_the_gradient_of_one_matrix_is_gone_before_there_is_the_others(keep):
     )
     for tensor in (x, scale, w1, w2):
         tensor.grad = torch.zeros_like(tensor)
-    out = feed_forward(x, scale, w1, w2, 0.1, EPS, keep).sum()
+    out = feed_forward(x, scale, w1, w2, dropout=0.1, eps=EPS, keep=keep).sum()
     assert w1.nbytes < peak_bytes(out.backward) < 1.5 * w1.nbytes
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from test_by_group import Dispatched
 from test_fusers import random_kv
-from test_lanes import Dispatched
 
 from kvfuse.errors import PairError
-from kvfuse.fusers import lanes, quantize
-from kvfuse.fusers.execution.fold_norms import FoldedRMSNorm, fold
+from kvfuse.fusers import quantize
+from kvfuse.fusers.execution import feed_forward
+from kvfuse.fusers.execution.fold_norms import FoldedRMSNorm, fold_norms
 from kvfuse.fusers.layers import GroupedRMSNorm
 from kvfuse.testing import tiny_fuser
 
@@ -25,17 +26,21 @@ def with_norms(fuser):
 @pytest.mark.parametrize("kind", ["c2c", "low-rank", "c2c-complex"])
 @pytest.mark.parametrize("budget", [0, 2**40], ids=["lanes", "at once"])
 def test_a_folded_fuser_says_what_it_said_before(receiver, sharer, kind, budget, monkeypatch):
-    monkeypatch.setattr(lanes, "CACHED_BYTES", budget)
+    monkeypatch.setattr(feed_forward, "CACHE_BYTES", budget)
     fuser = with_norms(tiny_fuser(receiver, sharer, kind))
     fuser.gate.logit[1] = -1.0
     inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
-    expected = fuser(*inputs)
-    fold(fuser)
-    fold(fuser)  # once more changes nothing
+    expected = fuser(receiver=inputs[0], sharer=inputs[1])
+    fold_norms(fuser)
+    fold_norms(fuser)  # once more changes nothing
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(fuser(*inputs).key, expected.key, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(fuser(*inputs).value, expected.value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                fuser(receiver=inputs[0], sharer=inputs[1]).key, expected.key, rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(
+                fuser(receiver=inputs[0], sharer=inputs[1]).value, expected.value, rtol=1e-4, atol=1e-5
+            )
 
 
 @torch.no_grad()
@@ -45,22 +50,22 @@ def test_it_takes_fewer_steps(receiver, sharer):
     steps = []
     for _ in range(2):
         with Dispatched() as seen:
-            fuser(*inputs)
+            fuser(receiver=inputs[0], sharer=inputs[1])
         steps.append(len(seen.names))
-        fold(fuser)
+        fold_norms(fuser)
     assert steps[1] == steps[0] - 3, "one for each norm"
 
 
 def test_quantised_products_stay_as_they_are(receiver, sharer):
     small = quantize(with_norms(tiny_fuser(receiver, sharer)), "int8")
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    fold(small)
+    fold_norms(small)
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
 
 
 def test_a_pair_is_folded_and_its_fuser_not_saved(pair, tmp_path):
     said = pair.generate(QUESTION, **GREEDY)
-    assert pair.fold() is pair
+    assert pair.fold_norms() is pair
     assert any(isinstance(part, FoldedRMSNorm) for part in pair.fusers[0].modules())
     assert torch.equal(pair.generate(QUESTION, **GREEDY), said)
     with pytest.raises(PairError, match="load it again"):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
 from kvfuse.stages import fuse as fuse_module
@@ -30,7 +31,8 @@ def read(request, pair):
 
 def fused(pair, read, **options):
     prompt, receiver, sharers = read
-    return fuse(receiver, sharers, pair.fusers, prompt, pair.fusion, pair.ropes, **options)
+    options |= {"fusion": pair.fusion, "ropes": pair.ropes}
+    return fuse(receiver=receiver, sharers=sharers, fusers=pair.fusers, prompt=prompt, **options)
 
 
 def close(got, expected):
@@ -42,12 +44,12 @@ def close(got, expected):
 def test_pieces_equal_the_whole(pair, read, tokens, monkeypatch):
     expected = fused(pair, read)  # with gradients, at once
     assert not torch.equal(expected.key, read[1].key)
-    monkeypatch.setattr(fuse_module, "TOKENS", tokens)
+    monkeypatch.setattr(fuse_module, "TOKENS_PER_CHUNK", tokens)
     before = read[1].clone()
     with torch.no_grad():
         close(fused(pair, read), expected)
         assert torch.equal(read[1].key, before.key), "only where it is asked to"
-        got = fused(pair, read, in_place=True)
+        got = fused(pair, read, consume=True)
     close(got, expected)
     assert got.key.data_ptr() == read[1].key.data_ptr()
 
@@ -57,9 +59,9 @@ def test_streams_are_left_alone_unless_they_are_used_up(pair):
     with torch.no_grad():
         streams = pair.read(prompt)
         clean = read_cache(streams.receiver).clone()
-        expected = read_cache(pair.fuse(prompt, streams, pair.fusers))
+        expected = read_cache(pair.fuse(prompt, caches=streams).cache)
         assert torch.equal(read_cache(streams.receiver).key, clean.key)
-        taken = pair.fuse(prompt, streams, pair.fusers, use_up=True)
+        taken = pair.fuse(prompt, caches=streams, consume=True).cache
     close(read_cache(taken), expected)
     assert taken.layers[1] is streams.receiver.layers[1], "no copy is made"
 

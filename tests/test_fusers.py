@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfuse.cache.transformers_cache import KV, KVSpec
+from kvfuse.cache.kv import KV, KVSpec
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser, register_fuser
 from kvfuse.fusers.base import describe_gates
@@ -38,26 +38,27 @@ def inputs(fuser):
 
 
 def test_residual_has_the_receivers_shape(fuser, inputs):
-    assert fuser(*inputs).spec == fuser.config.receiver_kv
-    assert fuser(*inputs).key.shape == inputs[0].key.shape
+    assert fuser(receiver=inputs[0], sharer=inputs[1]).spec == fuser.config.receiver_kv
+    assert fuser(receiver=inputs[0], sharer=inputs[1]).key.shape == inputs[0].key.shape
 
 
 def test_residual_of_a_token_depends_on_that_token_alone(fuser, inputs):
     rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
-    alone = fuser(*(kv.tokens(rows, places) for kv in inputs))
-    together = fuser(*inputs).tokens(rows, places)
+    receiver_kv, sharer_kv = (kv.tokens(rows, places) for kv in inputs)
+    alone = fuser(receiver=receiver_kv, sharer=sharer_kv)
+    together = fuser(receiver=inputs[0], sharer=inputs[1]).tokens(rows, places)
     torch.testing.assert_close(alone.key, together.key, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(alone.value, together.value, rtol=1e-5, atol=1e-6)
 
 
 def test_it_reads_both_caches(fuser, inputs):
-    base = fuser(*inputs)
-    assert not torch.equal(fuser(inputs[0].zeros_like(), inputs[1]).key, base.key)
-    assert not torch.equal(fuser(inputs[0], inputs[1].zeros_like()).value, base.value)
+    base = fuser(receiver=inputs[0], sharer=inputs[1])
+    assert not torch.equal(fuser(receiver=inputs[0].zeros_like(), sharer=inputs[1]).key, base.key)
+    assert not torch.equal(fuser(receiver=inputs[0], sharer=inputs[1].zeros_like()).value, base.value)
 
 
 def assert_gradients_reach_everything(fuser, inputs):
-    residual = fuser.train()(*inputs)
+    residual = fuser.train()(receiver=inputs[0], sharer=inputs[1])
     (residual.key.square().sum() + residual.value.square().sum()).backward()
     assert [
         name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()
@@ -72,7 +73,7 @@ def test_gradients_reach_every_parameter(fuser, inputs):
 def test_closed_gates_give_exactly_zero(receiver, sharer, kind):
     closed = tiny_fuser(receiver, sharer, kind, gate_init=-1.0)
     inputs = random_kv(closed.config.receiver_kv), random_kv(closed.config.sharer_kv)
-    residual = closed(*inputs)
+    residual = closed(receiver=inputs[0], sharer=inputs[1])
     assert not residual.key.any()
     assert not residual.value.any()
 
@@ -80,7 +81,7 @@ def test_closed_gates_give_exactly_zero(receiver, sharer, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_zero_start_gives_exactly_zero(receiver, sharer, kind):
     zero = tiny_fuser(receiver, sharer, kind, zero_init=True)
-    residual = zero(random_kv(zero.config.receiver_kv), random_kv(zero.config.sharer_kv))
+    residual = zero(receiver=random_kv(zero.config.receiver_kv), sharer=random_kv(zero.config.sharer_kv))
     assert not residual.key.any()
     assert not residual.value.any()
 
@@ -90,7 +91,7 @@ def test_c2c_equals_the_paper_layer_by_layer(receiver, sharer):
     fuser = tiny_fuser(receiver, sharer, "c2c", num_layers=4)
     mine, theirs = random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
     layers, total = fuser.config.receiver_kv.num_layers, align_layers(3, 4)
-    residual = fuser(mine, theirs)
+    residual = fuser(receiver=mine, sharer=theirs)
 
     def linear(block, group, x):
         return x @ block.weight[group] + (0 if block.bias is None else block.bias[group])

@@ -67,7 +67,7 @@ def test_the_seed_decides_what_is_sampled(data, receiver, tmp_path):
     assert same == again != other
 
 
-@pytest.mark.parametrize("content", ["words\n", '{"prompt": "q"}\n'])
+@pytest.mark.parametrize("content", ["words\n", "words", '{"prompt": "q"}\n'])
 def test_another_file_is_not_written_to(data, receiver, tmp_path, content):
     (tmp_path / "notes").write_text(content)
     with pytest.raises(RecipeError, match="expected rows of messages"):

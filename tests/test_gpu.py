@@ -7,7 +7,7 @@ import torch
 from test_fusers import inputs_of, random_kv
 from torch.profiler import ProfilerActivity, profile
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.fusers import FUSERS, quantize
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
@@ -43,7 +43,7 @@ def inputs(fuser):
 def test_residuals_are_those_of_a_cpu(fuser, inputs, closed):
     if fuser.gate is not None:
         fuser.gate.logit[closed] = -1.0
-    expected = fuser(*inputs)
+    expected = fuser(receiver=inputs[0], sharer=inputs[1])
     assert_close(copy.deepcopy(fuser).to("cuda")(*map(moved, inputs)), expected)
 
 
@@ -52,7 +52,7 @@ def test_residuals_are_those_of_a_cpu(fuser, inputs, closed):
 def test_integers_too(receiver, sharer, weights):
     small = quantize(tiny_fuser(receiver, sharer), weights)
     inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
-    got, expected = copy.deepcopy(small).to("cuda")(*map(moved, inputs)), small(*inputs)
+    got, expected = copy.deepcopy(small).to("cuda")(*map(moved, inputs)), small(receiver=inputs[0], sharer=inputs[1])
     assert float((got.key.cpu() - expected.key).norm() / expected.key.norm()) < 0.03, "a CPU rounds tokens as well"
 
 
@@ -86,7 +86,7 @@ def test_answers_are_those_of_a_cpu_and_fusing_waits_for_nothing():
     streams = alike.read(prompt)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        alike.fuse(prompt, streams, alike.fusers, use_up=True)
+        alike.fuse(prompt, caches=streams, consume=True)
         torch.cuda.synchronize()
     names = [event.name for event in seen.events()]
     assert not [name for name in names if "Memcpy DtoH" in name or "Memcpy HtoD" in name]
@@ -104,4 +104,6 @@ def test_products_of_weights_follow_the_weights(receiver, sharer):
             fuser.gate.logit[closed] = -1.0
             getattr(fuser.weighting, name).weight.mul_(1.5)
             apart = copy.deepcopy(fuser).to("cpu")
-            assert_close(fuser(*inputs), apart(*(KV(kv.key.cpu(), kv.value.cpu()) for kv in inputs)))
+            assert_close(
+                fuser(receiver=inputs[0], sharer=inputs[1]), apart(*(KV(kv.key.cpu(), kv.value.cpu()) for kv in inputs))
+            )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_processes import IN_TWO
+from runs import IN_TWO
 
 pytest.importorskip("lm_eval")
 from lm_eval import evaluate as harness_evaluate

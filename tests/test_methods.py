@@ -20,7 +20,7 @@ from kvfuse.methods import (
     register_method,
 )
 from kvfuse.methods.registry import GROUP
-from kvfuse.methods.routing import bag_of_tokens, confident_replies, line_above
+from kvfuse.methods.routing import bag_of_tokens, confident_replies, threshold_for
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 
@@ -37,7 +37,7 @@ NAMES = list(METHODS)
 
 @dataclass
 class Offer:
-    """What a package says of a method in its entry points."""
+    """An entry point of a package that offers a method."""
 
     name: str
     maker: Any
@@ -60,7 +60,7 @@ def router(pair):
 
 @pytest.fixture(scope="module")
 def methods(pair, router):
-    """All of them, told what will be asked."""
+    """All of them, prepared for the prompts."""
     made = {name: make_method(name, pair, router=router, examples=EXAMPLES, **HINTS) for name in NAMES}
     for method in made.values():
         method.prepare(PROMPTS, **OPTIONS)
@@ -69,7 +69,7 @@ def methods(pair, router):
 
 @pytest.fixture(scope="module")
 def answers(methods):
-    """To all prompts at once."""
+    """The answers of each method to all prompts at once."""
     return {name: method.generate(PROMPTS, **OPTIONS) for name, method in methods.items()}
 
 
@@ -90,10 +90,10 @@ def test_a_batch_is_answered_as_its_prompts_one_by_one(methods, answers, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_scored_as_its_prompts_one_by_one(methods, name):
-    single = [likely(methods[name], [prompt], [some])[0] for prompt, some in zip(PROMPTS, CHOICES, strict=True)]
-    for scores, alone, some in zip(likely(methods[name]), single, CHOICES, strict=True):
-        assert len(scores) == len(some)
-        assert scores == pytest.approx(alone, abs=1e-4)
+    single = [likely(methods[name], [prompt], [choices])[0] for prompt, choices in zip(PROMPTS, CHOICES, strict=True)]
+    for scores, expected, choices in zip(likely(methods[name]), single, CHOICES, strict=True):
+        assert len(scores) == len(choices)
+        assert scores == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,22 +110,22 @@ def test_tokens_and_seconds_are_counted(answers, name):
         assert answer.phases == {}
 
 
-def test_what_is_read_by_both_is_counted_for_both(answers):
-    mine, theirs, fused, cascade = (
+def test_what_both_models_read_is_counted_twice(answers):
+    receiver, sharer, fused, cascade = (
         [answer.tokens_in for answer in answers[name]] for name in ("receiver", "sharer", "cache-to-cache", "cascade")
     )
-    assert fused == [one + other for one, other in zip(mine, theirs, strict=True)]
-    assert sorted(both - one for one, both in zip(mine, cascade, strict=True))[:3].count(0) == 2  # half of them
-    assert all(one in (first, both) for one, first, both in zip(cascade, mine, fused, strict=True))
+    assert fused == [first + second for first, second in zip(receiver, sharer, strict=True)]
+    assert sorted(both - first for first, both in zip(receiver, cascade, strict=True))[:3].count(0) == 2  # half of them
+    assert all(read in (first, both) for read, first, both in zip(cascade, receiver, fused, strict=True))
 
 
 def test_closed_gates_score_as_the_receiver(methods, pair):
     closed = CacheToCache(pair.receiver, pair.sharers, [tiny_fuser(pair.receiver, pair.sharers[0], gate_init=-1.0)])
-    for mine, theirs, opened in zip(
+    for fused, receiver, opened in zip(
         *map(likely, (Fused(closed), methods["receiver"], methods["cache-to-cache"])), strict=True
     ):
-        assert mine == pytest.approx(theirs, abs=1e-4)
-        assert mine != pytest.approx(opened, abs=1e-2)
+        assert fused == pytest.approx(receiver, abs=1e-4)
+        assert fused != pytest.approx(opened, abs=1e-2)
 
 
 def test_the_fused_method_is_the_pairs_own_chat(answers, pair):
@@ -150,8 +150,8 @@ def test_fused_responses_are_fused_by_every_method(pair):
 def test_text_to_text_reads_the_hint(methods, pair):
     method = make_method("text-to-text", pair, hint_reading="{hint} {question}", **HINTS)
     hint = method.hints(PROMPTS[:1], **OPTIONS)[0].text
-    told = [{"role": "user", "content": f"{hint} {PROMPTS[0][0]['content']}"}]
-    assert texts(method, PROMPTS[:1]) == texts(methods["receiver"], [told])
+    hinted = [{"role": "user", "content": f"{hint} {PROMPTS[0][0]['content']}"}]
+    assert texts(method, PROMPTS[:1]) == texts(methods["receiver"], [hinted])
 
 
 @pytest.mark.parametrize(("name", "reader"), [("text-to-text", "receiver"), ("hybrid", "cache-to-cache")])
@@ -159,12 +159,12 @@ def test_a_hint_is_read_as_two_turns_before_the_question(methods, name, reader):
     system = {"role": "system", "content": "Answer."}
     hint = methods[name].hints([[system, *PROMPTS[1]]], **OPTIONS)[0]
     request = {"role": "user", "content": f"Hint: {QUESTION}"}
-    told = [system, request, {"role": "assistant", "content": hint.text}, *PROMPTS[1]]
+    hinted = [system, request, {"role": "assistant", "content": hint.text}, *PROMPTS[1]]
     assert hint.text == texts(methods["sharer"], [[system, request]], max_new_tokens=4)[0]
-    assert texts(methods[name], [[system, *PROMPTS[1]]]) == texts(methods[reader], [told])
+    assert texts(methods[name], [[system, *PROMPTS[1]]]) == texts(methods[reader], [hinted])
     assert (
         likely(methods[name], [[system, *PROMPTS[1]]], CHOICES[1:2])[0]
-        == likely(methods[reader], [told], CHOICES[1:2])[0]
+        == likely(methods[reader], [hinted], CHOICES[1:2])[0]
     )
 
 
@@ -173,17 +173,18 @@ def test_a_hint_without_sight_of_the_options(methods, pair):
         return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"].partition("\n")[0]}]
 
     blind = make_method("text-to-text", pair, sees_options=False, without_options=without_options, **HINTS)
-    (told,) = [one.prompt for one in blind.augment(PROMPTS[1:2])]
-    assert [message["content"] for message in told[::2]] == ["Hint: What is it?", QUESTION]
+    (hinted,) = blind.augment(PROMPTS[1:2])
+    assert [message["content"] for message in hinted.prompt[::2]] == ["Hint: What is it?", QUESTION]
     with pytest.raises(MethodError, match="without_options"):
         make_method("hybrid", pair, sees_options=False)
 
 
-def test_examples_stand_behind_what_the_system_says(methods):
+def test_examples_follow_the_system_message(methods):
     system = {"role": "system", "content": "Answer."}
     asked = [[system, *PROMPTS[0]], PROMPTS[0], "hi"]
-    told = [[system, *EXAMPLES, *PROMPTS[0]], [*EXAMPLES, *PROMPTS[0]], [*EXAMPLES, {"role": "user", "content": "hi"}]]
-    assert texts(methods["few-shot"], asked) == texts(methods["receiver"], told)
+    user = [{"role": "user", "content": "hi"}]
+    expected = [[system, *EXAMPLES, *PROMPTS[0]], [*EXAMPLES, *PROMPTS[0]], [*EXAMPLES, *user]]
+    assert texts(methods["few-shot"], asked) == texts(methods["receiver"], expected)
 
 
 def test_the_router_learns_what_it_is_shown(methods):
@@ -197,7 +198,7 @@ def test_the_router_learns_what_it_is_shown(methods):
 def test_the_cascade_asks_the_sharer_where_the_receiver_is_unsure(methods, pair):
     sure = confident_replies(PROMPTS, pair.receiver, **OPTIONS)[1]
     cascade = make_method("cascade", pair, confidence=sorted(sure)[2])
-    expected = ["sharer" if one < sorted(sure)[2] else "receiver" for one in sure]
+    expected = ["sharer" if confidence < sorted(sure)[2] else "receiver" for confidence in sure]
     assert sorted(expected) == ["receiver"] * 2 + ["sharer"] * 2
     assert texts(cascade) == [texts(methods[name], [prompt])[0] for name, prompt in zip(expected, PROMPTS, strict=True)]
 
@@ -209,15 +210,15 @@ def test_a_share_of_the_questions_goes_to_the_sharer(pair, router, name, share):
     with pytest.raises(MethodError, match="prepare"):
         method.generate(PROMPTS, **OPTIONS)
     method.prepare(PROMPTS, **OPTIONS)
-    figures = method.figures(PROMPTS)
-    assert method.choose(figures) == [
-        figure in sorted(figures)[len(PROMPTS) - round(share * len(PROMPTS)) :] for figure in figures
+    scores = method.sharer_scores(PROMPTS)
+    assert method.to_sharer(scores) == [
+        score in sorted(scores)[len(PROMPTS) - round(share * len(PROMPTS)) :] for score in scores
     ]
 
 
-def test_a_line_is_drawn_between_figures():
-    assert line_above(0.5, [4.0, 1.0, 2.0, 3.0]) == 2.5
-    assert (line_above(0.0, [1.0]), line_above(1.0, [1.0])) == (math.inf, -math.inf)
+def test_the_threshold_lies_between_two_scores():
+    assert threshold_for(0.5, [4.0, 1.0, 2.0, 3.0]) == 2.5
+    assert (threshold_for(0.0, [1.0]), threshold_for(1.0, [1.0])) == (math.inf, -math.inf)
 
 
 def test_methods_are_made_by_name(pair, methods):
@@ -242,7 +243,7 @@ def test_methods_of_packages_and_by_hand(pair, monkeypatch):
     monkeypatch.setattr("kvfuse.methods.registry.METHODS", dict(METHODS))
     monkeypatch.setattr(
         "kvfuse.support.plugins.entry_points",
-        lambda group: [Offer("silent", lambda setting: Silent())] if group == GROUP else [],
+        lambda group: [Offer("silent", lambda context: Silent())] if group == GROUP else [],
     )
     silent = make_method("silent", pair)
     assert texts(silent) == [""] * 4

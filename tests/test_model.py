@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import count_positions, stack
+from kvfuse.prompts.alignment import AlignedPrompt, count_positions, stack
 from kvfuse.stages.fuse import fuse
 from kvfuse.stages.prefill import prefill
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
@@ -312,3 +313,48 @@ def test_models_of_unlike_precision_talk(pair, saved_models, tmp_path, mine, the
 def test_one_fuser_per_sharer(receiver, sharer):
     with pytest.raises(PairError, match="one fuser per sharer"):
         CacheToCache(receiver, [sharer, sharer], [tiny_fuser(receiver, sharer)])
+
+
+def test_chat_answers_one_prompt_or_many(pair):
+    questions = ["What is Oslo?", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]]
+    chats = [questions[0], [*questions[1], {"role": "user", "content": "Which language?"}]]
+    assert pair.chat(chats, **GREEDY) == [pair.chat(chat, **GREEDY) for chat in chats]
+    assert pair.chat(chats[:1], **GREEDY) == [pair.chat(chats[0], **GREEDY)]
+
+
+def test_prefill_takes_what_align_gives(pair):
+    rows = [pair.align(prompt) for prompt in ("What is Oslo?", "Two models read the same question")]
+    for prompt in (rows[0], rows, stack(rows)):
+        batch = prompt if isinstance(prompt, AlignedPrompt) else stack(rows[:1] if prompt is rows[0] else prompt)
+        with torch.no_grad():
+            got, expected = read_cache(pair.prefill(prompt)), read_cache(pair.prefill(batch))
+            assert torch.equal(got.key, expected.key)
+            assert torch.equal(
+                pair.decode(prompt, pair.prefill(prompt), **GREEDY), pair.decode(batch, pair.prefill(batch), **GREEDY)
+            )
+
+
+def test_a_pair_moves_and_casts_as_a_module_does(receiver, sharer):
+    pair = CacheToCache(copy.deepcopy(receiver), [copy.deepcopy(sharer)], [tiny_fuser(receiver, sharer)])
+    assert (pair.device, pair.dtype) == (torch.device("cpu"), torch.float32)
+    assert pair.to(torch.float64) is pair
+    assert pair.dtype == torch.float64
+    models = (pair.receiver.model, pair.sharers[0].model, pair.fusers[0])
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float64}
+    assert pair.chat("What is Oslo?", **GREEDY) is not None
+
+
+def test_swapped_arguments_do_not_run(pair):
+    fuser = pair.fusers[0]
+    caches = pair.read(stack([pair.align("What is Oslo?")]))
+    kv = read_cache(caches.receiver), read_cache(caches.sharers[0])
+    with pytest.raises(TypeError, match="positional"):
+        fuser(*kv)
+    with pytest.raises(TypeError, match="positional"):
+        fuse(*kv, [fuser])
+
+
+@pytest.mark.parametrize(("old", "new"), [("fold", "fold_norms"), ("capture", "use_cuda_graphs")])
+def test_old_names_work_and_name_the_new(pair, old, new):
+    with pytest.warns(DeprecationWarning, match=new):
+        assert getattr(pair, old)() is pair

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_lanes import Dispatched
+from test_by_group import Dispatched
 from torch.nn import functional as F
 
 from kvfuse.backends import onednn as products
-from kvfuse.backends.onednn import ROWS, bmm, linear, onednn_linears
+from kvfuse.backends.onednn import MIN_ROWS, bmm, linear, onednn_linears
 from kvfuse.cache.transformers_cache import read_cache
-from kvfuse.fusers import lanes
+from kvfuse.fusers.execution import feed_forward
 from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.model import CacheToCache
 from kvfuse.stages.prefill import prefill
@@ -25,7 +25,7 @@ EXAMPLES = [
     Example([{"role": "user", "content": f"What is {i}?"}], f"It is number {i} of them, and of no others")
     for i in range(4)
 ]
-X, WEIGHT, BIAS = torch.randn(2, ROWS, 512), torch.randn(640, 512), torch.randn(640)
+X, WEIGHT, BIAS = torch.randn(2, MIN_ROWS, 512), torch.randn(640, 512), torch.randn(640)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def counted(run):
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
-@pytest.mark.parametrize("x", [X, X[0], X.transpose(0, 1), X[:, ::2].repeat(2, 1, 1), torch.randn(512, ROWS).T])
+@pytest.mark.parametrize("x", [X, X[0], X.transpose(0, 1), X[:, ::2].repeat(2, 1, 1), torch.randn(512, MIN_ROWS).T])
 def test_it_is_torchs_own_product(x, bias):
     assert counted(lambda: linear(x, WEIGHT, bias)) == 1
     for weight in (WEIGHT, WEIGHT.T.contiguous().T):
@@ -51,7 +51,7 @@ def test_it_is_torchs_own_product(x, bias):
 @pytest.mark.parametrize(
     "inputs",
     [
-        (X[:1, : ROWS - 1], WEIGHT),
+        (X[:1, : MIN_ROWS - 1], WEIGHT),
         (X, WEIGHT[:100]),
         (X.bfloat16(), WEIGHT.bfloat16()),
         (X.double(), WEIGHT.double()),
@@ -72,7 +72,11 @@ def test_autocast_is_left_to_torch():
 
 @pytest.mark.parametrize(
     "gradients",
-    [torch.randn(2, ROWS, 640), torch.ones(1).expand(2, ROWS, 640), torch.randn(640, ROWS, 2).transpose(0, 2)],
+    [
+        torch.randn(2, MIN_ROWS, 640),
+        torch.ones(1).expand(2, MIN_ROWS, 640),
+        torch.randn(640, MIN_ROWS, 2).transpose(0, 2),
+    ],
 )
 @pytest.mark.parametrize("bias", [None, BIAS])
 def test_gradients_go_through_what_is_frozen(bias, gradients):
@@ -84,8 +88,8 @@ def test_gradients_go_through_what_is_frozen(bias, gradients):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_grouped_products_are_torchs_own(groups):
-    a, b = torch.randn(groups, ROWS, 512), torch.randn(groups, 512, 640)
-    out = torch.empty(groups, ROWS, 640)
+    a, b = torch.randn(groups, MIN_ROWS, 512), torch.randn(groups, 512, 640)
+    out = torch.empty(groups, MIN_ROWS, 640)
     assert counted(lambda: bmm(a, b, out=out)) == int(groups == 1)
     for product in (out, bmm(a, b), bmm(a, b.mT.contiguous().mT)):
         torch.testing.assert_close(product, torch.bmm(a, b), rtol=1e-4, atol=1e-4)
@@ -99,11 +103,11 @@ def test_gradients_of_what_is_frozen_cost_nothing():
 
 def test_models_multiply_so_within_and_not_after(monkeypatch):
     model = tiny_model("qwen3", hidden_size=512, intermediate_size=640).model
-    ids = torch.randint(5, 250, (1, ROWS))
-    what = model, ids, torch.ones_like(ids), torch.arange(ROWS)[None]
+    ids = torch.randint(5, 250, (1, MIN_ROWS))
+    what = model, ids, torch.ones_like(ids), torch.arange(MIN_ROWS)[None]
     assert counted(lambda: prefill(*what)) > 3
     quick = read_cache(prefill(*what))
-    with pytest.raises(ZeroDivisionError), torch.no_grad(), onednn_linears(ROWS):
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), onednn_linears(MIN_ROWS):
         raise ZeroDivisionError
     with torch.no_grad():
         assert counted(lambda: model(ids)) == 0
@@ -125,7 +129,7 @@ def test_a_lane_of_a_fuser_multiplies_so():
 def test_a_training_step_multiplies_so_and_learns_the_same(monkeypatch, sharer):
     receiver = tiny_model("qwen3", hidden_size=512, intermediate_size=640)
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, hidden_dim=512, intermediate_dim=512)])
-    monkeypatch.setattr(lanes, "CACHED_BYTES", 0)  # group by group, as large fusers are
+    monkeypatch.setattr(feed_forward, "CACHE_BYTES", 0)  # group by group, as large fusers are
     fuser = pair.fusers[0].train()
 
     def step(recompute=False):

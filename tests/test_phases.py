@@ -26,8 +26,8 @@ def test_each_method_has_its_own_phases(pair):
         (sharer, ["sharer_prefill", "decode"]),
         (Fused(pair), all_but_hint),
         (fused(pair, fuse_response=True), all_but_hint),
-        (TextToText(receiver, pair.sharers[0], "Hint: {question}", hint_tokens=4), ["hint", *alone]),
-        (TextToText(Fused(pair), pair.sharers[0], "Hint: {question}", hint_tokens=4), ["hint", *all_but_hint]),
+        (TextToText(receiver, sharer, request="Hint: {question}", hint_tokens=4), ["hint", *alone]),
+        (TextToText(Fused(pair), sharer, request="Hint: {question}", hint_tokens=4), ["hint", *all_but_hint]),
     ]
     for method, names in expected:
         answer = method.timed(PROMPT, **OPTIONS)

@@ -1,8 +1,7 @@
 """A dry run tells what the run will do."""
 
-import json
-
 import pytest
+from runs import write_recipe
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -17,16 +16,7 @@ from kvfuse.training.run import new_pair, prepare_data
 
 @pytest.fixture
 def recipe(saved_models, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(11)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    path = tmp_path / "recipe.yaml"
-    content = {
-        "receiver": str(saved_models / "receiver"),
-        "sharer": str(saved_models / "sharer"),
-        "output": str(tmp_path / "out"),
-    }
-    path.write_text(json.dumps({**content, "data": {"path": str(tmp_path / "data.jsonl"), "validation_share": 0.2}}))
-    return path
+    return write_recipe(tmp_path, saved_models, [f"It is {i}." for i in range(11)], fuser={})
 
 
 def planned(path, *overrides):
@@ -43,17 +33,17 @@ def test_the_plan_is_what_the_trainer_does(recipe, overrides, tmp_path, monkeypa
 
     made = []
     monkeypatch.setattr(FuserTrainer, "resume", lambda self: made.append(self.train()))
-    loaded, told = planned(recipe, "fuser.hidden_dim=8", "fuser.intermediate_dim=8", *overrides)
+    loaded, estimate = planned(recipe, "fuser.hidden_dim=8", "fuser.intermediate_dim=8", *overrides)
     train(loaded, lambda line: None, quiet=True)
-    assert told.steps == made[0].global_step
-    assert told.examples == 9
+    assert estimate.steps == made[0].global_step
+    assert estimate.examples == 9
 
 
 def test_shapes_and_sizes_are_those_of_the_loaded_pair(recipe):
-    loaded, told = planned(recipe, "fuser.kind=low-rank")
+    loaded, estimate = planned(recipe, "fuser.kind=low-rank")
     pair = new_pair(loaded)
-    assert told.trainable == sum(parameter.numel() for parameter in pair.fusers[0].parameters())
-    for shape, model in ((told.receiver, pair.receiver), (told.sharer, pair.sharers[0])):
+    assert estimate.trainable == sum(parameter.numel() for parameter in pair.fusers[0].parameters())
+    for shape, model in ((estimate.receiver, pair.receiver), (estimate.sharer, pair.sharers[0])):
         assert (shape.parameters, shape.kv) == (model.model.num_parameters(), model.kv_spec)
 
 
@@ -70,7 +60,7 @@ def test_a_shape_is_told_from_the_configuration_alone(family, tmp_path):
     model = tiny_model(family)
     model.model.config.save_pretrained(tmp_path)
     assert shape_of(str(tmp_path), "bfloat16").kv == model.kv_spec
-    assert shape_of(str(tmp_path), "bfloat16").bytes == 2
+    assert shape_of(str(tmp_path), "bfloat16").itemsize == 2
     assert AutoConfig.from_pretrained(tmp_path).model_type == family
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvfuse.cache import preallocated as growing_cache
+from kvfuse.cache import preallocated
 from kvfuse.cache.preallocated import PreallocatedLayer, stacked_layers
 from kvfuse.cache.transformers_cache import empty_cache, read_cache
 from kvfuse.testing import tiny_model
@@ -14,7 +14,7 @@ LAYERS, SHAPE = 3, (2, 2, 5, 4)
 
 @pytest.fixture(autouse=True)
 def _little_room(monkeypatch):
-    monkeypatch.setattr(growing_cache, "ROOM", 3)
+    monkeypatch.setattr(preallocated, "SPARE_TOKENS", 3)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_was_prefilled_lies_side_by_side_until_it_grows(caches):
     assert torch.equal(kv.value[1], ours.layers[1].values)
     feed(caches, 9)
     assert stacked_layers(ours.layers) is None
-    assert all(layer.beside is None for layer in ours.layers), "what they left is freed"
+    assert all(layer.stack is None for layer in ours.layers), "what they left is freed"
     assert torch.equal(read_cache(ours).key[2], ours.layers[2].keys)
 
 

@@ -1,9 +1,9 @@
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from runs import write_recipe
 
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
@@ -14,7 +14,7 @@ from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
 from kvfuse.training.loop.batches import collate
 from kvfuse.training.loop.loss import response_loss
-from kvfuse.training.memory import precomputed_caches as kept_caches
+from kvfuse.training.memory import precomputed_caches
 from kvfuse.training.memory.precomputed_caches import PrecomputedCaches
 from kvfuse.training.recipe import load_recipe
 from kvfuse.training.run import train
@@ -29,10 +29,10 @@ def examples(pair):
 
 @pytest.fixture
 def keep(pair, examples, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_caches, "SHARD", 3)
+    monkeypatch.setattr(precomputed_caches, "EXAMPLES_PER_FILE", 3)
 
     def make(receiver=False, dtype="bfloat16"):
-        kept = PrecomputedCaches(pair, examples, tmp_path / f"{receiver}-{dtype}", receiver, dtype)
+        kept = PrecomputedCaches(pair, examples, tmp_path / f"{receiver}-{dtype}", receiver=receiver, dtype=dtype)
         kept.fill(batch_size=2)
         return kept
 
@@ -93,30 +93,24 @@ def test_the_size_is_told_before_anything_is_read(keep, monkeypatch):
 
 def test_responses_that_are_fused_are_refused(receiver, sharer, examples, tmp_path):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
-    with pytest.raises(PairError, match="prompts alone"):
-        PrecomputedCaches(pair, examples, tmp_path, False, "int8")
+    with pytest.raises(PairError, match="prompts only"):
+        PrecomputedCaches(pair, examples, tmp_path, receiver=False, dtype="int8")
 
 
 def test_a_receiver_with_state_is_refused(sharer, examples, tmp_path):
     receiver = tiny_model("qwen3_next")
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
-    PrecomputedCaches(pair, examples, tmp_path, False, "int8")
+    PrecomputedCaches(pair, examples, tmp_path, receiver=False, dtype="int8")
     with pytest.raises(PairError, match="in every layer"):
-        PrecomputedCaches(pair, examples, tmp_path, True, "int8")
+        PrecomputedCaches(pair, examples, tmp_path, receiver=True, dtype="int8")
 
 
 def test_a_run_learns_the_same_and_leaves_no_caches(saved_models, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    models = {name: str(saved_models / name) for name in ("receiver", "sharer")}
-    recipe = {**models, "data": {"path": str(tmp_path / "chats.jsonl"), "validation_share": 0.2}}
-    (tmp_path / "recipe.yaml").write_text(
-        json.dumps({**recipe, "output": "out", "fuser": {"hidden_dim": 8, "intermediate_dim": 8}})
-    )
+    recipe = write_recipe(tmp_path, saved_models, [f"number {i}" for i in range(10)])
     options = ["train.epochs=2", "train.learning_rate=0.01"]
-    read = train(load_recipe(tmp_path / "recipe.yaml", [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
+    read = train(load_recipe(recipe, [*options, f"output={tmp_path / 'read'}"]), lambda line: None)
     for keep in ("sharer", "both"):
         extra = [*options, "train.keep_caches_as=int8", f"train.keep_caches={keep}", f"output={tmp_path / keep}"]
-        kept = train(load_recipe(tmp_path / "recipe.yaml", extra), lambda line: None)
+        kept = train(load_recipe(recipe, extra), lambda line: None)
         assert kept.fused == pytest.approx(read.fused, rel=2e-3)
         assert not list((tmp_path / keep).glob("caches*"))

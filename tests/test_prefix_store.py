@@ -8,14 +8,14 @@ from itertools import takewhile
 import pytest
 import torch
 
+from kvfuse.cache.kv import KV
 from kvfuse.cache.prefix_cache import USEFUL
-from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.cache.transformers_cache import read_cache, supports_prefix_reuse
 from kvfuse.checkpoint import save_fuser
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Fused, Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.prefill import supports_prefix_reuse
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 
@@ -264,7 +264,7 @@ WAYS = {
 
 
 def held(store):
-    return [part for entry in store._shelf.entries() for layer in entry.layers for part in layer]
+    return [part for entry in store._cache.entries() for layer in entry.layers for part in layer]
 
 
 @pytest.mark.parametrize("fuse_response", [False, True])
@@ -287,7 +287,7 @@ def test_streams_that_somebody_changed_leave_no_trace(pair):
     streams = kept.read(prompt)
     for layer in streams.sharers[0].layers:
         layer.keys.zero_()
-    kept.fuse(prompt, streams, kept.fusers)
+    kept.fuse(prompt, caches=streams)
     assert_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
 
 
@@ -349,7 +349,7 @@ def test_a_conversation_is_held_once(pair):
         kept.chat(messages, **GREEDY)
     length = len(pair.align(messages).receiver.ids) - 1
     assert max(part.shape[2] for part in held(kept.store)) >= length
-    assert sum(entry.text.own.shape[1] == length for entry in kept.store._shelf.entries()) >= 2
+    assert sum(entry.text.own.shape[1] == length for entry in kept.store._cache.entries()) >= 2
 
 
 def test_threads_share_a_store(pair):

@@ -1,3 +1,4 @@
+import ast
 import json
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ CHATS = [
     {"messages": [{"role": role, "content": text} for role, text in turns] * (1 + i % 3)}
     for i, turns in enumerate(QUESTIONS)
 ]
+NOT_ENCODING: dict[str, str] = {}  # modules that preparing imports, and why an edit of them changes no encoded row
 BAD = {
     "broken JSON": b'{"messages": [',
     "not UTF-8": b'{"prompt": "\xff"}',
@@ -70,19 +72,19 @@ def columns(prepared):
 
 
 @pytest.mark.parametrize("fuse_response", [False, True])
-@pytest.mark.parametrize("how", ["identity", "span", "reencode-first"])
-def test_columns_give_the_batch_of_the_examples(receiver, sharer, how, fuse_response):
-    theirs = receiver if how == "identity" else sharer
-    encoder = Encoder(Reader.of(receiver), ((Reader.of(theirs), how),), fuse_response=fuse_response)
+@pytest.mark.parametrize("alignment", ["identity", "span", "reencode-first"])
+def test_columns_give_the_batch_of_the_examples(receiver, sharer, alignment, fuse_response):
+    reader = Reader.of(receiver if alignment == "identity" else sharer)
+    encoder = Encoder(Reader.of(receiver), ((reader, alignment),), fuse_response=fuse_response)
     prompts = ("What is Oslo?", [{"role": "user", "content": "hi"}], CHATS[2]["messages"])
     encoded = [encoder.encode(Example(prompt, "It is a city.")) for prompt in prompts]
     before, after = collate(encoded), collate([from_columns(to_columns(one)) for one in encoded])
     for name in ("prompt", "tail"):
-        ours, again = getattr(before, name), getattr(after, name)
-        assert len(ours.sharers) == len(again.sharers) == (1 if name == "prompt" or fuse_response else 0)
-        for one, other in zip([ours, *ours.sharers], [again, *again.sharers], strict=True):
-            fields = [field for field in vars(one) if field != "sharers"]
-            assert all(torch.equal(getattr(one, field), getattr(other, field)) for field in fields)
+        expected, got = getattr(before, name), getattr(after, name)
+        assert len(expected.sharers) == len(got.sharers) == (1 if name == "prompt" or fuse_response else 0)
+        for part, same in zip([expected, *expected.sharers], [got, *got.sharers], strict=True):
+            fields = [field for field in vars(part) if field != "sharers"]
+            assert all(torch.equal(getattr(part, field), getattr(same, field)) for field in fields)
     assert torch.equal(before.labels, after.labels)
 
 
@@ -112,6 +114,32 @@ def test_the_fingerprint_reads_nothing_but_what_encodes(monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
     encoder_of().fingerprint()
     assert read == [encoding.source_of(name) for name in encoding.ENCODING_MODULES]
+
+
+def imports_of(module):
+    """Modules of ours that a module imports, wherever in it; a name imported from a package may be a module too."""
+    for node in ast.walk(ast.parse(encoding.source_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("kvfuse."))
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("kvfuse."):
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (node.module, *(name for name in names if is_module(name)))
+
+
+def is_module(name):
+    return Path(encoding.source_of("kvfuse")).parent.joinpath(*name.split(".")[1:]).with_suffix(".py").exists()
+
+
+def test_the_fingerprint_covers_every_module_that_encodes():
+    reached, unread = set(), {"kvfuse.training.data.prepare"}
+    while unread:
+        module = unread.pop()
+        reached.add(module)
+        unread |= set(imports_of(module)) - reached
+    encode = {name for name in reached if name.startswith(("kvfuse.prompts.", "kvfuse.training.data."))}
+    assert set(encoding.ENCODING_MODULES) == {*encode, "kvfuse.support.rows"} - NOT_ENCODING.keys()
+    assert encode >= NOT_ENCODING.keys(), "no exception is stale"
+    assert "kvfuse.support.rows" in reached
 
 
 def test_a_module_that_moved_is_not_left_out_of_the_fingerprint(monkeypatch):
@@ -241,19 +269,17 @@ def test_other_content_of_the_same_length_is_encoded_again(chats, calls):
 )
 def test_streamed_and_parallel_rows_are_the_same(chats, options):
     chats.write_bytes(b"\n".join([BAD["broken JSON"], chats.read_bytes()]))
-    one, other = (
-        prepare(DataSection(path=chats), encoder_of()),
-        prepare(DataSection(path=chats, **options), encoder_of()),
-    )
-    assert columns(one) == columns(other)
-    assert one.bad == other.bad
+    plain = prepare(DataSection(path=chats), encoder_of())
+    same = prepare(DataSection(path=chats, **options), encoder_of())
+    assert columns(plain) == columns(same)
+    assert plain.bad == same.bad
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_list_without_its_end_is_refused(chats, streaming):
     broken = chats.with_suffix(".json")
     broken.write_text("[" + chats.read_text().replace("\n", ",")[:-9])
-    with pytest.raises(RecipeError, match="expected a JSON list"):
+    with pytest.raises(RecipeError, match="broken JSON list"):
         prepare(DataSection(path=broken, streaming=streaming), encoder_of())
 
 

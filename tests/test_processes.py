@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import atexit, torch.distributed as dist
 atexit.register(lambda: print(dist.is_initialized()))  # the first to be registered runs last

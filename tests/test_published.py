@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.checkpoint import convert, load_fuser, save_fuser
 from kvfuse.cli import app
 from kvfuse.errors import CheckpointError, PairError
@@ -246,7 +246,7 @@ def test_pickles_are_downloaded_only_for_a_published_pair(folder, fuser, tmp_pat
         asked.append((allow_patterns, ignore_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr("kvfuse.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("kvfuse.fusers.folder.snapshot_download", download)
     load_fuser("someone/fusers", "theirs")
     assert [allowed for allowed, _ in asked] == ["theirs/*"] * 2
     assert "*.pt" in asked[0][1]

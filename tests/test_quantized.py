@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_fusers import random_kv, tiny_fuser
 from transformers import AutoModel
 
-from kvfuse.checkpoint import convert, load_fuser, save_fuser, size_of
+from kvfuse.checkpoint import convert, load_fuser, save_fuser
 from kvfuse.checkpoint import quantize as quantize_folder
 from kvfuse.errors import CheckpointError, PairError, RecipeError
 from kvfuse.fusers import FUSERS, FuserConfig, quantize
@@ -22,10 +22,11 @@ from kvfuse.fusers.execution.quantized import (
     QuantizedLinear,
     cpu_multiplies_int8,
 )
+from kvfuse.fusers.folder import size_of
 from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
-from kvfuse.training.closed_form import fit, start_from_ridge
+from kvfuse.training.closed_form import fit
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import load_recipe
 
@@ -182,7 +183,7 @@ def test_it_makes_no_difference_how_many_groups_are_computed_at_once(monkeypatch
     _, small = linear_of(41, 17, weights)
     x = torch.randn(3, 5, 41)
     together = small._by_integers(x)
-    monkeypatch.setattr("kvfuse.fusers.execution.quantized.AT_ONCE", 1)
+    monkeypatch.setattr("kvfuse.fusers.execution.quantized.ELEMENTS_AT_ONCE", 1)
     assert torch.equal(small._by_integers(x), together)
     assert small._by_integers(x[:, :0]).shape == (3, 0, 17)
 
@@ -216,13 +217,17 @@ def test_large_layers_are_replaced_and_the_rest_is_copied(full, small, weights):
 def test_the_residual_is_close_to_the_full_fusers(full, small, weights, inputs, monkeypatch, way):
     if way == "floats":
         by_floats(monkeypatch)
-    assert 0 < apart(small(*inputs), full(*inputs)) < LOST[weights]
+    assert (
+        0
+        < apart(small(receiver=inputs[0], sharer=inputs[1]), full(receiver=inputs[0], sharer=inputs[1]))
+        < LOST[weights]
+    )
 
 
 def test_a_token_depends_on_that_token_alone(small, inputs):
     """To rounding: where the last bit of an activation decides between two integers, a token may be off by one of them."""
     rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
-    together = small(*inputs).tokens(rows, places)
+    together = small(receiver=inputs[0], sharer=inputs[1]).tokens(rows, places)
     assert apart(small(*(kv.tokens(rows, places) for kv in inputs)), together) < 0.01
 
 
@@ -230,7 +235,7 @@ def test_a_closed_gate_gives_exactly_zero(receiver, sharer, full, weights, input
     closed = quantize(
         tiny_fuser(receiver, sharer, full.config.model_type.removeprefix("kvfuse-"), gate_init=-1.0), weights
     )
-    residual = closed(*inputs)
+    residual = closed(receiver=inputs[0], sharer=inputs[1])
     assert not residual.key.any()
     assert not residual.value.any()
 
@@ -241,7 +246,13 @@ def test_casting_leaves_the_integers(small, inputs, weights):
     assert kept
     assert all(torch.equal(cast.state_dict()[name], small.state_dict()[name]) for name in kept)
     assert cast.dtype == next(cast.parameters()).dtype == torch.bfloat16
-    assert apart(cast(*(kv.to("cpu", torch.bfloat16) for kv in inputs)).to("cpu", torch.float32), small(*inputs)) < 0.05
+    assert (
+        apart(
+            cast(*(kv.to("cpu", torch.bfloat16) for kv in inputs)).to("cpu", torch.float32),
+            small(receiver=inputs[0], sharer=inputs[1]),
+        )
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize(("weights", "share"), [("int8", 0.502), ("int4", 0.260)])
@@ -271,7 +282,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(full, small, weights, inputs
         assert [tensor.dtype for tensor in loaded.parameters()] == [tensor.dtype for tensor in small.parameters()]
         assert not loaded.training
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
-        assert torch.equal(loaded(*inputs).key, small(*inputs).key)
+        assert torch.equal(loaded(*inputs).key, small(receiver=inputs[0], sharer=inputs[1]).key)
     assert f"rounded to {weights}" in (folder / "README.md").read_text()
 
 
@@ -331,7 +342,6 @@ def test_it_cannot_be_trained(small_pair, tmp_path, weights):
         fuser.train,
         lambda: FuserTrainer(small_pair, None, [], tmp_path / "run"),
         lambda: fit(small_pair, None, []),
-        lambda: start_from_ridge(small_pair, None, []),
     ):
         with pytest.raises(PairError, match=f"full weights to train, got one with {weights}"):
             attempt()

@@ -1,4 +1,4 @@
-"""Every command and every piece of code in the README does what it says."""
+"""The README's commands and code run, and its tree names every file."""
 
 import os
 import re
@@ -31,7 +31,7 @@ ENV = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("kvfuse ")])
 def test_commands_run(command, tmp_path, monkeypatch):
-    """From a copy of what a command may read, so that what it writes goes nowhere; in this process, which has imported everything."""
+    """In this process, which has imported everything, and in a folder with links to what a command reads."""
     for folder in ("recipes", "kvfuse"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     words = shlex.split(command, comments=True)[1:]
@@ -81,10 +81,32 @@ def test_code_prints_what_its_comments_say(code):
     assert ran.stdout.splitlines() == expected
 
 
-def test_the_tree_names_every_file():
-    tree = next(text for language, text in FENCES if language == "text" and "errors.py" in text)
-    files = {path.name for path in (ROOT / "kvfuse").rglob("*.py") if path.name != "__init__.py"}
-    assert sorted(name for name in files if name not in tree) == []
+def paths(tree):
+    """The whole path of every line of a tree, whose folders end with a slash and whose depth is its indentation."""
+    parents = []
+    for line in tree.splitlines():
+        indentation, name = re.match(r"( *)(\S+)", line).groups()
+        parents[len(indentation) // 2 :] = [name.rstrip("/")]
+        yield "/".join(parents) + "/" * name.endswith("/")
+
+
+def test_the_tree_names_every_file_and_no_other():
+    """Folders of code too; of other files and folders only that they are there."""
+    (tree,) = (text for language, text in FENCES if language == "text")
+    named = list(paths(tree))
+    code = [path.relative_to(ROOT) for path in (ROOT / "kvfuse").rglob("*.py")]
+    files = {path.as_posix() for path in code if path.name != "__init__.py"}
+    folders = {f"{path.parent.as_posix()}/" for path in code}
+    assert sorted({*files, *folders}.difference(named)) == []
+    assert [
+        path for path in named if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())
+    ] == []
+    assert len(named) == len(set(named))
+
+
+def test_a_path_of_the_tree_follows_its_indentation():
+    tree = "a/\n  b/   a folder\n    c.py   a file\n  d.py\ne/\n"
+    assert list(paths(tree)) == ["a/", "a/b/", "a/b/c.py", "a/d.py", "e/"]
 
 
 def test_the_table_is_the_measured_one():

@@ -24,9 +24,9 @@ def test_defaults_are_the_papers(recipe):
     assert loaded.fuser.kind == "c2c"
 
 
-@pytest.mark.parametrize("how", ["auto", *TOKEN_ALIGNMENTS])
-def test_every_token_alignment_can_be_asked_for(recipe, how):
-    assert load_recipe(recipe({**GOOD, "token_alignment": how})).token_alignment == how
+@pytest.mark.parametrize("alignment", ["auto", *TOKEN_ALIGNMENTS])
+def test_every_token_alignment_can_be_asked_for(recipe, alignment):
+    assert load_recipe(recipe({**GOOD, "token_alignment": alignment})).token_alignment == alignment
 
 
 def test_words_after_the_recipe_win(recipe):
@@ -69,6 +69,17 @@ def test_an_unknown_key_names_the_nearest(recipe, key, nearest):
 def test_a_wrong_value_is_named(recipe, override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe(GOOD), [override])
+
+
+def test_a_start_that_was_the_default_is_accepted_and_deprecated(recipe):
+    with pytest.warns(DeprecationWarning, match=r"train\.start has no effect"):
+        loaded = load_recipe(recipe(GOOD), ["train.start=random", "train.steps=7"])
+    assert loaded == load_recipe(recipe(GOOD), ["train.steps=7"])
+
+
+def test_a_start_from_ridge_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"train\.start.*was removed"):
+        load_recipe(recipe({**GOOD, "train": {"start": "ridge"}}))
 
 
 @pytest.mark.parametrize("content", ["receiver: [", "- a list", "just words"])

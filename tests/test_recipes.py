@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfuse.cache.transformers_cache import KVSpec
+from kvfuse.cache.kv import KVSpec
 from kvfuse.evaluation.recipe import load_evaluation
 from kvfuse.evaluation.tasks import task_names
 from kvfuse.fusers import fuser_class
@@ -14,7 +14,8 @@ from kvfuse.published.pairs import PUBLISHED_PAIRS, REPOSITORY
 from kvfuse.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-COMMANDS = re.findall(r"^.* train (recipes/\S+)(.*)$", (FOLDER.parent / "docs/training.md").read_text(), re.MULTILINE)
+TRAINING = (FOLDER.parent / "docs/training.md").read_text().replace("\\\n", "")  # continued lines joined
+COMMANDS = re.findall(r"^.* train (recipes/\S+)(.*)$", TRAINING, re.MULTILINE)
 EVALUATIONS = re.findall(
     r"^kvfuse eval (recipes/\S+) (.*)$", (FOLDER.parent / "docs/evaluation.md").read_text(), re.MULTILINE
 )

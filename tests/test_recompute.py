@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from kvfuse.cache.transformers_cache import KV, has_state
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import has_state
 from kvfuse.errors import PairError
-from kvfuse.fusers import gated
+from kvfuse.fusers.execution import by_group
 from kvfuse.model import CacheToCache
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
 from kvfuse.training.data.encoding import Encoder
@@ -75,7 +76,7 @@ def test_every_layer_is_computed_again(pair, recompute, times):
 )
 def test_gates_are_drawn_once_for_all_pieces(receiver, sharer, options, monkeypatch):
     """Token by token, the gates' draw is that of the whole; without dropout, whose draws are of each piece."""
-    monkeypatch.setattr(gated, "RECOMPUTED_TOKENS", 1)
+    monkeypatch.setattr(by_group, "TOKENS_PER_PIECE", 1)
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, dropout=0.0, **options)])
     (kept, expected), (again, got) = (loss_and_gradients(pair, recompute) for recompute in (False, True))
     torch.testing.assert_close(again, kept)
@@ -84,21 +85,21 @@ def test_gates_are_drawn_once_for_all_pieces(receiver, sharer, options, monkeypa
 
 
 def test_the_fusers_memory_does_not_grow_with_the_prompt(receiver, sharer, monkeypatch):
-    """But for the caches: what one token more keeps for the backward pass is its keys and values, and what is made of them."""
-    monkeypatch.setattr(gated, "RECOMPUTED_TOKENS", 4)
+    """A further token keeps its keys and values, and what is made of them, for the backward pass; nothing else."""
+    monkeypatch.setattr(by_group, "TOKENS_PER_PIECE", 4)
     fuser = tiny_fuser(receiver, sharer, hidden_dim=256, intermediate_dim=256).train()
 
     def kept(tokens, recompute):
         fuser.recompute, sizes = recompute, []
-        mine, theirs = (
+        receiver_kv, sharer_kv = (
             KV(*torch.randn(2, s.num_layers, 1, s.num_kv_heads, tokens, s.key_dim))
             for s in (receiver.kv_spec, sharer.kv_spec)
         )
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
         ):
-            fuser(mine, theirs)
-        return sum(sizes), mine.key.numel() * 2 // tokens
+            fuser(receiver=receiver_kv, sharer=sharer_kv)
+        return sum(sizes), receiver_kv.key.numel() * 2 // tokens
 
     (few, per_token), (many, _) = kept(8, True), kept(40, True)
     assert (many - few) / 32 <= 2 * per_token

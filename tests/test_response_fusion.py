@@ -1,7 +1,6 @@
 """What is generated is fused too: token by token or all at once, the same."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from kvfuse.errors import PairError, PromptError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import count_positions, pad_left, stack
 from kvfuse.stages.prefill import prefill
-from kvfuse.stages.response_fusion import ResponseFuser
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
@@ -82,10 +80,8 @@ def losses_token_by_token(pair, example):
     """The loss of a response that is fed to the follower and the receiver one token at a time."""
     encoded = Encoder.of(pair).encode(example)
     prompt, ids = stack([encoded.prompt]), collate([encoded]).tail.ids
-    streams = pair.read(prompt)
-    cache = pair.fuse(prompt, streams, pair.fusers)
-    sharers = [(pair.sharers[0], pair.fusers[0].config.token_alignment)]
-    follower = ResponseFuser(pair.receiver, sharers, prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
+    fused = pair.fuse(prompt)
+    cache, follower = fused.cache, fused.response_fuser
     losses = []
     for place in range(ids.shape[1] - 1):
         token = ids[:, place : place + 1]
@@ -128,7 +124,7 @@ def test_between_tokenizers_they_agree_where_words_end_together(receiver):
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(followed):
     encoded = [Encoder.of(followed).encode(Example(QUESTION, "It is Oslo." * length)) for length in (1, 2, 3)]
-    counts = [len(one.response_ids) for one in encoded]
+    counts = [len(one.response.ids) for one in encoded]
     mean = sum(
         float(response_loss(followed, collate([one]))) * count for one, count in zip(encoded, counts, strict=True)
     ) / sum(counts)
@@ -151,14 +147,14 @@ def test_a_sharer_has_read_its_own_tokens_of_the_text_so_far(receiver, text):
     pair = pair_of(receiver, sharer)
     prompt = stack([pair.align(prompt) for prompt in PROMPTS])
     streams = pair.read(prompt)
-    follower = ResponseFuser(receiver, [(sharer, "span")], prompt, streams, partial(pair.fuse_kv, fusers=pair.fusers))
+    follower = pair.fuse(prompt, caches=streams).response_fuser
     texts = [text, text[::-1], text[: len(text) // 2]]
     rows = [receiver.tokenizer(one, add_special_tokens=False).input_ids for one in texts]
     length = max(map(len, rows))
     fed = torch.tensor([row + [receiver.tokenizer.eos_token_id] * (length - len(row)) for row in rows])
     for place in range(-1, length):
         token = prompt.ids[:, -1:] if place < 0 else fed[:, place : place + 1]
-        follower.read(token, torch.cat([prompt.mask, torch.ones(3, place + 1, dtype=torch.long)], dim=1))
+        follower.step(token, torch.cat([prompt.mask, torch.ones(3, place + 1, dtype=torch.long)], dim=1))
     rows = follower.sharers[0].rows
     for read, (reading, _), said in zip(
         rows, (pair.align(prompt).sharers[0] for prompt in PROMPTS), texts, strict=True

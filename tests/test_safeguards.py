@@ -1,7 +1,6 @@
 """A run that is killed, runs out of something or diverges loses nothing that was whole."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from runs import write_recipe
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -19,7 +19,7 @@ from kvfuse.testing import tiny_fuser
 from kvfuse.training.data.columns import to_columns
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
-from kvfuse.training.loop.safeguards import WHOLE, last_whole_checkpoint
+from kvfuse.training.loop.callbacks import WHOLE, last_whole_checkpoint
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import TrainSection
 
@@ -54,17 +54,10 @@ def trainer(receiver, sharer, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_weights(saved_models, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = {
-        "receiver": str(saved_models / "receiver"),
-        "sharer": str(saved_models / "sharer"),
-        "output": "run",
-        "data": {"path": "data.jsonl", "validation_share": 0.25},
-        "fuser": {"hidden_dim": 8, "intermediate_dim": 8},
-        "train": {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    train = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
+    write_recipe(
+        tmp_path, saved_models, [f"It is {i}." for i in range(8)], data={"validation_share": 0.25}, train=train
+    )
 
     def run(mode, output):
         return subprocess.run(
@@ -92,7 +85,7 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
     assert not (tmp_path / "checkpoint-100").exists()
 
 
-def test_weights_that_are_no_numbers_are_not_saved(trainer, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(trainer, tmp_path):
     class Diverge(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
@@ -105,19 +98,19 @@ def test_weights_that_are_no_numbers_are_not_saved(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "advice"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "full disk"),
         (torch.OutOfMemoryError("no more"), "batch_size"),
     ],
 )
-def test_what_runs_out_is_told_in_one_line(trainer, error, told):
+def test_a_shortage_is_explained_in_one_line(trainer, error, advice):
     class RunOut(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             raise error
 
     trainer.add_callback(RunOut())
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=advice):
         trainer.resume()
 
 

@@ -1,4 +1,4 @@
-"""How likely given answers are: read once and followed, the same as read whole."""
+"""Scores of given answers: over the cache of a prompt read once, equal to those of one run over the whole."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def whole(model, prompt, text):
     return logits.log_softmax(-1).gather(1, ids[:, None]).sum().item(), bool((logits.argmax(-1) == ids).all()), len(ids)
 
 
-def close(one, other):
+def close(scores, expected):
     return all(
-        abs(mine.log_likelihood - theirs.log_likelihood) < 1e-4
-        and (mine.greedy, mine.tokens) == (theirs.greedy, theirs.tokens)
-        for mine, theirs in zip(one, other, strict=True)
+        abs(left.log_likelihood - right.log_likelihood) < 1e-4
+        and (left.greedy, left.tokens) == (right.greedy, right.tokens)
+        for left, right in zip(scores, expected, strict=True)
     )
 
 
@@ -56,11 +56,11 @@ def test_what_a_model_would_say_is_greedy(receiver):
     """Of what random models say, only some is a text of one token that is read as it was written."""
     single, tokenizer = Single("receiver", receiver), receiver.tokenizer
     prompts = [[{"role": "user", "content": f"{number}"}] for number in range(40)]
-    said = {row: one.text for row, one in enumerate(single.reply(prompts, max_new_tokens=1, do_sample=False))}
+    said = {row: reply.text for row, reply in enumerate(single.reply(prompts, max_new_tokens=1, do_sample=False))}
     rows = [row for row, text in said.items() if text and "\ufffd" not in text and len(tokenizer(text).input_ids) == 1]
     scores = single.score([prompts[row] for row in rows], [[said[row], "Rotterdam"] for row in rows])
-    assert [score.greedy for some in scores for score in some].count(True) >= len(rows) / 2 > 3
-    assert not any(other.greedy for _, other in scores)
+    assert [own.greedy for own, _ in scores].count(True) >= len(rows) / 2 > 3
+    assert not any(foreign.greedy for _, foreign in scores)
 
 
 def test_prompts_of_one_token_and_prompts_without_options(receiver):
@@ -93,7 +93,7 @@ def test_several_sharers_are_scored_with(receiver, sharer):
     pair = CacheToCache(receiver, [sharer, other], fusers)
     both, first = Fused(pair).score(CHATS, OPTIONS[:3]), Fused(pair.select(0)).score(CHATS, OPTIONS[:3])
     assert all(
-        close(mine, Fused(pair).score([prompt], [texts])[0])
-        for prompt, texts, mine in zip(CHATS, OPTIONS, both, strict=False)
+        close(scores, Fused(pair).score([prompt], [texts])[0])
+        for prompt, texts, scores in zip(CHATS, OPTIONS, both, strict=False)
     )
-    assert not any(close(mine, theirs) for mine, theirs in zip(both, first, strict=True))
+    assert not any(close(two, one) for two, one in zip(both, first, strict=True))

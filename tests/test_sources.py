@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from kvfuse.errors import RecipeError
-from kvfuse.training.data.sources import decode, load_rows, parse
+from kvfuse.support.rows import decode
+from kvfuse.training.data.sources import load_rows, parse
 from kvfuse.training.recipe import DataSection
 
 ROWS = [{"prompt": f"q{i}", "response": f"a{i} é\u2028"} for i in range(5)]
@@ -79,28 +80,24 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
 def test_a_limit_reads_no_further(tmp_path):
     file = write(tmp_path / "rows.json", json.dumps(ROWS)[:-30])
     assert len(read(file, limit=2)) == 2
-    with pytest.raises(RecipeError, match="expected a JSON list"):
+    with pytest.raises(RecipeError, match="broken JSON list"):
         read(file)
 
 
-@pytest.mark.parametrize("text", ["[", "[{} {", '[{"a": 1},', '[{"a": 1}'])
-def test_a_list_without_its_end_is_refused(tmp_path, text):
-    with pytest.raises(RecipeError, match="expected a JSON list"):
-        read(write(tmp_path / "rows.json", text))
-
-
 @pytest.mark.parametrize(
-    ("content", "kind"),
+    ("name", "text", "message", "streaming"),
     [
-        (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
-        (b'{"a": ', "broken JSON"),
-        (b"[1]", "unknown shape: a list"),
-        (b"3", "a int"),
+        ("rows.json", '[{"a": 1},', "broken JSON list in rows.json", False),
+        ("rows.json", '[{"a": 1},', "broken JSON list in rows.json", True),
+        ("rows.csv", "a,b\n1,2\n1,2,3", "line 3", False),
     ],
 )
-def test_bytes_that_are_no_row_say_so(content, kind):
-    with pytest.raises(ValueError, match=kind):
-        decode("rows.jsonl", content)
+def test_a_file_that_is_broken_as_a_whole_is_named(tmp_path, name, text, message, streaming):
+    file = write(tmp_path / name, text)
+    with pytest.raises(
+        RecipeError, match=rf"expected rows at data.path .*{name}, got: .*{message}.*; correct the file"
+    ):
+        read(file, streaming=streaming)
 
 
 def test_a_byte_that_is_not_utf8_spoils_its_own_item_alone(tmp_path):
@@ -112,8 +109,8 @@ def test_a_byte_that_is_not_utf8_spoils_its_own_item_alone(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere.jsonl", "which is not there"),
-        ("no/such/place/at/all", "which is not there"),
+        ("nowhere.jsonl", "which does not exist"),
+        ("no/such/place/at/all", "which does not exist"),
         ("someone/some-data", "expected rows at data.path someone/some-data"),
     ],
 )

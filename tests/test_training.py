@@ -1,14 +1,17 @@
 import json
+import re
 
 import pytest
 import torch
 from datasets import Dataset
+from runs import write_recipe
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.fusers import describe_gates
 from kvfuse.model import CacheToCache
+from kvfuse.prompts.chat import as_chat
 from kvfuse.testing import tiny_fuser
 from kvfuse.training.data.columns import to_columns
 from kvfuse.training.data.encoding import Encoder
@@ -49,7 +52,7 @@ def test_only_the_response_is_labelled(pair, encoded):
     batch = collate(encoded)
     for row, (example, one) in enumerate(zip(EXAMPLES, encoded, strict=True)):
         labelled = batch.labels[row][batch.labels[row] != IGNORED]
-        assert labelled.tolist() == one.response_ids.tolist()
+        assert labelled.tolist() == one.response.ids.tolist()
         assert pair.receiver.tokenizer.decode(labelled, skip_special_tokens=True) == example.response
         assert labelled[-1] == pair.receiver.tokenizer.eos_token_id
         assert batch.tail.ids[row, 0] == batch.prompt.ids[row, -1]
@@ -58,7 +61,7 @@ def test_only_the_response_is_labelled(pair, encoded):
 @torch.no_grad()
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
     losses = [response_loss(pair, collate([one])) for one in encoded]
-    counts = [len(one.response_ids) for one in encoded]
+    counts = [len(one.response.ids) for one in encoded]
     expected = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     batch = collate(encoded)
     assert float(response_loss(pair, batch)) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +71,7 @@ def test_batch_loss_is_the_token_weighted_mean_of_single_losses(pair, encoded):
 def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
     """Unfused, the split into prompt and response changes nothing."""
     one = encoded[3]
-    ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response_ids)])[None]
+    ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response.ids)])[None]
     labels = ids.clone()
     labels[0, : len(one.prompt.receiver.ids)] = IGNORED
     expected = pair.receiver.model(ids, labels=labels).loss
@@ -108,7 +111,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encode
     resumed = fresh_pair(receiver, sharer)
     torch.manual_seed(99)
     trainer(resumed, encoded, tmp_path / "killed", **changes).resume()
-    assert all(torch.equal(theirs, weights(resumed)[name]) for name, theirs in weights(whole).items())
+    assert all(torch.equal(expected, weights(resumed)[name]) for name, expected in weights(whole).items())
 
 
 def test_batches_of_like_length_have_less_padding(pair, tmp_path):
@@ -153,26 +156,16 @@ def test_an_example_longer_than_the_context_is_refused(pair):
 
 @pytest.fixture
 def recipe(saved_models, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "response": f"number {i}"} for i in range(10)]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    lines = {
-        "receiver": saved_models / "receiver",
-        "sharer": saved_models / "sharer",
-        "output": tmp_path / "out",
-        "data": f"{{path: {tmp_path / 'chats.jsonl'}, validation_share: 0.2}}",
-        "fuser": "{hidden_dim: 8, intermediate_dim: 8}",
-        "train": "{steps: 2, batch_size: 4}",
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text("\n".join(f"{key}: {value}" for key, value in lines.items()))
-    return path
+    return write_recipe(tmp_path, saved_models, [f"number {i}" for i in range(10)], train={"steps": 2, "batch_size": 4})
 
 
 def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     said = []
     gain = train(load_recipe(recipe), said.append)
     pair = CacheToCache.from_pretrained(fuser=tmp_path / "out" / "fuser")
-    assert isinstance(pair.chat("What is 3?", max_new_tokens=3), str)
+    assert pair.generate("What is 3?", max_new_tokens=3).shape[1] > len(pair.align("What is 3?").receiver.ids)
+    held_out = [Encoder.of(pair).encode(Example(as_chat(f"What is {i}?"), f"number {i}")) for i in (8, 9)]
+    assert vars(Validation(pair, held_out, [8, 8]).measure()) == pytest.approx(vars(gain), rel=1e-5)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fused"] == gain.fused
     assert "hidden_dim: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
     card = (tmp_path / "out" / "fuser" / "README.md").read_text()
@@ -182,11 +175,11 @@ def test_a_run_leaves_a_fuser_that_answers_and_its_recipe(recipe, tmp_path):
     assert said[-2] == describe_gates(pair.fusers[0]) != ""
 
 
-def test_a_solved_fuser_is_fitted_saved_and_reported_like_any_other(recipe, tmp_path):
-    plain = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("fuser:"))
-    recipe.write_text(plain)
+def test_a_solved_fuser_is_fitted_saved_and_reported_like_any_other(saved_models, tmp_path):
+    fuser = {"kind": "ridge", "num_sources": 1}
+    recipe = write_recipe(tmp_path, saved_models, [f"number {i}" for i in range(10)], fuser=fuser)
     said = []
-    train(load_recipe(recipe, ["fuser.kind=ridge", "fuser.num_sources=1"]), said.append)
+    train(load_recipe(recipe), said.append)
     fuser = CacheToCache.from_pretrained(fuser=tmp_path / "out" / "fuser").fusers[0]
     assert 0 < fuser.weight.max() <= 0.25, "fitted: it starts at one"
     assert said[-2] == describe_gates(fuser)
@@ -197,6 +190,15 @@ def test_a_run_into_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
     train(load_recipe(recipe), lambda line: None)
     with pytest.raises(RecipeError, match="begun by another"):
         train(load_recipe(recipe, ["train.steps=3"]), lambda line: None)
+
+
+def test_a_run_begun_by_version_0_1_can_be_resumed(recipe, tmp_path):
+    loaded = load_recipe(recipe)
+    train(loaded, lambda line: None)
+    saved = tmp_path / "out" / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("train:\n", "train:\n  start: random\n"))
+    train(loaded, lambda line: None)
+    assert "start" not in saved.read_text()
 
 
 @pytest.mark.parametrize("override", ["data.path=nowhere.jsonl", "fuser.layer_alignment=[0]", "train.fsdp=true"])
@@ -260,7 +262,7 @@ def test_the_log_tells_how_many_tokens_a_second(receiver, sharer, encoded, tmp_p
     running.args.logging_strategy, running.args.logging_steps = "steps", 1
     pace = running.resume()
     tokens = sum(
-        len(one.prompt.receiver.ids) + len(one.response_ids) + len(one.prompt.sharers[0][0].ids) for one in encoded
+        len(one.prompt.receiver.ids) + len(one.response.ids) + len(one.prompt.sharers[0][0].ids) for one in encoded
     )
     assert (pace.steps, pace.tokens) == (2, 2 * tokens)
     logged = [entry for entry in running.state.log_history if "train_tokens_per_second" in entry]
@@ -281,9 +283,9 @@ def test_the_result_tells_what_its_figures_hang_on(recipe, tmp_path, saved_model
         result["training"]["tokens"] / result["training"]["seconds"]
     )
     assert (result["processes"], result["data"]["examples"], result["data"]["bad"]) == (1, 10, 0)
-    mine = result["models"]["receiver"]
-    assert (mine["name"], mine["revision"]) == (str(saved_models / "receiver"), None)
-    assert (mine["tokenizer"], mine["dtype"]) == (receiver.identity.tokenizer, "float32")
+    described = result["models"]["receiver"]
+    assert (described["name"], described["revision"]) == (str(saved_models / "receiver"), None)
+    assert (described["tokenizer"], described["dtype"]) == (receiver.identity.tokenizer, "float32")
     assert set(result["versions"]) == {"kvfuse", "torch", "transformers", "accelerate"}
 
 
@@ -292,7 +294,8 @@ def test_the_fingerprint_is_the_datas(recipe, tmp_path):
         return prepare_data(load_recipe(recipe, words), lambda line: None, quiet=True).fingerprint
 
     first = fingerprint()
-    assert fingerprint("train.steps=9") == first != None  # noqa: E711
+    assert re.fullmatch("[0-9a-f]+", first)
+    assert fingerprint("train.steps=9") == first
     assert fingerprint("data.limit=9") != first
     assert fingerprint("data.streaming=true") is None
     (tmp_path / "chats.jsonl").write_text((tmp_path / "chats.jsonl").read_text().replace("number 3", "number 4"))

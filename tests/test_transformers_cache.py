@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
-from kvfuse.cache.transformers_cache import CACHE, KV, KVSpec, read_cache, read_only_cache, stage, write_cache
+from kvfuse.cache.kv import KV, KVSpec
+from kvfuse.cache.transformers_cache import CACHE, read_cache, read_only_cache, stage, write_cache
 from kvfuse.errors import PairError
 from kvfuse.prompts.alignment import count_positions
 from kvfuse.stages.prefill import prefill, probe

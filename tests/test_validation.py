@@ -43,9 +43,9 @@ def test_closed_gates_measure_as_the_receiver_alone(some_pair):
 def test_the_receiver_alone_needs_as_many_bits_as_its_own_loss_says(some_pair):
     nats = 0.0
     for one in encoded(some_pair):
-        ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response_ids)])[None]
+        ids = torch.cat([torch.from_numpy(part) for part in (one.prompt.receiver.ids, one.response.ids)])[None]
         logits = some_pair.receiver.model(ids).logits[0, len(one.prompt.receiver.ids) - 1 : -1]
-        nats += float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(one.response_ids), reduction="sum"))
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(one.response.ids), reduction="sum"))
     bits = nats / torch.log(torch.tensor(2.0)).item() / sum(map(len, RESPONSES))
     assert validation(some_pair).receiver == pytest.approx(bits, rel=1e-4)
 
@@ -56,7 +56,7 @@ def test_a_mismatched_sharer_changes_what_is_fused_and_nothing_else(some_pair):
     one, other = encoded(some_pair)[:2]
     swapped = mismatch(one, other)
     assert swapped.prompt.receiver is one.prompt.receiver
-    assert swapped.response_ids is one.response_ids
+    assert swapped.response.ids is one.response.ids
     assert [reading.ids.tolist() for reading, _ in swapped.prompt.sharers] == [
         reading.ids.tolist() for reading, _ in other.prompt.sharers
     ]
@@ -75,9 +75,9 @@ def test_a_loss_that_is_no_number_is_refused(some_pair):
         validation(some_pair).measure()
 
 
-@pytest.mark.parametrize(("fused", "told"), [(0.9, "beats"), (1.1, "does NOT beat")])
-def test_the_verdict_is_in_words(fused, told):
-    assert f"The fused receiver {told} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
+@pytest.mark.parametrize(("fused", "verdict"), [(0.9, "beats"), (1.1, "does NOT beat")])
+def test_the_verdict_is_in_words(fused, verdict):
+    assert f"The fused receiver {verdict} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
 
 
 def test_the_table_has_all_three_against_the_receiver():
@@ -90,7 +90,7 @@ def test_the_table_has_all_three_against_the_receiver():
 
 
 class Scripted(Validation):
-    """Says at each checkpoint what it is told to."""
+    """Measures given losses, one at each checkpoint."""
 
     def __init__(self, pair, losses):
         super().__init__(pair, encoded(pair), list(map(len, RESPONSES)))

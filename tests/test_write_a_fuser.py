@@ -1,4 +1,4 @@
-"""The fuser of ``docs/write_a_fuser.md`` works as an installed package's and by hand."""
+"""The fuser of ``docs/write_a_fuser.md`` works from an installed package and registered by hand."""
 
 import os
 import re
@@ -19,7 +19,7 @@ DOC = (ROOT / "docs" / "write_a_fuser.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def run(tmp_path):
-    """Run Python where the document's files are and its package is installed."""
+    """Run Python in a folder with the document's files, its package installed."""
     (tmp_path / "linear_fuser.py").write_text(FUSER)
     (tmp_path / "linear.yaml").write_text(RECIPE)
     (tmp_path / "kvfuse").symlink_to(ROOT / "kvfuse")
@@ -43,8 +43,8 @@ def run(tmp_path):
 @pytest.mark.slow
 def test_its_commands_train_and_use_it(run):
     train, chat = (shlex.split(line)[1:] for line in COMMANDS.splitlines())
-    told = run("-m", "kvfuse.cli", *train, "train.steps=2", "data.limit=40", "train.batch_size=4")
-    assert "Open gates: keys 3 of 3, values 3 of 3." in told
+    printed = run("-m", "kvfuse.cli", *train, "train.steps=2", "data.limit=40", "train.batch_size=4")
+    assert "Open gates: keys 3 of 3, values 3 of 3." in printed
     assert run("-m", "kvfuse.cli", *chat).strip()
 
 

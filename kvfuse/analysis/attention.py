@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import ROLES, Read, batches, eager, first_run, padded_roles, read, spread, told
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.support.plots import COLOURS, INK, legend_above, name_lines, new_panels, styled
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from kvfuse.analysis.readout import spread
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import AnalysisError, KVFuseError
 from kvfuse.fusers import describe_gates
 from kvfuse.language_model import LanguageModel
@@ -99,7 +99,7 @@ class _Closed(nn.Module):
         self.fuser = fuser
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        residual = self.fuser(receiver, sharer)
+        residual = self.fuser(receiver=receiver, sharer=sharer)
         return KV(residual.key * 0, residual.value * 0)
 
 
@@ -213,7 +213,7 @@ def _generate(
     pair: CacheToCache, batch: AlignedPrompt, fusers: Sequence[nn.Module] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of a greedy answer ``(1, T + new)``, and the logits they were chosen by ``(new, V)`` float32."""
-    return _traced(pair.answer(batch, fusers, **GREEDY))
+    return _traced(pair.answer(batch, fusers=fusers, **GREEDY))
 
 
 def _alone(pair: CacheToCache, batch: AlignedPrompt) -> tuple[torch.Tensor, torch.Tensor]:

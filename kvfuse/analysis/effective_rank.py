@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV, read_cache
-from kvfuse.fusers.layers import to_groups
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import read_cache
+from kvfuse.fusers.groups import to_groups
 from kvfuse.support.plots import COLOURS, MARKERS, count_whole, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def caches(pair: "CacheToCache", prompt: "AlignedPrompt") -> dict[str, tuple[KV,
     """What each model's cache of a batch holds, and the fused one, each with the mask ``(B, T)`` of what is not padding."""
     streams = pair.read(prompt)
     receiver, sharers = read_cache(streams.receiver), [read_cache(one) for one in streams.sharers]
-    fused, mask = pair.fuse_kv(prompt, receiver, sharers, pair.fusers), prompt.mask[:, :-1]
+    fused, mask = pair.fuse_kv(prompt=prompt, receiver=receiver, sharers=sharers), prompt.mask[:, :-1]
     names = ["sharer"] if len(sharers) == 1 else [f"sharer {place}" for place in range(len(sharers))]
     read = {name: (kv, reads.mask) for name, kv, reads in zip(names, sharers, prompt.sharers, strict=True)}
     return {"receiver": (receiver, mask), "fused": (fused, mask), **read}

@@ -22,7 +22,8 @@ from transformers import Cache
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.readout import batches, judge, mix, spread, turns_keys
 from kvfuse.analysis.study import Question, Study
-from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.errors import AnalysisError
 from kvfuse.language_model import LanguageModel
@@ -100,7 +101,8 @@ def run(
         raise AnalysisError(f"expected positions to be one of {', '.join(POSITIONS)}, got {positions!r}; choose one")
     asked = spread(study.with_answers(), questions)
     receiver = study.pair.receiver
-    hinting = TextToText(Single("receiver", receiver), study.pair.sharers[0], request, told, hint_tokens)
+    models = Single("receiver", receiver), Single("sharer", study.pair.sharers[0])
+    hinting = TextToText(*models, request=request, reading=told, hint_tokens=hint_tokens)
     seen, sight = [], []
     with torch.no_grad():
         for batch in batches(asked, study.batch_size):

@@ -12,10 +12,11 @@ from torch import Tensor
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.hooks import Note, watching
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
-from kvfuse.fusers.layers import PARTS, HeadWeights
+from kvfuse.fusers.groups import PARTS
+from kvfuse.fusers.layers import HeadWeights
 from kvfuse.support.plots import INK, count_whole, new_panels, styled
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ class Seen:
         summed = weights.double().sum(dim=1).cpu()  # (G, H)
         self.weights = summed if self.weights is None else self.weights + summed
 
-    def _compare(self, inputs: tuple[KV, ...], residual: KV) -> None:
+    def _compare(self, inputs: dict[str, KV], residual: KV) -> None:
         self.tokens += residual.key.shape[1] * residual.key.shape[3]
-        self.added, self.own = self.added + _squares(residual), self.own + _squares(inputs[0])
+        self.added, self.own = self.added + _squares(residual), self.own + _squares(inputs["receiver"])
 
 
 def reading(figures: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-Note = Callable[[tuple[Any, ...], Any], None]
-"""Given a module's positional inputs and its output."""
+Note = Callable[[Any, Any], None]
+"""Given a module's inputs, by position or by name, and its output."""
 
 
 @contextmanager
@@ -20,6 +20,8 @@ def watching(notes: dict[nn.Module, Note]) -> Iterator[None]:
     with ExitStack() as hooks:
         for module, note in notes.items():
             hooks.callback(
-                module.register_forward_hook(lambda _, inputs, output, note=note: note(inputs, output)).remove
+                module.register_forward_hook(
+                    lambda _, args, kwargs, output, note=note: note(args or kwargs, output), with_kwargs=True
+                ).remove
             )
         yield

@@ -14,7 +14,7 @@ from kvfuse.analysis.answering import ask
 from kvfuse.analysis.curves import curves
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.fusers import Fuser
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
@@ -50,7 +50,7 @@ class _InLayers(nn.Module):
         self.fuser, self.layers = fuser, layers
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        residual = self.fuser(receiver, sharer)
+        residual = self.fuser(receiver=receiver, sharer=sharer)
         out = residual.zeros_like()
         places = torch.tensor(sorted(self.layers), dtype=torch.long)
         out.key[places], out.value[places] = residual.key[places], residual.value[places]

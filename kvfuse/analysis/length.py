@@ -28,7 +28,6 @@ from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.chat import Prompt, as_chat
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.prompts.tokenized import tokenize
-from kvfuse.stages.fuse import pick
 from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -180,18 +179,8 @@ def _others(study: Study, asked: Sequence[Question], removed: str | None, fitted
 
 def _caches(pair: CacheToCache, fuser: Fuser, batch: Sequence[Question]) -> Any:
     """Both models' caches of the tokens that are fused, as the fuser sees them."""
-    with torch.no_grad():
-        prompt = stack([pair.align(one.prompt) for one in batch])
-        streams = pair.read(prompt)
-        picked = pick(
-            read_cache(streams.receiver),
-            read_cache(streams.sharers[0]),
-            prompt,
-            0,
-            next(fuser.parameters()),
-            pair.ropes,
-        )
-    return None if picked is None else (picked.receiver, picked.sharer)
+    tokens = pair.fuser_inputs(stack([pair.align(one.prompt) for one in batch]), like=next(fuser.parameters()))
+    return None if tokens is None else (tokens.receiver, tokens.sharer)
 
 
 def _ask(
@@ -207,7 +196,7 @@ def _ask(
         streams = pair.read(prompt, 1 if fused else 0)
         kv = read_cache(streams.receiver)
         if fused:
-            kv = pair.fuse_kv(prompt, kv, list(map(read_cache, streams.sharers)), pair.fusers)
+            kv = pair.fuse_kv(prompt=prompt, receiver=kv, sharers=list(map(read_cache, streams.sharers)))
         judged[:, places] = judge(
             pair, readings, prompt, streams.receiver, kv, [str(questions[place].answer) for place in places]
         )

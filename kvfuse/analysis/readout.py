@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.analysis.study import Question, Study
-from kvfuse.cache.transformers_cache import CACHE, KV, read_cache, read_only_cache
+from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import CACHE, read_cache, read_only_cache
 from kvfuse.errors import PairError
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
@@ -61,7 +62,7 @@ def read(pair: CacheToCache, questions: Sequence[Question]) -> Read:
         prompt,
         streams.receiver,
         own,
-        pair.fuse_kv(prompt, own, list(map(read_cache, streams.sharers)), pair.fusers),
+        pair.fuse_kv(prompt=prompt, receiver=own, sharers=list(map(read_cache, streams.sharers))),
     )
 
 

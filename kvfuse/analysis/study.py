@@ -14,9 +14,10 @@ from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.support.rows import decode
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.training.data.examples import examples_of
-from kvfuse.training.data.sources import decode, load_rows, parse
+from kvfuse.training.data.sources import load_rows, parse
 from kvfuse.training.recipe import load_data
 
 FEW = 240

@@ -23,9 +23,9 @@ from kvfuse.analysis.hooks import watching
 from kvfuse.analysis.maps import NEIGHBOURS, Map, Standard, coverage, mean, perceptrons, ridge
 from kvfuse.analysis.readout import Read, batches, first_run, read, spread
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import KV, read_cache
+from kvfuse.cache.kv import KV
 from kvfuse.errors import AnalysisError
-from kvfuse.stages.fuse import Picked, pick
+from kvfuse.stages.fuse import SelectedTokens
 from kvfuse.support.plots import COLOURS, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -49,15 +49,13 @@ class Tokens:
     def __init__(self, study: Study, questions: Sequence[Any], layer: int) -> None:
         self.pair, self.layer = study.pair, layer
         self.reads: list[Read] = []
-        self.picked: list[Picked] = []
+        self.picked: list[SelectedTokens] = []
         source = study.pair.fusers[0].sharer_layers[layer]
         rows: list[tuple[Tensor, Tensor]] = []
         for batch in batches(questions, study.batch_size):
             seen = read(study.pair, batch)
-            theirs = read_cache(study.pair.read_sharers(seen.prompt, 1)[0])
-            picked = pick(
-                seen.own, theirs, seen.prompt, 0, torch.empty(0, device=seen.own.key.device), study.pair.ropes
-            )
+            like = torch.empty(0, device=seen.own.key.device)
+            picked = study.pair.fuser_inputs(seen.prompt, like=like, receiver=seen.own)
             if picked is None:
                 continue
             self.reads.append(seen)
@@ -75,7 +73,7 @@ class Tokens:
             for one in zip(self.reads, self.picked, run(self.sharer).split(self.counts), strict=True)
         ]
 
-    def _replace(self, seen: Read, picked: Picked, mapped: Tensor) -> KV:
+    def _replace(self, seen: Read, picked: SelectedTokens, mapped: Tensor) -> KV:
         residual = picked.receiver.zeros_like()
         _, _, heads, _, key_dim = residual.key.shape
         parts = mapped.split([heads * key_dim, heads * residual.value.shape[-1]], dim=1)
@@ -84,7 +82,7 @@ class Tokens:
         ):
             part[self.layer, 0] = its.unflatten(1, (heads, -1)).transpose(0, 1).to(part) - own[self.layer, 0]
         return seen.own.add_tokens(
-            picked.rows, picked.positions, residual if picked.turn is None else picked.turn.apply(residual)
+            picked.rows, picked.positions, residual if picked.rope is None else picked.rope.apply(residual)
         )
 
 

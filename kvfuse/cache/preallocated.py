@@ -1,126 +1,143 @@
-"""A cache layer that keeps room for tokens to come, so that one more costs no copy of those before it."""
+"""A cache layer with spare capacity: adding a token copies none of those before it."""
 
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-PARTS = ("keys", "values")
-ROOM = 64  # tokens, behind those that come first
-GROWTH = 1.5
+from kvfuse.cache.kv import KV
+
+SPARE_TOKENS = 64  # capacity behind the first tokens
+GROWTH = 1.5  # of the capacity, when it is used up
 
 
 class LayerStack:
-    """Where the first tokens of all layers of a cache lie: ``(L, B, H, room, D)`` for keys, and for values.
+    """Buffers that hold the first tokens of all layers of a cache next to each other, ``(L, B, H, capacity, D)``.
 
     Args:
-        num_layers: How many layers share it.
-        more: Tokens that are known to come behind the first.
+        num_layers: How many layers share them.
+        extra_tokens: Tokens that are known to follow the first.
     """
 
-    def __init__(self, num_layers: int, more: int = 0) -> None:
-        self.num_layers, self.more = num_layers, more
-        self.rooms: dict[str, Tensor] = {}
+    def __init__(self, num_layers: int, extra_tokens: int = 0) -> None:
+        self.num_layers, self.extra_tokens = num_layers, extra_tokens
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def room(self, part: str, place: int, like: Tensor) -> Tensor | None:
-        """Room for a layer's first tokens ``(B, H, T, D)`` and more; None where they are of another shape or device than others'."""
-        batch, heads, tokens, dim = like.shape
-        shape = (self.num_layers, batch, heads, tokens + self.more + ROOM, dim)
-        rooms = self.rooms.setdefault(part, like.new_empty(shape) if place == 0 else like.new_empty(0))
-        fits = (rooms.shape, rooms.dtype, rooms.device) == (shape, like.dtype, like.device)
-        return rooms[place] if fits else None
+    def allocate(self, index: int, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Buffers for the first keys and values of a layer, ``(B, H, T, D)`` each.
+
+        Returns:
+            ``(B, H, capacity, D)`` each, or None if layer 0 had another shape, dtype or device.
+        """
+        if index == 0:
+            self.buffers = _buffers(states, self.num_layers, extra_tokens=self.extra_tokens)
+        if self.buffers is None:
+            return None
+        for buffer, part in zip(self.buffers, states, strict=True):
+            shape = _shape(part, self.num_layers, self.extra_tokens)
+            if (buffer.shape, buffer.dtype, buffer.device) != (shape, part.dtype, part.device):
+                return None
+        keys, values = self.buffers
+        return keys[index], values[index]
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Lay down the first tokens of all layers ``(L, B, H, T, D)``, in one copy each."""
-        for part, tokens in zip(PARTS, (keys, values), strict=True):
-            *outer, length, dim = tokens.shape
-            self.rooms[part] = tokens.new_empty(*outer, length + self.more + ROOM, dim)
-            self.rooms[part][..., :length, :] = tokens
+        """Copy the first tokens of all layers ``(L, B, H, T, D)``, in one copy each."""
+        self.buffers = _buffers((keys[0], values[0]), len(keys), extra_tokens=self.extra_tokens)
+        for buffer, tokens in zip(self.buffers, (keys, values), strict=True):
+            buffer[..., : tokens.shape[3], :] = tokens
 
 
 class PreallocatedLayer(DynamicLayer):
-    """transformers' layer of full attention, with room behind its keys and values.
+    """transformers' layer of full attention, with spare capacity behind its keys and values.
 
     Args:
-        beside: Where its first tokens are to lie.
-        place: The layer's number there.
-        windowed: Whether transformers' own layer would keep the last tokens alone.
+        stack: Holds its first tokens; left when they outgrow it, or when rows are reordered.
+        index: The layer's number in the stack.
+        windowed: Whether transformers' own layer would keep the last tokens only.
     """
 
-    def __init__(self, beside: LayerStack, place: int, windowed: bool = False) -> None:
+    def __init__(self, stack: LayerStack, index: int, windowed: bool = False) -> None:
         super().__init__()
-        self.beside: LayerStack | None = beside  # until it has moved out
-        self.place, self.windowed = place, windowed
-        self._rooms: dict[str, Tensor] = {}
-        self._held: dict[str, Tensor] = {}  # what was last given out of the rooms
+        self.stack: LayerStack | None = stack
+        self.index, self.windowed = index, windowed
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """transformers' hook: add ``(B, H, k, D)`` and give all there are."""
-        first = not self.is_initialized or self.keys.numel() == 0
+        """Called by transformers: add ``(B, H, k, D)`` and return all tokens."""
+        states = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for part, new in zip(PARTS, (key_states, value_states), strict=True):
-            if first:
-                self._first(part, new)
-            else:
-                self._more(part, new)
+            self.lazy_initialization(*states)
+        length = self.keys.shape[2] if self.keys.numel() else 0
+        total = length + key_states.shape[2]
+        # 1) Buffers: from the stack at first, a layer's own when these are full or no longer hold its tokens.
+        if length == 0:
+            self.buffers = self.stack.allocate(self.index, states) if self.stack is not None else None
+        if self.buffers is None or total > self.buffers[0].shape[2] or not (length == 0 or self.is_in_place):
+            self._move(length, total, states)
+        # 2) Write behind what is there.
+        assert self.buffers is not None
+        for buffer, part in zip(self.buffers, states, strict=True):
+            buffer[:, :, length:total] = part
+        return self.hold(total)
+
+    def hold(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Make the first tokens of the buffers the layer's keys and values."""
+        assert self.buffers is not None
+        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self.buffers)
         return self.keys, self.values
 
     def take(self, tokens: int) -> None:
-        """Hold the first tokens that :meth:`LayerStack.fill` has laid down."""
-        assert self.beside is not None
-        self._rooms = {part: self.beside.rooms[part][self.place] for part in PARTS}
-        self.lazy_initialization(*self._rooms.values())
-        for part in PARTS:
-            self._hold(part, tokens)
+        """Hold the first tokens that :meth:`LayerStack.fill` has copied."""
+        assert self.stack is not None
+        assert self.stack.buffers is not None
+        keys, values = self.stack.buffers
+        self.buffers = keys[self.index], values[self.index]
+        self.lazy_initialization(*self.buffers)
+        self.hold(tokens)
 
     @property
-    def is_at_home(self) -> bool:
-        """Whether its tokens still lie beside those of the other layers."""
-        return self.beside is not None and all(self._is_held(part) for part in PARTS)
-
-    def _first(self, part: str, new: Tensor) -> None:
-        room = None if self.beside is None else self.beside.room(part, self.place, new)
-        if room is None:
-            self.beside = None
-            room = new.new_empty(*new.shape[:2], new.shape[2] + ROOM, new.shape[3])
-        self._rooms[part] = room
-        self._write(part, 0, new)
-
-    def _more(self, part: str, new: Tensor) -> None:
-        held, room = getattr(self, part), self._rooms[part]
-        length, total = held.shape[2], held.shape[2] + new.shape[2]
-        if total > room.shape[2] or not self._is_held(part):  # rows were chosen or interchanged, as by beams
-            self.beside = None
-            self._rooms[part] = held.new_empty(*held.shape[:2], max(total, int(GROWTH * length)) + ROOM, held.shape[3])
-            self._write(part, 0, held)
-        self._write(part, length, new)
-
-    def _write(self, part: str, start: int, tokens: Tensor) -> None:
-        end = start + tokens.shape[2]
-        self._rooms[part][:, :, start:end] = tokens
-        self._hold(part, end)
-
-    def _hold(self, part: str, tokens: int) -> None:
-        self._held[part] = self._rooms[part][:, :, :tokens]
-        setattr(self, part, self._held[part])
-
-    def _is_held(self, part: str) -> bool:
-        """Whether the layer's keys, or values, are the first tokens of its room, be it that the last ones were taken back."""
-        held, room = getattr(self, part), self._rooms.get(part)
-        if room is None or held is self._held[part]:
-            return room is not None
-        return (
-            held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2] and held.stride() == room.stride()
+    def is_in_place(self) -> bool:
+        """Whether keys and values are the first tokens of the buffers: rows were neither selected nor reordered."""
+        if self.buffers is None:
+            return False
+        return all(
+            held.data_ptr() == buffer.data_ptr()
+            and held.shape[:2] == buffer.shape[:2]
+            and held.stride() == buffer.stride()
+            for held, buffer in zip((self.keys, self.values), self.buffers, strict=True)
         )
 
+    def _move(self, length: int, total: int, states: tuple[Tensor, Tensor]) -> None:
+        """Copy the tokens into larger buffers outside of the stack."""
+        held = (self.keys, self.values) if length else states
+        capacity = max(total, int(GROWTH * length)) - held[0].shape[2]
+        self.stack = None
+        self.buffers = tuple(buffer[0] for buffer in _buffers(held, 1, extra_tokens=capacity))  # type: ignore[assignment]
+        if length:
+            assert self.buffers is not None
+            for buffer, part in zip(self.buffers, held, strict=True):
+                buffer[:, :, :length] = part
 
-def stacked_layers(layers: list[Any]) -> tuple[Tensor, Tensor] | None:
-    """Keys and values of a cache's layers as one view each, ``(L, B, H, T, D)``; None where they do not lie side by side."""
-    together: LayerStack | None = getattr(layers[0], "beside", None)
-    if together is None or len(layers) != together.num_layers:
-        return None
-    if not all(getattr(layer, "beside", None) is together and layer.is_at_home for layer in layers):
+
+def stacked_layers(layers: list[Any]) -> KV | None:
+    """The layers of a cache as one view ``(L, B, H, T, D)``; None if they do not share a stack."""
+    stack: Any = getattr(layers[0], "stack", None)
+    if stack is None or stack.buffers is None or len(layers) != stack.num_layers:
         return None
     tokens = layers[0].keys.shape[2]
-    return together.rooms["keys"][..., :tokens, :], together.rooms["values"][..., :tokens, :]
+    for layer in layers:
+        if getattr(layer, "stack", None) is not stack or not layer.is_in_place or layer.keys.shape[2] != tokens:
+            return None
+    keys, values = stack.buffers
+    return KV(keys[..., :tokens, :], values[..., :tokens, :])
+
+
+def _shape(states: Tensor, num_layers: int, extra_tokens: int) -> tuple[int, ...]:
+    batch, heads, tokens, dim = states.shape
+    return num_layers, batch, heads, tokens + extra_tokens + SPARE_TOKENS, dim
+
+
+def _buffers(states: tuple[Tensor, Tensor], num_layers: int, *, extra_tokens: int) -> tuple[Tensor, Tensor]:
+    """Empty ``(L, B, H, capacity, D)`` for keys and values that begin with these states."""
+    keys, values = (part.new_empty(_shape(part, num_layers, extra_tokens)) for part in states)
+    return keys, values

@@ -1,4 +1,4 @@
-"""Caches of prompts, by who made them, kept for prompts that begin alike; within a budget, of which the least recently used ones leave."""
+"""Caches of prompts by owner, found again by the longest common prefix; the least recently used ones are evicted."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kvfuse.cache.transformers_cache import Layers, copy_layers
+from kvfuse.cache.transformers_cache import Layers
 from kvfuse.prompts.alignment import AlignedPrompt
 
-USEFUL = 16  # tokens; to read fewer takes no longer than to look for them
+MIN_REUSED_TOKENS = 16  # reading fewer takes no longer than looking for them
 
 
 @dataclass(frozen=True)
-class Text:
-    """All that a cache of one prompt depends on, beside who made it.
+class CachedText:
+    """Everything that the cache of one prompt depends on, except its owner.
 
     Attributes:
-        own: ``(k, T)`` int64: ids and positions; of a fused cache also whether each is fused.
-        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and which of it each position reads, ``(T,)`` int64.
+        own: ``(k, T)`` int64: ids and positions; of a fused cache also whether each position is fused.
+        sharers: Of a fused cache, what each sharer read, ``(2, T_s)`` int64, and the index of the sharer position that
+            each position reads, ``(T,)`` int64.
     """
 
     own: Tensor
@@ -29,101 +30,102 @@ class Text:
     def __len__(self) -> int:
         return self.own.shape[1]
 
-    def common(self, other: "Text") -> int:
-        """At how many first positions a cache of the one holds what a cache of the other does."""
-        same = _equal(self.own, other.own)
-        for (read, index), (their_read, their_index) in zip(self.sharers, other.sharers, strict=True):
-            mine, theirs = index[: len(same)], their_index[: len(same)]
-            same = same & (mine == theirs) & (mine < _leading(_equal(read, their_read)))
-        return _leading(same)
+    def common_prefix(self, other: "CachedText") -> int:
+        """Number of positions at the beginning that caches of the two have in common."""
+        same = _equal_columns(self.own, other.own)
+        for (read, index), (other_read, other_index) in zip(self.sharers, other.sharers, strict=True):
+            index, other_index = index[: len(same)], other_index[: len(same)]
+            same = same & (index == other_index) & (index < _count_leading(_equal_columns(read, other_read)))
+        return _count_leading(same)
 
 
-def exact_text(ids: Tensor, positions: Tensor) -> Text:
-    """Of a cache that a model made of ``(1, T)`` ids and positions alone."""
-    return Text(torch.stack([ids[0], positions[0]]))
+def exact_text(ids: Tensor, positions: Tensor) -> CachedText:
+    """The text of a cache that a model computed from ``(1, T)`` ids and positions."""
+    return CachedText(torch.stack([ids[0], positions[0]]))
 
 
-def fused_text(prompt: AlignedPrompt, num_sharers: int) -> Text:
-    """Of one prompt's fused cache: all positions but the last, whose sharers count where they are fused."""
+def fused_text(prompt: AlignedPrompt, num_sharers: int) -> CachedText:
+    """The text of one prompt's fused cache: all positions but the last; sharers count where they are fused."""
     fused = prompt.fuse_mask[0, :-1]
     own = torch.stack([prompt.ids[0, :-1], prompt.positions[0, :-1], fused.long()])
-    reads = prompt.sharers[:num_sharers]
-    return Text(
-        own, tuple((torch.stack([one.ids[0], one.positions[0]]), one.index[0, :-1].where(fused, -1)) for one in reads)
-    )
+    sharers = [
+        (torch.stack([sharer.ids[0], sharer.positions[0]]), sharer.index[0, :-1].where(fused, -1))
+        for sharer in prompt.sharers[:num_sharers]
+    ]
+    return CachedText(own, tuple(sharers))
 
 
 @dataclass(eq=False)
 class Entry:
-    """Copies of keys and values, which nobody writes to, and when they were last asked for."""
+    """Copies of keys and values that are never written to, and the time of their last use."""
 
-    text: Text
+    text: CachedText
     layers: Layers
     nbytes: int
     used: int
 
 
 class PrefixCache:
-    """Entries by their maker. Threads may share one.
+    """Entries by owner. Threads may share one.
 
     Args:
-        max_bytes: What all copies may take together.
+        max_bytes: Size of all copies together.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._by_maker: dict[Hashable, list[Entry]] = {}
+        self._by_owner: dict[Hashable, list[Entry]] = {}
         self._clock, self._lock = count(), Lock()
 
     def entries(self) -> list[Entry]:
         with self._lock:
-            return [entry for some in self._by_maker.values() for entry in some]
+            return [entry for entries in self._by_owner.values() for entry in entries]
 
     def clear(self) -> None:
         with self._lock:
-            self._by_maker.clear()
+            self._by_owner.clear()
 
-    def find(self, maker: Hashable, text: Text) -> tuple[Entry | None, int]:
-        """The entry that begins as the text for longest, and for how many positions."""
+    def find(self, owner: Hashable, text: CachedText) -> tuple[Entry | None, int]:
+        """The entry with the longest common prefix, and the length of that in positions."""
         with self._lock:
-            found = [(text.common(entry.text), entry) for entry in self._by_maker.get(maker, ())]
-            known, entry = max(found, key=lambda one: one[0], default=(0, None))
-            if entry is None or known < min(USEFUL, len(text)):
+            found = [(text.common_prefix(entry.text), entry) for entry in self._by_owner.get(owner, ())]
+            known, entry = max(found, key=lambda pair: pair[0], default=(0, None))
+            if entry is None or known < min(MIN_REUSED_TOKENS, len(text)):
                 return None, 0
             entry.used = next(self._clock)
             return entry, known
 
-    def keep(self, maker: Hashable, text: Text, layers: Layers) -> None:
-        """Copy a cache, in place of those of the text's beginnings; one larger than the shelf is not kept."""
+    def put(self, owner: Hashable, text: CachedText, layers: Layers) -> None:
+        """Copy a cache; it replaces those of prefixes of its text. One larger than the budget is not kept."""
         nbytes = sum(part.nbytes for layer in layers for part in layer)
         if nbytes > self.max_bytes:
             return
-        copies = copy_layers(layers)
+        copies = [(key.clone(), value.clone()) for key, value in layers]  # without the spare capacity behind them
         with self._lock:
-            longer = [other for other in self._by_maker.get(maker, ()) if text.common(other.text) < len(other.text)]
-            self._by_maker[maker] = [*longer, Entry(text, copies, nbytes, next(self._clock))]
-            self._make_room()
+            entries = self._by_owner.get(owner, ())
+            longer = [entry for entry in entries if text.common_prefix(entry.text) < len(entry.text)]
+            self._by_owner[owner] = [*longer, Entry(text, copies, nbytes, next(self._clock))]
+            self._evict()
 
-    def _make_room(self) -> None:
-        entries = sorted(
-            ((maker, entry) for maker, some in self._by_maker.items() for entry in some), key=lambda one: one[1].used
-        )
+    def _evict(self) -> None:
+        """Remove the least recently used entries until the others fit."""
+        entries = [(owner, entry) for owner, entries in self._by_owner.items() for entry in entries]
         excess = sum(entry.nbytes for _, entry in entries) - self.max_bytes
-        for maker, entry in entries:
+        for owner, entry in sorted(entries, key=lambda pair: pair[1].used):
             if excess <= 0:
                 return
             excess -= entry.nbytes
-            self._by_maker[maker] = [other for other in self._by_maker[maker] if other is not entry]
-            if not self._by_maker[maker]:
-                del self._by_maker[maker]
+            self._by_owner[owner].remove(entry)
+            if not self._by_owner[owner]:
+                del self._by_owner[owner]
 
 
-def _equal(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Which columns of ``(k, T)`` and ``(k, U)`` are the same, as far as both go: bool."""
-    length = min(mine.shape[1], theirs.shape[1])
-    return (mine[:, :length] == theirs[:, :length]).all(0)
+def _equal_columns(first: Tensor, second: Tensor) -> Tensor:
+    """Whether columns of ``(k, T)`` and ``(k, U)`` are equal, as far as both go: bool."""
+    length = min(first.shape[1], second.shape[1])
+    return (first[:, :length] == second[:, :length]).all(0)
 
 
-def _leading(same: Tensor) -> int:
-    """How many are true before the first that is not."""
+def _count_leading(same: Tensor) -> int:
+    """Number of true values before the first false one."""
     return int(same.long().cumprod(0).sum())

@@ -204,7 +204,11 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts = [as_prompt(question.text) for question in questions]
     hints = TextToText(
-        Single("receiver", folder.receiver), folder.sharer, HINT_REQUEST, HINT_READING, OPTIONS["max_new_tokens"]
+        Single("receiver", folder.receiver),
+        Single("sharer", folder.sharer),
+        request=HINT_REQUEST,
+        reading=HINT_READING,
+        hint_tokens=OPTIONS["max_new_tokens"],
     ).hints(prompts, **OPTIONS)
     answers = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
     true, right, told = [], [], []

@@ -1,10 +1,10 @@
-"""Fusers by kind; each is a transformers model of its own."""
+"""Fusers by kind; each is a small transformers model."""
 
-from kvfuse.fusers.base import Fuser, FuserConfig, describe_gates, require_trainable
+from kvfuse.fusers.base import Fuser, FuserConfig, describe_gates
 from kvfuse.fusers.c2c import C2CConfig, C2CFuser
 from kvfuse.fusers.c2c_complex import C2CComplexConfig, C2CComplexFuser
-from kvfuse.fusers.execution.quantized import QuantizedLinear, quantize
-from kvfuse.fusers.gated import GatedConfig, GatedFuser
+from kvfuse.fusers.execution.quantized import QuantizedLinear, quantize, require_trainable
+from kvfuse.fusers.gate import GatedConfig, GatedFuser
 from kvfuse.fusers.low_rank import LowRankConfig, LowRankFuser
 from kvfuse.fusers.registry import FUSERS, fuser_class, make_fuser, register_fuser
 from kvfuse.fusers.ridge import RidgeConfig, RidgeFuser
@@ -31,3 +31,11 @@ __all__ = [
     "register_fuser",
     "require_trainable",
 ]
+
+for _kind, _cls in {
+    "c2c": C2CFuser,
+    "c2c-complex": C2CComplexFuser,
+    "low-rank": LowRankFuser,
+    "ridge": RidgeFuser,
+}.items():
+    register_fuser(_kind, _cls)

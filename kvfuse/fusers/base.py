@@ -1,16 +1,21 @@
-"""What a fuser is: the receiver's and a sharer's KV in, the residual for the receiver's KV out."""
+"""The contract of a fuser: the receiver's and a sharer's keys and values in, the residual for the receiver's out."""
 
-from collections.abc import Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvfuse.cache.transformers_cache import KV, KVSpec
-from kvfuse.errors import PairError
-from kvfuse.fusers.execution.quantized import FULL, WEIGHTS, quantize_linears_
+from kvfuse.cache.kv import KV, KVSpec
+from kvfuse.errors import CheckpointError, PairError
+from kvfuse.fusers import folder as fuser_folder
 from kvfuse.fusers.layer_alignment import align_layers
+from kvfuse.fusers.registry import class_of
 
 ROPES = ("kept", "removed")
 
@@ -19,15 +24,17 @@ class FuserConfig(PreTrainedConfig):
     """What every fuser knows of the pair it serves, saved beside its weights.
 
     Attributes:
-        receiver: Identity of the receiver: name, KV shape, tokenizer, weights (:class:`kvfuse.language_model.Identity`).
+        receiver: Identity of the receiver: name, KV shape, tokenizer, weights
+            (:class:`kvfuse.language_model.Identity`).
         sharer: Identity of the sharer.
         token_alignment: One of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
         layer_alignment: ``terminal`` | ``depth-normalized`` | one sharer layer per receiver layer.
-        fuse: ``all`` | ``messages``: which prompt positions are fused.
-        fuse_response: Whether the last prompt token and what is generated are fused as well.
-        rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or turned back to
-            position zero (:mod:`kvfuse.stages.rope`).
-        weights: ``full`` | ``int8`` | ``int4``: what the large matrices are (:mod:`kvfuse.fusers.execution.quantized`); trained are full ones.
+        fuse: ``all`` | ``messages``: the prompt positions that are fused.
+        fuse_response: Whether the last prompt token and the generated tokens are fused as well.
+        rope: ``kept`` | ``removed``: whether the fuser sees and changes keys as the caches hold them, or with the
+            rotary embedding removed (:mod:`kvfuse.stages.rope`).
+        weights: ``full`` | ``int8`` | ``int4``: the format of the large matrices
+            (:mod:`kvfuse.fusers.execution.quantized`); only full ones can be trained.
     """
 
     receiver: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +44,7 @@ class FuserConfig(PreTrainedConfig):
     fuse: str = "all"
     fuse_response: bool = False
     rope: str = "kept"
-    weights: str = FULL
+    weights: str = "full"
 
     @property
     def receiver_kv(self) -> KVSpec:
@@ -56,8 +63,8 @@ class FuserConfig(PreTrainedConfig):
 class Fuser(PreTrainedModel):
     """Base of all fusers: write :meth:`forward` and :meth:`reset_parameters`.
 
-    A fuser is position-wise: a token's residual depends on that token's KV alone, so it may run on any set of tokens.
-    A closed gate gives a residual of exactly zero.
+    A fuser is position-wise: the residual of a token depends on that token's keys and values only, so a fuser may run
+    on any set of tokens. A closed gate gives a residual of exactly zero.
 
     Attributes:
         sharer_layers: The sharer layer that feeds each receiver layer.
@@ -73,10 +80,10 @@ class Fuser(PreTrainedModel):
 
     def __init__(self, config: FuserConfig) -> None:
         super().__init__(config)
-        require_choices(config, rope=ROPES, weights=WEIGHTS)
+        require_choices(config, rope=ROPES)
         self.sharer_layers = config.layers
 
-    def forward(self, receiver: KV, sharer: KV) -> KV:
+    def forward(self, *, receiver: KV, sharer: KV) -> KV:
         """Compute the residual of all layers at once (paper, Eq. 3).
 
         Args:
@@ -95,7 +102,7 @@ class Fuser(PreTrainedModel):
         """Set the parameters in closed form.
 
         Args:
-            batches: The receiver's and the sharer's KV of the same tokens; each is seen once, none need be kept.
+            batches: The receiver's and the sharer's KV of the same tokens; each is read once.
 
         Raises:
             PairError: There are too few.
@@ -103,34 +110,108 @@ class Fuser(PreTrainedModel):
         raise NotImplementedError
 
     def set_progress(self, share: float) -> None:
-        """Told before every training step which share of the run (0 … 1) is done; for annealing."""
+        """Called before every training step with the share of the run (0 … 1) that is done; for annealing."""
 
     def gate_parameters(self) -> list[Any]:
         """Parameters that train with their own learning rate and without weight decay."""
         return []
 
     def open_gates(self) -> dict[str, Tensor]:
-        """What is switched on at inference: bool, ``(L,)`` or ``(L, H)``, by the name of what is gated; empty without gates."""
+        """The gates that are open at inference, bool ``(L,)`` or ``(L, H)``, by what they gate; empty without gates."""
         return {}
 
-    def post_init(self) -> None:
-        """transformers' hook, with which every constructor ends: here linear layers become those that the configuration asks for."""
-        quantize_linears_(self, self.config.weights)
-        super().post_init()
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, how many there are, and how large they are."""
+        counts = [(parameter.numel(), parameter.nbytes, parameter.requires_grad) for parameter in self.parameters()]
+        total, nbytes = sum(count for count, _, _ in counts), sum(size for _, size, _ in counts)
+        trainable = sum(count for count, _, trains in counts if trains)
+        share = 100 * trainable / max(total, 1)
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || "
+            f"trainable%: {share:.2f} || {nbytes / 1e6:.2f} MB"
+        )
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module. Raises PairError where the weights have no gradient; what is beside them then has none either."""
-        if mode:
-            require_trainable(self)
-        if self.config.weights != FULL:
-            self.requires_grad_(False)  # loaded by transformers, every float has one
-        return super().train(mode)
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, subfolder: str = "", **options: Any) -> Self:
+        """Load a fuser of our format, after checking that it is whole.
+
+        Called on :class:`Fuser`, it returns a fuser of whatever kind the folder holds. The authors' format is read by
+        :func:`kvfuse.load_fuser`, which reads ours too.
+
+        Args:
+            source: Folder or Hub id.
+            args: For transformers' ``from_pretrained``.
+            subfolder: Folder inside of it.
+            options: For transformers' ``from_pretrained``, e.g. ``dtype``; ``revision`` for the Hub.
+
+        Raises:
+            CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of this kind.
+        """
+        folder = fuser_folder.locate(source, subfolder, options.pop("revision", None))
+        kind = class_of(fuser_folder.read_config(folder))
+        if not issubclass(kind, cls):
+            raise CheckpointError(f"expected a {cls.__name__} in {folder}, got a {kind.__name__}; load it with Fuser")
+        options = {"dtype": "auto", **options, "output_loading_info": True}
+        fuser, report = super(Fuser, kind).from_pretrained(folder, *args, **options)
+        fuser_folder.require_all_weights(folder, report)
+        return fuser.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, notes: str = "", **options: Any) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card, or nothing.
+
+        Args:
+            folder: Replaced if it holds a fuser; other files in it are kept.
+            notes: Markdown for the end of the model card, e.g. what was measured.
+            options: For transformers' ``save_pretrained``.
+
+        Raises:
+            CheckpointError: ``folder`` holds something that is not a fuser.
+        """
+        save: Callable[..., None] = super().save_pretrained
+        if not options.get("is_main_process", True):  # of several processes, which gather the weights together
+            return save(folder, **options)
+
+        def write(fresh: Path) -> None:
+            save(fresh, **options)
+            (fresh / fuser_folder.CARD).write_text(fuser_folder.model_card(self, notes), encoding="utf-8")
+
+        fuser_folder.write(Path(folder), write)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        notes: str = "",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload fuser",
+    ) -> CommitInfo:
+        """Upload configuration, weights and model card; transformers' own method would replace the card by a template.
+
+        Args:
+            repo_id: Name of the repository, which is made if it is not there.
+            notes: See :meth:`save_pretrained`.
+            private: Whether a new repository is private.
+            token: Of the Hub; by default the one of ``hf auth login``.
+            revision: Branch to upload to.
+            create_pr: Whether to open a pull request.
+            commit_message: Of the upload.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = Path(folder, "fuser")
+            self.save_pretrained(fresh, notes=notes)
+            options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+            return api.upload_folder(repo_id=repo, folder_path=fresh, **options)
 
     def get_input_embeddings(self) -> None:
-        """transformers' hook, which FSDP asks: there are none."""
+        """Called by FSDP through transformers: a fuser has none."""
 
     def _init_weights(self, module: Any) -> None:
-        """transformers' hook; :meth:`reset_parameters` does the work, once for the whole fuser."""
+        """Called by transformers; :meth:`reset_parameters` does the work, once for the whole fuser."""
 
 
 def describe_gates(fuser: Fuser) -> str:
@@ -138,21 +219,14 @@ def describe_gates(fuser: Fuser) -> str:
     gates = fuser.open_gates()
     if not gates:
         return "The fuser has no gates."
-    counts = ", ".join(f"{name} {int(opened.sum())} of {opened.numel()}" for name, opened in gates.items())
-    shut = {
-        name: (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist() for name, opened in gates.items()
-    }
-    closed = "; ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in shut.items() if layers)
-    return f"Open gates: {counts}." + (f" Closed layers: {closed}." if closed else "")
-
-
-def require_trainable(fuser: Fuser) -> None:
-    """Refuse a fuser that can only be used. Raises PairError where its weights are integers."""
-    weights = fuser.config.weights
-    if weights != FULL:
-        raise PairError(
-            f"expected a fuser with full weights to train, got one with {weights}, which have no gradient; train the one it was made of"
-        )
+    counts, closed = [], []
+    for name, opened in gates.items():
+        counts.append(f"{name} {int(opened.sum())} of {opened.numel()}")
+        layers = (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist()
+        if layers:
+            closed.append(f"{name} {', '.join(map(str, layers))}")
+    told = f"Open gates: {', '.join(counts)}."
+    return told + (f" Closed layers: {'; '.join(closed)}." if closed else "")
 
 
 def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:
@@ -162,10 +236,9 @@ def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:
         PairError: Names the option and the choices.
     """
     for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise PairError(
-                f"expected fuser.{name} to be one of {', '.join(known)}, got {getattr(config, name)!r}; choose one"
-            )
+        got = getattr(config, name)
+        if got not in known:
+            raise PairError(f"expected fuser.{name} to be one of {', '.join(known)}, got {got!r}; choose one")
 
 
 def require_uniform(config: FuserConfig) -> None:
@@ -174,8 +247,8 @@ def require_uniform(config: FuserConfig) -> None:
     Raises:
         PairError: Keys and values have different sizes.
     """
-    for whose, spec in (("receiver", config.receiver_kv), ("sharer", config.sharer_kv)):
+    for role, spec in (("receiver", config.receiver_kv), ("sharer", config.sharer_kv)):
         if spec.key_dim != spec.value_dim:
             raise PairError(
-                f"expected a {whose} with keys and values of one size, got {spec}; use another fuser or model"
+                f"expected a {role} with keys and values of one size, got {spec}; use another fuser or model"
             )

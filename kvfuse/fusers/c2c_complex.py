@@ -1,4 +1,4 @@
-"""The paper's stronger fuser, C2C-C: the sharer's cache is first brought to the receiver's width by a network of its own."""
+"""The paper's stronger fuser, C2C-C: a separate network first translates the sharer's cache to the receiver's width."""
 
 from typing import ClassVar
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvfuse.fusers.base import require_uniform
-from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.gated import GatedConfig, GatedFuser
+from kvfuse.fusers.gate import Gate, GatedConfig, GatedFuser
+from kvfuse.fusers.groups import scale_heads
 from kvfuse.fusers.layers import GroupedLayerNorm, GroupedLinear, GroupedSwiGLU, HeadWeights
 
 
@@ -31,7 +31,7 @@ class C2CComplexConfig(GatedConfig):
 
 
 class C2CComplexFuser(GatedFuser):
-    """``residual = gate * weight * combiner(concat(translation(sharer), receiver))``, for all layers at once.
+    """``residual = gate * weight * combiner(concat(translation(sharer), receiver))`` for every layer.
 
     https://arxiv.org/abs/2510.03215, A.1.3, in the form of the authors' ``AllInOneProjector`` under their recipe
     ``all_in_one``: a layer's keys decide the weights of its values too, and one gate switches both.
@@ -75,26 +75,30 @@ class C2CComplexFuser(GatedFuser):
         self.combiner.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`GatedFuser.network`."""
-        projected = self.combiner(torch.cat([self._translate(theirs), mine], dim=-1))
-        logits = self._weigh(mine, projected, self.config.receiver_kv.num_kv_heads)
-        return projected, self.head_weights(logits / self.config.weight_temperature)
+    def residual(self, *, receiver: Tensor, sharer: Tensor, gate: Tensor) -> Tensor:
+        """See :meth:`GatedFuser.residual`."""
+        translated = self._translate(sharer)  # (2L, N, C_r)
+        projected = self.combiner(torch.cat([translated, receiver], dim=-1))  # (2L, N, H * D)
+        logits = self._weigh(receiver=receiver, projected=projected)  # (2L, N, H)
+        weight = self.head_weights(logits / self.config.weight_temperature)  # (2L, N, H)
+        return scale_heads(projected, gate * weight)  # (2L, N, H * D)
 
-    def _translate(self, theirs: Tensor) -> Tensor:
+    def _translate(self, sharer: Tensor) -> Tensor:
         """``(2L, N, C_s)`` -> ``(2L, N, C_r)``, with a shortcut where both are equally wide."""
-        hidden = theirs
+        hidden = sharer
         for stage in self.translation:
             hidden = stage(hidden)
         translated = self.translation_out(hidden)
-        return translated + theirs if translated.shape == theirs.shape else translated
+        return translated + sharer if translated.shape == sharer.shape else translated
 
-    def _weigh(self, mine: Tensor, projected: Tensor, heads: int) -> Tensor:
+    def _weigh(self, *, receiver: Tensor, projected: Tensor) -> Tensor:
         """Logits ``(2L, N, H)`` from the receiver's and the projected keys, side by side within each head."""
-        keys = [part[: len(part) // 2].unflatten(-1, (heads, -1)) for part in (mine, projected)]
-        features = torch.cat(keys, dim=-1).flatten(2)
-        hidden = F.dropout(F.gelu(self.weighting_norm(self.weighting_in(features))), self.config.dropout, self.training)
-        return self.weighting_out(self.weighting(hidden).repeat(2, 1, 1))
+        heads = self.config.receiver_kv.num_kv_heads
+        keys = [groups[: len(groups) // 2].unflatten(-1, (heads, -1)) for groups in (receiver, projected)]
+        features = torch.cat(keys, dim=-1).flatten(2)  # (L, N, 2 * H * D)
+        hidden = F.gelu(self.weighting_norm(self.weighting_in(features)))
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        return self.weighting_out(self.weighting(hidden).repeat(2, 1, 1))  # keys weigh the values too
 
 
 class _Stage(nn.Module):

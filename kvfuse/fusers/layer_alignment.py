@@ -36,6 +36,7 @@ def align_layers(num_receiver: int, num_sharer: int, how: str | Sequence[int] = 
         )
     if len(how) != num_receiver or not all(0 <= layer < num_sharer for layer in how):
         raise PairError(
-            f"expected {num_receiver} sharer layers between 0 and {num_sharer - 1}, got {list(how)}; name one per receiver layer"
+            f"expected {num_receiver} sharer layers between 0 and {num_sharer - 1}, got {list(how)}; "
+            "name one per receiver layer"
         )
     return list(how)

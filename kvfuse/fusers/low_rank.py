@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from kvfuse.fusers.base import require_uniform
-from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.gated import GatedConfig, GatedFuser
-from kvfuse.fusers.layers import GroupedFFN, GroupedLinear, HeadWeights
+from kvfuse.fusers.gate import Gate, GatedConfig, GatedFuser
+from kvfuse.fusers.groups import scale_heads
+from kvfuse.fusers.layers import GroupedFFN, GroupedLinear, HeadWeights, chain
 
 
 class LowRankConfig(GatedConfig):
     """Options of :class:`LowRankFuser`.
 
     Attributes:
-        rank: Width of the bottleneck; 40 makes 10 MB in bf16 for Qwen3-0.6B <- Qwen2.5-0.5B, where the paper's makes 956.
+        rank: Width of the bottleneck; 40 makes 10 MB in bf16 for Qwen3-0.6B <- Qwen2.5-0.5B, where the paper's makes
+            956.
     """
 
     model_type = "kvfuse-low-rank"
@@ -24,10 +25,10 @@ class LowRankConfig(GatedConfig):
 
 
 class LowRankFuser(GatedFuser):
-    """``residual = gate * weight * up(fusion(down(concat(sharer, receiver))))``, for all layers at once.
+    """``residual = gate * weight * up(fusion(down(concat(sharer, receiver))))`` for the keys and values of every layer.
 
-    The parts of https://arxiv.org/abs/2510.03215, section 3.3.2, without the feed-forward blocks that projection and
-    weighting have of their own there: both read the fused features, so that nearly all parameters carry a cache in or out.
+    The parts of https://arxiv.org/abs/2510.03215, section 3.3.2, but for the feed-forward blocks of projection and
+    weighting: both read the fused features, so that nearly all parameters carry a cache in or out.
     """
 
     config_class: ClassVar = LowRankConfig
@@ -54,20 +55,10 @@ class LowRankFuser(GatedFuser):
         self.up.reset_parameters(zero=self.config.zero_init)
         self.gate.reset_parameters(self.config.gate_init)
 
-    @torch.no_grad()
-    def start_from(self, weight: Tensor, bias: Tensor) -> None:
-        """See :meth:`GatedFuser.start_from`: as much of the map as the bottleneck lets through, by singular values."""
-        left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)  # (G, C, K), (G, K), (G, K, C_r)
-        rank = min(self.config.rank, strength.shape[1])
-        root = strength[:, :rank].sqrt()
-        self.fusion.zero_output_()
-        self.weighting.reset_parameters(zero=True)  # every weight is sigmoid(0), a half
-        for part in (self.down, self.up):
-            part.reset_parameters(zero=True)
-        self.down.place(left[..., :rank] * root[:, None])
-        self.up.place(2 * root[..., None] * right[:, :rank], 2 * bias)
-
-    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`GatedFuser.network`."""
-        features = self.fusion(self.down(torch.cat([theirs, mine], dim=-1)))  # (G, N, rank), sharer first
-        return self.up(features), self.head_weights(self.weighting(features))
+    def residual(self, *, receiver: Tensor, sharer: Tensor, gate: Tensor) -> Tensor:
+        """See :meth:`GatedFuser.residual`."""
+        both = torch.cat([sharer, receiver], dim=-1)  # (G, N, C_s + C_r)
+        features = chain(both, self.down, self.fusion)  # (G, N, rank)
+        weight = self.head_weights(self.weighting(features))  # (G, N, H)
+        projected = self.up(features)  # (G, N, H * D)
+        return scale_heads(projected, gate * weight)  # (G, N, H * D)

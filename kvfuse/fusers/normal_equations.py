@@ -1,4 +1,4 @@
-"""Ridge regression from sums over tokens alone, one regression per group: memory does not grow with the number of tokens."""
+"""Ridge regression from sums over tokens, one per group: memory does not grow with the number of tokens."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class NormalEquations:
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """``W = (S_xx + penalty * diag(S_xx))^-1 S_xy``, ``b = mean(y) - mean(x) W``, with ``S`` the centred moments.
 
-        The penalty counts in each input's own variance, for some dimensions of a key are a hundred times as large as others.
+        The penalty counts in each input's own variance, for some dimensions of a key are a hundred times as large as
+        others.
 
         Returns:
             ``(G, P, C)`` and ``(G, 1, C)``, float64.

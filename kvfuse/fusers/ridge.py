@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError
 from kvfuse.fusers.base import FuserConfig, require_uniform
-from kvfuse.fusers.gate import Gate
-from kvfuse.fusers.gated import GatedFuser
-from kvfuse.fusers.layers import GroupedLinear, to_groups
+from kvfuse.fusers.gate import Gate, GatedFuser
+from kvfuse.fusers.groups import scale_heads, to_groups
+from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.fusers.normal_equations import NormalEquations
 
-HELD_OUT_EVERY = 8  # one batch in so many decides the weights; the others decide the map
+BATCHES_PER_HELD_OUT = 8  # one of them decides the weights, the others the map
 
 
 class RidgeConfig(FuserConfig):
@@ -42,10 +42,11 @@ class RidgeFuser(GatedFuser):
 
     The map is the ridge regression of the receiver's keys, and of its values, on those of the sharer. Taking its place
     outright is the paper's projection only (2.8, table 8), which is weak: all that the map does not explain of the
-    receiver's cache is lost. So a head moves towards the mapped cache by ``weight = R^2 (1 - R^2)``, with ``R^2`` the share
-    of its variance that the map explains on tokens held out: not at all where the map says nothing, nor where it repeats
-    what is there. (No theorem: of six such weights the one that served the embedded pair best.) A gate is open where its
-    layer's ``R^2`` is above zero, which is where the map beats the mean.
+    receiver's cache is lost. So a head moves towards the mapped cache by ``weight = R^2 (1 - R^2)``, with ``R^2`` the
+    share
+    of its variance that the map explains on tokens held out: not at all where the map says nothing, nor where it
+    repeats what is there. (No theorem: of six such weights the one that served the embedded pair best.) A gate is open
+    where its layer's ``R^2`` is above zero, which is where the map beats the mean.
     """
 
     config_class: ClassVar = RidgeConfig
@@ -75,28 +76,33 @@ class RidgeFuser(GatedFuser):
         nn.init.constant_(self.weight, 0.0 if self.config.zero_init else 1.0)
         self.gate.reset_parameters(self.config.gate_init)
 
-    def network(self, theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`GatedFuser.network`."""
-        return self.projection(theirs) - mine, self.weight
+    def residual(self, *, receiver: Tensor, sharer: Tensor, gate: Tensor) -> Tensor:
+        """See :meth:`GatedFuser.residual`."""
+        return scale_heads(self.projection(sharer) - receiver, gate * self.weight)  # (G, N, H * D)
 
     def sharer_groups(self, sharer: KV, groups: Sequence[int] | None = None) -> Tensor:
-        """``(G, N, sources * C)``: of every receiver layer the sharer layers that it reads, side by side."""
-        return torch.cat([to_groups(sharer, layers, self.parts, groups) for layers in self.sources], dim=-1)
+        """``(G, N, sources * C_s)``: the sharer layers that each receiver layer reads, side by side."""
+        sources = [to_groups(sharer, layers=layers, parts=self.parts, groups=groups) for layers in self.sources]
+        return torch.cat(sources, dim=-1)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[KV, KV]]) -> None:
         """See :meth:`Fuser.fit`; every eighth batch, from the second on, is held out."""
         groups, inputs, outputs = self.projection.weight.shape
         fitted, held_out = (NormalEquations(groups, inputs, outputs, self.device) for _ in range(2))
-        for place, (receiver, sharer) in enumerate(batches):
-            (held_out if place % HELD_OUT_EVERY == 1 else fitted).add(self.sharer_groups(sharer), to_groups(receiver))
+        # 1) Sums over all tokens, some of them held out.
+        for number, (receiver, sharer) in enumerate(batches):
+            equations = held_out if number % BATCHES_PER_HELD_OUT == 1 else fitted
+            equations.add(self.sharer_groups(sharer), to_groups(receiver))
         if not held_out.count:
             raise PairError(
                 "expected at least two batches to fit, got fewer; use a smaller train.batch_size or more examples"
             )
+        # 2) The map, then how much of the held-out variance it explains.
         weight, bias = fitted.solve(self.config.penalty)
         by_head, by_layer = held_out.explained(weight, bias, self.weight.shape[2])
         by_head = by_head.clamp(0, 1)
+        # 3) Both decide the weights of heads, and the gates of layers.
         self.load_state_dict(
             {
                 "projection.weight": weight,
@@ -105,15 +111,3 @@ class RidgeFuser(GatedFuser):
                 "gate.logit": by_layer[:, None, None],
             }
         )
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """The residual behind open gates, as one map of the sharer's and the receiver's caches, side by side.
-
-        Returns:
-            Weight ``(G, C_s + C_r, C_r)`` and bias ``(G, 1, C_r)``; with several sources, ``C_s`` is theirs together.
-        """
-        groups, _, width = self.projection.weight.shape
-        assert self.projection.bias is not None
-        share = self.weight.repeat_interleave(width // self.weight.shape[2], dim=2)  # (G, 1, C_r)
-        mine = -torch.eye(width).to(share).expand(groups, -1, -1)
-        return share * torch.cat([self.projection.weight, mine], dim=1), share * self.projection.bias

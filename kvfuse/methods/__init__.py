@@ -1,4 +1,4 @@
-"""Ways to answer a question, under one contract: baselines, Cache-to-Cache and its controls."""
+"""Methods: Cache-to-Cache, its baselines and its controls, under one contract."""
 
 from kvfuse.methods.augmented import FewShot
 from kvfuse.methods.base import Answer, Method, OptionScore, Reply

@@ -1,4 +1,4 @@
-"""Methods that answer another prompt than they are asked: the same question with something more to read."""
+"""Methods that answer a longer prompt: the question with further text to read."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,34 +11,37 @@ from kvfuse.prompts.chat import Message, Prompt, as_chat
 
 @dataclass(frozen=True)
 class AugmentedPrompt:
-    """What is answered in place of a prompt, and how many tokens were generated and read to come by it."""
+    """A prompt with further text, and the tokens generated and read to write that text."""
 
     prompt: Prompt
     tokens: int = 0
     tokens_in: int = 0
 
 
+@dataclass(eq=False)
 class Augmented(Method):
-    """Another method answers what :meth:`augment` makes of the prompts.
+    """A method whose prompts are augmented, then answered by another method.
 
-    Args:
+    Attributes:
         reader: The method that answers.
     """
 
-    def __init__(self, reader: Method) -> None:
-        self.reader, self.fuses = reader, reader.fuses
+    reader: Method
+
+    def __post_init__(self) -> None:
+        self.fuses = self.reader.fuses
 
     @abstractmethod
     def augment(self, prompts: Sequence[Prompt], **options: Any) -> list[AugmentedPrompt]:
-        """What is answered in place of the prompts; ``options`` as in :meth:`Method.reply`."""
+        """The prompts that ``reader`` answers; ``options`` as in :meth:`Method.reply`."""
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
         augmented = self.augment(prompts, **options)
-        replies = self.reader.reply([one.prompt for one in augmented], **options)
+        replies = self.reader.reply([item.prompt for item in augmented], **options)
         return [
-            Reply(reply.text, reply.tokens + one.tokens, reply.tokens_in + one.tokens_in)
-            for reply, one in zip(replies, augmented, strict=True)
+            reply.plus(tokens=item.tokens, tokens_in=item.tokens_in)
+            for reply, item in zip(replies, augmented, strict=True)
         ]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -47,27 +50,25 @@ class Augmented(Method):
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
-        return self.reader.score([one.prompt for one in self.augment(prompts)], options)
+        return self.reader.score([item.prompt for item in self.augment(prompts)], options)
 
 
+@dataclass(eq=False)
 class FewShot(Augmented):
-    """The same examples, questions and answers, stand before every question.
+    """The same examples before every question.
 
-    Args:
+    Attributes:
         reader: The method that answers.
         examples: Messages of user and assistant by turns.
     """
 
     name = "few-shot"
-
-    def __init__(self, reader: Method, examples: Sequence[Message]) -> None:
-        super().__init__(reader)
-        self.examples = list(examples)
+    examples: Sequence[Message]
 
     def augment(self, prompts: Sequence[Prompt], **options: Any) -> list[AugmentedPrompt]:
-        """The examples go behind what the system says."""
+        """See :class:`Augmented`; the examples follow the system messages."""
         return [AugmentedPrompt(self._with_examples(as_chat(prompt))) for prompt in prompts]
 
     def _with_examples(self, chat: Sequence[Message]) -> list[Message]:
-        start = next((place for place, message in enumerate(chat) if message["role"] != "system"), len(chat))
+        start = next((index for index, message in enumerate(chat) if message["role"] != "system"), len(chat))
         return [*chat[:start], *self.examples, *chat[start:]]

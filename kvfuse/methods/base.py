@@ -1,15 +1,17 @@
-"""What a method is: a name, answers to a batch of prompts with what they cost, and how likely it finds given answers."""
+"""The contract of a method: reply to a batch of prompts, and score given answers."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
+from kvfuse.prompts.alignment import AlignedPrompt
 from kvfuse.prompts.chat import Prompt
 from kvfuse.stages.phases import measured
 
@@ -18,41 +20,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reply:
-    """One generated text, how many tokens it took all models together, and how many they read for it."""
+    """A generated text and its cost.
+
+    Attributes:
+        text: The answer.
+        tokens: Number of tokens that all models together generated for it, hints between models included.
+        tokens_in: Number of prompt tokens that all models together read for it.
+    """
 
     text: str
     tokens: int
     tokens_in: int
 
+    def plus(self, *, tokens: int, tokens_in: int) -> Self:
+        """The same text at a higher cost."""
+        return replace(self, tokens=self.tokens + tokens, tokens_in=self.tokens_in + tokens_in)
+
 
 @dataclass(frozen=True)
-class Answer:
-    """A reply and what it cost.
+class Answer(Reply):
+    """A reply with the time it took.
 
     Attributes:
-        text: The answer.
-        tokens: Generated for it, hints between models included.
-        seconds: Wall time, shared evenly over its batch.
-        tokens_in: Read for it, by all models together, as prompts.
-        phases: Seconds by phase (:data:`kvfuse.stages.phases.PHASES`), where :meth:`Method.timed` measured them; what is missing to
-            ``seconds`` is tokenization and the like.
+        seconds: Wall time of the batch, divided by its size.
+        phases: Seconds by phase (:data:`kvfuse.stages.phases.PHASES`), measured by :meth:`Method.timed` only. They add
+            up to less than ``seconds``: tokenization and the like belong to no phase.
     """
 
-    text: str
-    tokens: int
     seconds: float
-    tokens_in: int = 0
     phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OptionScore:
-    """How likely a method finds one given answer.
+    """The likelihood of one given answer.
 
     Attributes:
         log_likelihood: Summed log-probability of its tokens after the prompt, in nats.
-        greedy: Whether each of them is the likeliest at its place.
-        tokens: How many there are.
+        greedy: Whether each of its tokens is the most likely one at its position.
+        tokens: Number of its tokens.
     """
 
     log_likelihood: float
@@ -61,18 +67,18 @@ class OptionScore:
 
 
 class Method(ABC):
-    """A way to answer. A subclass has a ``name`` and writes :meth:`reply`, and :meth:`score` if it can.
+    """A way to answer. A subclass sets ``name`` and writes :meth:`reply`, and :meth:`score` if it can.
 
     Attributes:
-        name: What it is called.
-        fuses: Whether its answers depend on a fuser.
+        name: Name in recipes and reports.
+        fuses: Whether the answers depend on a fuser.
     """
 
     name: str
     fuses: bool = False
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:  # noqa: B027
-        """Told once, before a run, all its prompts and the options that they will be answered with; most have no use for them."""
+        """Called once before a run with all its prompts and the options of :meth:`reply`; default: no-op."""
 
     @abstractmethod
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
@@ -82,8 +88,8 @@ class Method(ABC):
         """Score given answers.
 
         Args:
-            prompts: A batch. All answers to it are scored in one run, so its memory grows with their number.
-            options: For each prompt the texts that may follow it, as they would be written right behind it.
+            prompts: A batch. All options of all prompts are scored in one run, so memory grows with their number.
+            options: For each prompt the texts that may follow it, written as they would directly follow it.
 
         Raises:
             MethodError: The method only generates.
@@ -93,53 +99,58 @@ class Method(ABC):
         )
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """Answer one prompt piece by piece; here, in one piece."""
+        """Answer one prompt piece by piece; default: in one piece."""
         yield self.reply([prompt], **options)[0].text
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Answer]:
         """Answer a batch and time it."""
         start = time.perf_counter()
         replies = self.reply(prompts, **options)
-        seconds = (time.perf_counter() - start) / max(len(prompts), 1)
-        return [Answer(reply.text, reply.tokens, seconds, reply.tokens_in) for reply in replies]
+        seconds = (time.perf_counter() - start) / max(len(prompts), 1)  # a batch is timed as a whole
+        return [Answer(reply.text, reply.tokens, reply.tokens_in, seconds) for reply in replies]
 
     def timed(self, prompt: Prompt, **options: Any) -> Answer:
-        """Answer one prompt and tell where the time went, at the price of waiting for the device after each phase."""
+        """Answer one prompt with seconds by phase; slower, because it waits for the device after each phase."""
         with measured() as stopwatch:
             answer = self.generate([prompt], **options)[0]
         return replace(answer, phases=dict(stopwatch.seconds))
 
 
-def to_replies(ids: Tensor, model: LanguageModel, tokens_in: Sequence[int]) -> list[Reply]:
+def to_replies(ids: Tensor, prompt: AlignedPrompt, model: LanguageModel) -> list[Reply]:
     """Decode generated ids.
 
     Args:
-        ids: ``(B, new)`` int64, without the prompt; a row is over at its first end-of-sequence token.
-        model: Whose they are.
-        tokens_in: How many tokens were read for each row.
+        ids: ``(B, T + new)`` int64, what ``generate`` returned; a row ends at its first end-of-sequence token.
+        prompt: What all models read, the generating model's ids ``(B, T)``.
+        model: The model that generated them.
     """
     eos = model.model.generation_config.eos_token_id
     stops = set(eos if isinstance(eos, list) else [eos])
+    masks = [prompt.mask, *(sharer.mask for sharer in prompt.sharers)]
+    tokens_in = torch.stack([mask.sum(1) for mask in masks]).sum(0)  # (B,)
     replies = []
-    for row, read in zip(ids.tolist(), tokens_in, strict=True):
-        length = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+    for row, read in zip(ids[:, prompt.ids.shape[1] :].tolist(), tokens_in.tolist(), strict=True):
+        # the end-of-sequence token counts as generated, the padding after it does not
+        length = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
         replies.append(Reply(model.tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, read))
     return replies
 
 
 def by_choice(
-    choices: Sequence[bool], first: Callable[[list[int]], list[T]], second: Callable[[list[int]], list[T]]
+    choices: Sequence[bool], *columns: Sequence[Any], if_false: Callable[..., list[T]], if_true: Callable[..., list[T]]
 ) -> list[T]:
-    """Have the rows of a batch answered by the first, or where chosen by the second, and put them in order again.
+    """Split a batch by a choice per row, answer both parts, and put the answers back in the order of the rows.
 
     Args:
-        choices: For each row whether the second answers.
-        first: Answers rows by their numbers.
-        second: Likewise.
+        choices: One per row.
+        columns: The arguments of both functions, each with one entry per row.
+        if_false: Answers the rows whose choice is false.
+        if_true: Answers the other rows.
     """
     answers: dict[int, T] = {}
-    for wanted, answer in ((False, first), (True, second)):
-        rows = [row for row, chosen in enumerate(choices) if chosen == wanted]
+    for choice, answer in ((False, if_false), (True, if_true)):
+        rows = [row for row, chosen in enumerate(choices) if chosen == choice]
         if rows:
-            answers.update(zip(rows, answer(rows), strict=True))
+            # each function sees one smaller batch, and none that is empty
+            answers.update(zip(rows, answer(*([column[row] for row in rows] for column in columns)), strict=True))
     return [answers[row] for row in range(len(choices))]

@@ -1,24 +1,26 @@
-"""The receiver answers from a fused cache."""
+"""Cache-to-Cache: the receiver answers from a fused cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
-from kvfuse.cache.transformers_cache import stage
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, stack
+from kvfuse.prompts.alignment import AlignedRow, stack
 from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.stages.decode import stream
 
 
 class Fused(Method):
-    """Cache-to-Cache. A control changes what the models read, :meth:`align`, or what fuses, :attr:`fusers`."""
+    """Cache-to-Cache. A control overrides :meth:`align`, what the models read, or :attr:`fusers`.
+
+    Args:
+        pair: The models and fusers.
+    """
 
     name = "cache-to-cache"
     fuses = True
@@ -29,62 +31,46 @@ class Fused(Method):
     @torch.no_grad()
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        readings = [self.align(prompt) for prompt in prompts]
-        prompt = stack(readings)
-        ids = self.pair.answer(prompt, self.fusers, **options)
-        return to_replies(ids[:, prompt.ids.shape[1] :], self.pair.receiver, list(map(_tokens_in, readings)))
+        batch = stack([self.align(prompt) for prompt in prompts])
+        return to_replies(self.pair.answer(batch, fusers=self.fusers, **options), batch, self.pair.receiver)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
-        batch = stack([self.align(prompt)])
+        batch, tokenizer = stack([self.align(prompt)]), self.pair.receiver.tokenizer
         return stream(
-            self.pair.receiver.tokenizer,
-            lambda streamer: self.pair.answer(batch, self.fusers, streamer=streamer, **options),
+            tokenizer, lambda streamer: self.pair.answer(batch, fusers=self.fusers, streamer=streamer, **options)
         )
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
-        readings = [self.align(prompt) for prompt in prompts]
-        receiver, sharers = self.pair.receiver.tokenizer, self._followed_by()
-        follow = [
-            [tokenize_response(one, text, receiver, sharers) for text in some]
-            for one, some in zip(readings, options, strict=True)
+        rows = [self.align(prompt) for prompt in prompts]
+        receiver, sharers = self.pair.receiver.tokenizer, self._response_readers()
+        responses = [
+            [tokenize_response(row, text, receiver, sharers) for text in texts]
+            for row, texts in zip(rows, options, strict=True)
         ]
-        prompt = stack(readings)
-        batch = OptionBatch.of(prompt, follow)
-        return batch.score(self.pair.receiver.model, self._cache(prompt, batch))
+        prompt = stack(rows)
+        batch = OptionBatch.of(prompt, responses)
+        # 1) Every prompt is read and fused once, and its cache repeated for the options.
+        fused = self.pair.fuse(prompt, fusers=self.fusers)
+        fused.repeat(batch.rows)
+        # 2) Where responses are fused, all models read the options too.
+        fused.stage(batch.tail)
+        return batch.score(self.pair.receiver.model, fused.cache)
 
     def align(self, prompt: Prompt) -> AlignedRow:
-        """What every model reads."""
+        """The prompt as every model reads it."""
         return self.pair.align(prompt)
 
     @property
     def fusers(self) -> Sequence[nn.Module]:
-        """What fuses."""
+        """The modules that fuse, one per sharer."""
         return self.pair.fusers
 
-    def _followed_by(self) -> list[tuple[Any, str]]:
-        """The tokenizers of the sharers that read responses, and how they are aligned."""
+    def _response_readers(self) -> list[tuple[Any, str]]:
+        """Tokenizer and token alignment of each sharer, where responses are fused too."""
         sharers = zip(self.pair.sharers, self.pair.fusers, strict=True)
         return [
             (sharer.tokenizer, fuser.config.token_alignment) for sharer, fuser in sharers if self.pair.fuse_response
         ]
-
-    def _cache(self, prompt: AlignedPrompt, batch: OptionBatch) -> Cache | None:
-        """The fused cache of a prompt, once for each response; where these are fused too, with what their tokens will have."""
-        if prompt.ids.shape[1] < 2:
-            return None
-        pair, fusers = self.pair, self.fusers
-        streams = pair.read(prompt)
-        cache = pair.fuse(prompt, streams, fusers, use_up=not pair.fuse_response)
-        cache.reorder_cache(batch.rows.to(pair.receiver.model.device))
-        if pair.fuse_response:
-            for own, model in zip((streams.receiver, *streams.sharers), (pair.receiver, *pair.sharers), strict=True):
-                own.reorder_cache(batch.rows.to(model.model.device))
-            stage(cache, pair.prefill_response(streams, batch.prompt, batch.tail, fusers))
-        return cache
-
-
-def _tokens_in(reading: AlignedRow) -> int:
-    return len(reading.receiver.ids) + sum(len(theirs.ids) for theirs, _ in reading.sharers)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.errors import MethodError
 from kvfuse.fusers import Fuser
 from kvfuse.methods.cache_to_cache import Fused
@@ -144,7 +144,7 @@ class _ZeroedSharer(nn.Module):
         self.fuser = fuser
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        return self.fuser(receiver, sharer.zeros_like())
+        return self.fuser(receiver=receiver, sharer=sharer.zeros_like())
 
 
 class _WithoutReceiver(nn.Module):
@@ -153,7 +153,7 @@ class _WithoutReceiver(nn.Module):
         self.fuser = fuser
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        residual = self.fuser(receiver, sharer)
+        residual = self.fuser(receiver=receiver, sharer=sharer)
         return KV(residual.key - receiver.key, residual.value - receiver.value)
 
 

@@ -1,6 +1,7 @@
-"""Methods by name: the built-in ones, those registered by hand, those of installed packages.
+"""Methods by name: built in, registered by hand, or offered by installed packages.
 
-A package offers a method by an entry point of the group ``kvfuse.methods``: its name, and what makes it of a :class:`MethodContext`.
+A package offers a method by an entry point of the group ``kvfuse.methods``: its name, and a function from a
+:class:`MethodContext` to a :class:`Method`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from kvfuse.errors import MethodError, nearest
 from kvfuse.methods.augmented import FewShot
 from kvfuse.methods.base import Method
 from kvfuse.methods.cache_to_cache import Fused
-from kvfuse.methods.calibrated import Calibrated
+from kvfuse.methods.calibrated import ANSWER, Calibrated, void_options
 from kvfuse.methods.controls import Mismatched, ProjectedOnly, RandomFuser, Shuffled, Zeroed
 from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
@@ -21,29 +22,30 @@ from kvfuse.prompts.chat import Message, Prompt
 from kvfuse.support.plugins import find_plugin
 
 GROUP = "kvfuse.methods"
+CASCADE_SHARE = 0.5  # as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodContext:
-    """What methods are made of; each takes what it needs.
+    """The options of all methods; each method takes those it needs.
 
     Attributes:
         pair: The models and fusers.
-        sharer: Which of several sharers answers alone, is routed to and writes hints.
-        hint_request: What the sharer is asked for a hint, with ``{question}``.
-        hint_reading: What a hint is read in, see :class:`TextToText`.
-        hint_tokens: Longest hint.
-        sees_options: Whether the sharer sees the options when it writes a hint; else ``without_options`` takes them away.
-        without_options: Gives the prompt without its options.
-        router: Trained, for ``routing``.
-        share: Of the questions, those that ``routing`` and ``cascade`` have the sharer answer; by default as many as the router
-            says, and for ``cascade`` half of them, as in the paper.
+        sharer: Index of the sharer that answers alone, is routed to and writes hints.
+        hint_request: Prompt for a hint, with ``{question}``.
+        hint_reading: Prompt with the hint, see :class:`TextToText`.
+        hint_tokens: Maximum length of a hint.
+        sees_options: Whether the sharer sees the options when it writes a hint; else ``without_options`` removes them.
+        without_options: Removes the options from a prompt.
+        router: Trained router, for ``routing``.
+        share: Share of the questions for the sharer in ``routing`` and ``cascade``. Default: those that the router
+            chooses, and half of them for ``cascade``, as in the paper.
         confidence: For ``cascade`` in place of a share: the probability below which the sharer answers.
         examples: Messages, for ``few-shot``.
-        donor: For ``mismatched``: gives for each prompt the one that the sharers read instead.
-        content_free: For ``calibrated``: the prompt that says nothing.
+        donor: For ``mismatched``: maps each prompt to the one that the sharers read instead.
+        content_free: For ``calibrated``: maps each prompt to its content-free version.
         answer: For ``calibrated``: the answer to generate, with ``{letter}``.
-        seed: Of what is drawn: random fusers, shuffled positions.
+        seed: Seed of random fusers and shuffled positions.
     """
 
     pair: CacheToCache
@@ -58,75 +60,83 @@ class MethodContext:
     confidence: float | None = None
     examples: Sequence[Message] = ()
     donor: Callable[[Prompt], Prompt] | None = None
-    content_free: Callable[[Prompt], Prompt] | None = None
-    answer: str = "The correct answer is {letter}"
+    content_free: Callable[[Prompt], Prompt] = void_options
+    answer: str = ANSWER
     seed: int = 0
 
-    def single(self, role: str = "receiver") -> Single:
-        """The receiver or the sharer alone."""
-        return Single(role, self.pair.receiver if role == "receiver" else self.pair.sharers[self.sharer])
+    @property
+    def receiver_alone(self) -> Single:
+        """The method ``receiver``."""
+        return Single("receiver", self.pair.receiver)
 
-    def talking(self, kind: type[TextToText], reader: Method) -> TextToText:
-        """A method in which the sharer writes hints."""
-        if not self.sees_options and self.without_options is None:
-            raise MethodError(
-                "expected a way to take the options off a prompt for sees_options=false, got none; give without_options"
-            )
-        without = None if self.sees_options else self.without_options
-        return kind(
-            reader, self.single("sharer").model, self.hint_request, self.hint_reading, self.hint_tokens, without
-        )
-
-    def routed(self) -> Routed:
-        """The method ``routing``."""
-        if self.router is None:
-            raise MethodError("expected a trained router for the method routing, got none; give router, or use cascade")
-        return Routed(self.pair.receiver, self.pair.sharers[self.sharer], self.router, self.share)
-
-    def cascade(self) -> Cascade:
-        """The method ``cascade``."""
-        share = 0.5 if self.share is None else self.share
-        return Cascade(
-            self.pair.receiver,
-            self.pair.sharers[self.sharer],
-            self.confidence,
-            share if self.confidence is None else None,
-        )
-
-    def few_shot(self) -> FewShot:
-        """The method ``few-shot``."""
-        if not self.examples:
-            raise MethodError(
-                "expected examples for the method few-shot, got none; give messages of user and assistant"
-            )
-        return FewShot(self.single(), self.examples)
+    @property
+    def sharer_alone(self) -> Single:
+        """The method ``sharer``."""
+        return Single("sharer", self.pair.sharers[self.sharer])
 
 
 MethodMaker = Callable[[MethodContext], Method]
+
+
+def _few_shot(context: MethodContext) -> FewShot:
+    if not context.examples:
+        raise MethodError("expected examples for the method few-shot, got none; give messages of user and assistant")
+    return FewShot(context.receiver_alone, context.examples)
+
+
+def _text_to_text(context: MethodContext, kind: type[TextToText], reader: Method) -> TextToText:
+    if not context.sees_options and context.without_options is None:
+        raise MethodError(
+            "expected a way to take the options off a prompt for sees_options=false, got none; give without_options"
+        )
+    return kind(
+        reader,
+        context.sharer_alone,
+        request=context.hint_request,
+        reading=context.hint_reading,
+        hint_tokens=context.hint_tokens,
+        without_options=None if context.sees_options else context.without_options,
+    )
+
+
+def _routing(context: MethodContext) -> Routed:
+    if context.router is None:
+        raise MethodError("expected a trained router for the method routing, got none; give router, or use cascade")
+    receiver, sharer = context.receiver_alone, context.sharer_alone
+    return Routed(receiver=receiver, sharer=sharer, router=context.router, share=context.share)
+
+
+def _cascade(context: MethodContext) -> Cascade:
+    receiver, sharer = context.receiver_alone, context.sharer_alone
+    if context.confidence is not None:
+        return Cascade(receiver=receiver, sharer=sharer, threshold=-context.confidence)
+    return Cascade(receiver=receiver, sharer=sharer, share=CASCADE_SHARE if context.share is None else context.share)
+
+
 METHODS: dict[str, MethodMaker] = {
-    "receiver": MethodContext.single,
-    "sharer": lambda setting: setting.single("sharer"),
-    "few-shot": MethodContext.few_shot,
-    "text-to-text": lambda setting: setting.talking(TextToText, setting.single()),
-    "routing": MethodContext.routed,
-    "cascade": MethodContext.cascade,
-    "cache-to-cache": lambda setting: Fused(setting.pair),
-    "hybrid": lambda setting: setting.talking(Hybrid, Fused(setting.pair)),
-    "zeroed": lambda setting: Zeroed(setting.pair),
-    "mismatched": lambda setting: Mismatched(setting.pair, setting.donor),
-    "shuffled": lambda setting: Shuffled(setting.pair, setting.seed),
-    "random-fuser": lambda setting: RandomFuser(setting.pair, setting.seed),
-    "projected-only": lambda setting: ProjectedOnly(setting.pair),
-    "calibrated": lambda setting: Calibrated(setting.single(), setting.content_free, setting.answer),
+    "receiver": lambda context: context.receiver_alone,
+    "sharer": lambda context: context.sharer_alone,
+    "few-shot": _few_shot,
+    "text-to-text": lambda context: _text_to_text(context, TextToText, context.receiver_alone),
+    "routing": _routing,
+    "cascade": _cascade,
+    "cache-to-cache": lambda context: Fused(context.pair),
+    "hybrid": lambda context: _text_to_text(context, Hybrid, Fused(context.pair)),
+    "zeroed": lambda context: Zeroed(context.pair),
+    "mismatched": lambda context: Mismatched(context.pair, context.donor),
+    "shuffled": lambda context: Shuffled(context.pair, context.seed),
+    "random-fuser": lambda context: RandomFuser(context.pair, context.seed),
+    "projected-only": lambda context: ProjectedOnly(context.pair),
+    "calibrated": lambda context: Calibrated(context.receiver_alone, context.content_free, context.answer),
 }
-"""Name -> what makes it, as far as they are loaded."""
+"""Name -> the function that makes the method: the built-in ones, and those registered so far."""
 
 
 def register_method(name: str, maker: MethodMaker) -> None:
-    """Make a method known under a name.
+    """Register a method under a name.
 
     Raises:
-        MethodError: It cannot be called, or the name is taken.
+        MethodError: ``maker`` cannot be called, or the name is taken.
     """
     if not callable(maker):
         raise MethodError(
@@ -137,20 +147,24 @@ def register_method(name: str, maker: MethodMaker) -> None:
 
 
 def find_method(name: str) -> MethodMaker:
-    """What makes a method, by its name, loading the package that offers it if need be. Raises MethodError: the name is unknown."""
+    """The function that makes a method, imported from the package that offers it.
+
+    Raises:
+        MethodError: The name is unknown.
+    """
     return find_plugin(name, option="method", group=GROUP, known=METHODS, register=register_method, error=MethodError)
 
 
 def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:
-    """A method by its name.
+    """Make a method by its name.
 
     Args:
-        name: A key of :data:`METHODS`, or one that an installed package offers.
+        name: A key of :data:`METHODS`, or the name of a method that an installed package offers.
         pair: The models and fusers.
-        options: Fields of :class:`MethodContext`, those of other methods too.
+        options: Fields of :class:`MethodContext`; those of other methods are ignored.
 
     Raises:
-        MethodError: The name or an option is unknown (the nearest is told), or the method lacks an option.
+        MethodError: The name or an option is unknown (the message names the nearest), or the method lacks an option.
     """
     maker = find_method(name)
     known = [field.name for field in fields(MethodContext) if field.name != "pair"]

@@ -1,10 +1,13 @@
-"""One of the two models answers: chosen by the question alone, or by how sure the receiver is.
+"""Routing and cascade: one of the two models answers, chosen by the question or by the receiver's confidence.
 
-Where the line is drawn is a figure, or follows from the share of a run's questions that the sharer is to answer.
+The sharer answers where its score for a prompt exceeds a threshold, which is given, or chosen so that the sharer
+answers a given share of a run's prompts.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,9 @@ from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice, to_replies
 from kvfuse.methods.single import Single
-from kvfuse.prompts.alignment import pad_left
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.tokenized import tokenize
-from kvfuse.stages.decode import decode
 
-BATCH = 32  # prompts at once, when all of a run are looked at before it
+PROMPTS_PER_BATCH = 32  # of :meth:`_TwoModels.prepare`
 
 
 class Router(nn.Module):
@@ -50,170 +50,160 @@ class Router(nn.Module):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = (
-                nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float())
-                + decay * self.weight.square().sum()
-            )
-            value.backward()
-            return value
+            loss = nn.functional.binary_cross_entropy_with_logits(self(bags), sharer_is_better.float())
+            loss = loss + decay * self.weight.square().sum()
+            loss.backward()
+            return loss
 
         optimizer.step(loss)
 
 
 def bag_of_tokens(prompts: Sequence[Prompt], model: LanguageModel) -> Tensor:
-    """``(B, vocabulary)`` float32: which of the model's tokens occur in each prompt."""
+    """``(B, vocabulary)`` float32: 1 where a token of the model occurs in a prompt, else 0."""
     bags = torch.zeros(len(prompts), len(model.tokenizer))
-    for row, prompt in enumerate(prompts):
-        bags[row, torch.from_numpy(tokenize(prompt, model.tokenizer).ids)] = 1
+    for row, tokenized in enumerate(Single("receiver", model).tokenize(prompts)):
+        bags[row, torch.from_numpy(tokenized.ids)] = 1
     return bags
 
 
-class _OneOfTwo(Method):
-    """The sharer answers where a figure of the prompt lies above a threshold, the receiver elsewhere.
+@dataclass(eq=False, kw_only=True)
+class _TwoModels(Method):
+    """The sharer answers where its score for a prompt exceeds a threshold, the receiver elsewhere.
 
-    Args:
-        receiver: Answers below.
-        sharer: Answers above.
-        threshold: None: found by :meth:`prepare`, so that ``share`` of its prompts lie above.
-        share: 0 to 1.
+    Attributes:
+        receiver: Answers at or below the threshold.
+        sharer: Answers above it.
+        threshold: Of the scores. Default: 0, or with a ``share`` what :meth:`prepare` chooses.
+        share: Share of a run's prompts, 0 to 1, that the sharer answers.
     """
 
-    def __init__(
-        self, receiver: LanguageModel, sharer: LanguageModel, threshold: float | None, share: float | None
-    ) -> None:
-        self.receiver, self.sharer = Single("receiver", receiver), Single("sharer", sharer)
-        self.threshold, self.share = threshold, share
+    receiver: Single
+    sharer: Single
+    threshold: float | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is None and self.share is None:
+            self.threshold = 0.0
 
     @abstractmethod
-    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
-        """One for each prompt."""
+    def sharer_scores(self, prompts: Sequence[Prompt]) -> list[float]:
+        """A score for each prompt; the sharer answers those with the largest."""
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
-        """Find the threshold, where a share is wanted."""
+        """See :class:`Method`; chooses the threshold where a share is given."""
         if self.share is not None:
-            batches = (prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH))
-            self.threshold = line_above(self.share, [figure for batch in batches for figure in self.figures(batch)])
+            # the scores of all prompts, a few at a time
+            scores: list[float] = []
+            for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+                scores += self.sharer_scores(prompts[start : start + PROMPTS_PER_BATCH])
+            self.threshold = threshold_for(self.share, scores)
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
+        to_sharer = self.to_sharer(self.sharer_scores(prompts))
+        return by_choice(to_sharer, prompts, options, if_false=self.receiver.score, if_true=self.sharer.score)
 
-        def by(model: Single) -> Callable[[list[int]], list[list[OptionScore]]]:
-            return lambda rows: model.score([prompts[row] for row in rows], [options[row] for row in rows])
-
-        return by_choice(self.choose(self.figures(prompts)), by(self.receiver), by(self.sharer))
-
-    def choose(self, figures: Sequence[float]) -> list[bool]:
-        """Which of them lie above the threshold."""
+    def to_sharer(self, scores: Sequence[float]) -> list[bool]:
+        """Whether the sharer answers, for each score."""
         if self.threshold is None:
             raise MethodError(
-                f"expected all prompts of a run, of which the sharer gets a share, got none; call prepare of {self.name} first"
+                "expected all prompts of a run, of which the sharer gets a share, got none; "
+                f"call prepare of {self.name} first"
             )
-        return [figure > self.threshold for figure in figures]
+        return [score > self.threshold for score in scores]
 
 
-class Routed(_OneOfTwo):
-    """A router reads the question and names the model that answers.
+@dataclass(eq=False, kw_only=True)
+class Routed(_TwoModels):
+    """Routing: a router reads the question and chooses the model that answers.
 
-    Args:
-        receiver: One of the two.
-        sharer: The other.
-        router: Trained for the receiver's tokens.
-        share: Of a run's questions, those that the sharer answers; by default as many as the router finds it better for.
+    Attributes:
+        router: Trained on the receiver's tokens. Without a ``share`` the sharer answers the questions for which the
+            router prefers it.
     """
 
     name = "routing"
-
-    def __init__(
-        self, receiver: LanguageModel, sharer: LanguageModel, router: Router, share: float | None = None
-    ) -> None:
-        super().__init__(receiver, sharer, 0.0 if share is None else None, share)
-        self.router = router
+    router: Router
 
     @torch.no_grad()
-    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
+    def sharer_scores(self, prompts: Sequence[Prompt]) -> list[float]:
         """The router's logits, above zero for the sharer."""
         return self.router(bag_of_tokens(prompts, self.receiver.model)).tolist()
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-
-        def by(model: Single) -> Callable[[list[int]], list[Reply]]:
-            return lambda rows: model.reply([prompts[row] for row in rows], **options)
-
-        return by_choice(self.choose(self.figures(prompts)), by(self.receiver), by(self.sharer))
+        receiver, sharer = partial(self.receiver.reply, **options), partial(self.sharer.reply, **options)
+        return by_choice(self.to_sharer(self.sharer_scores(prompts)), prompts, if_false=receiver, if_true=sharer)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
-        (to_sharer,) = self.choose(self.figures([prompt]))
+        (to_sharer,) = self.to_sharer(self.sharer_scores([prompt]))
         return (self.sharer if to_sharer else self.receiver).stream(prompt, **options)
 
 
-class Cascade(_OneOfTwo):
-    """The receiver answers first; where it is less sure than a threshold, the sharer answers instead.
+@dataclass(eq=False, kw_only=True)
+class Cascade(_TwoModels):
+    """Cascade: the receiver answers first; where its confidence is too low, the sharer answers instead.
 
-    How sure it is, is the probability of the least likely token of its answer. Options are scored by the model that would
-    answer: for them the receiver answers too, with the options that the run was prepared with.
+    The confidence is the probability of the least likely token of the answer; the score is its negative. Options are
+    scored by the model that would answer: the receiver generates an answer for them too.
 
-    Args:
-        receiver: The first.
-        sharer: The second.
-        confidence: Least probability; by default what ``share`` makes it.
-        share: Of a run's questions, those that the sharer answers.
+    Attributes:
+        options: Of ``generate``, for answers generated before options are scored; updated by :meth:`prepare`.
     """
 
     name = "cascade"
-
-    def __init__(
-        self,
-        receiver: LanguageModel,
-        sharer: LanguageModel,
-        confidence: float | None = None,
-        share: float | None = None,
-    ) -> None:
-        super().__init__(receiver, sharer, None if confidence is None else -confidence, share)
-        self.options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False}
+    options: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 32, "do_sample": False})
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
         """See :class:`Method`."""
         self.options.update(options)
         super().prepare(prompts)
 
-    def figures(self, prompts: Sequence[Prompt]) -> list[float]:
-        """How unsure the receiver is."""
-        return [-sure for sure in confident_replies(prompts, self.receiver.model, **self.options)[1]]
+    def sharer_scores(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The receiver's negative confidences."""
+        return [-confidence for confidence in confident_replies(prompts, self.receiver.model, **self.options)[1]]
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        first, sure = confident_replies(prompts, self.receiver.model, **options)
+        # 1) the receiver answers everything
+        replies, confidences = confident_replies(prompts, self.receiver.model, **options)
 
-        def second(rows: list[int]) -> list[Reply]:
-            again = self.sharer.reply([prompts[row] for row in rows], **options)
-            spent = [(first[row].tokens, first[row].tokens_in) for row in rows]
-            return [
-                Reply(one.text, one.tokens + new, one.tokens_in + read)
-                for one, (new, read) in zip(again, spent, strict=True)
-            ]
+        # 2) the sharer answers again where the confidence is low; the rejected answer counts towards the cost
+        def ask_sharer(prompts: Sequence[Prompt], rejected: Sequence[Reply]) -> list[Reply]:
+            replies = zip(self.sharer.reply(prompts, **options), rejected, strict=True)
+            return [reply.plus(tokens=first.tokens, tokens_in=first.tokens_in) for reply, first in replies]
 
-        return by_choice(self.choose([-one for one in sure]), lambda rows: [first[row] for row in rows], second)
+        to_sharer = self.to_sharer([-confidence for confidence in confidences])
+        return by_choice(to_sharer, prompts, replies, if_false=lambda _, accepted: accepted, if_true=ask_sharer)
 
 
 def confident_replies(
     prompts: Sequence[Prompt], model: LanguageModel, **options: Any
 ) -> tuple[list[Reply], list[float]]:
-    """A model's replies, each with the probability of its least likely token."""
-    readings = [tokenize(prompt, model.tokenizer) for prompt in prompts]
-    ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
-    options = {**options, "pad_token_id": readings[0].pad_id, "return_dict_in_generate": True, "output_logits": True}
-    output = decode(model.model, ids, mask, None, phase="receiver_prefill", **options)
-    replies = to_replies(output.sequences[:, ids.shape[1] :], model, [len(reading.ids) for reading in readings])
-    chosen = output.sequences[:, ids.shape[1] :, None]
-    likely = torch.stack(output.logits, 1).float().softmax(-1).gather(2, chosen)[..., 0]  # (B, new)
-    return replies, [float(row[: reply.tokens].min()) for row, reply in zip(likely, replies, strict=True)]
+    """A model's replies, each with its confidence: the probability of its least likely token."""
+    single = Single("receiver", model)
+    batch = single.batch(single.tokenize(prompts))
+    output = single.decode(batch, **{**options, "return_dict_in_generate": True, "output_logits": True})
+    new_ids = output.sequences[:, batch.ids.shape[1] :]  # (B, new)
+    replies = to_replies(output.sequences, batch, model)
+    # the probability of each generated token
+    probabilities = torch.stack(output.logits, 1).float().softmax(-1)  # (B, new, vocabulary)
+    probabilities = probabilities.gather(2, new_ids[..., None])[..., 0]  # (B, new)
+    # the least of each reply, without the padding after its end
+    confidences = [float(row[: reply.tokens].min()) for row, reply in zip(probabilities, replies, strict=True)]
+    return replies, confidences
 
 
-def line_above(share: float, figures: Sequence[float]) -> float:
-    """A threshold that the given share of the figures lies above, halfway between two of them, so that rounding moves none across."""
-    ordered = np.sort(figures)[::-1]
-    above = round(share * len(ordered))
-    bounds = np.concatenate([[np.inf], ordered, [-np.inf]])
+def threshold_for(share: float, scores: Sequence[float]) -> float:
+    """The threshold that a given share of the scores exceeds: halfway between two scores, which is robust to rounding.
+
+    Example:
+        ``threshold_for(0.5, [4.0, 1.0, 2.0, 3.0])`` is 2.5.
+    """
+    # infinite bounds, for a share of 0 or 1
+    descending = np.sort(scores)[::-1]
+    above = round(share * len(descending))
+    bounds = np.concatenate([[np.inf], descending, [-np.inf]])
     return float(bounds[above : above + 2].mean())

@@ -1,7 +1,7 @@
-"""Option scores: each prompt is read once, then all that may follow it in one run."""
+"""Option scores: each prompt is read once, then all its options in one run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -9,20 +9,20 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.methods.base import OptionScore
-from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.prompts.alignment import AlignedPrompt, SharerPrompt
 from kvfuse.prompts.response import Response, stack_responses
 from kvfuse.stages.decode import score
 
 
 @dataclass(frozen=True)
 class OptionBatch:
-    """Several responses to each prompt of a batch, one a row.
+    """A batch of prompts with several responses to each, one response per row.
 
     Attributes:
-        counts: How many there are to each prompt.
-        lengths: How many of the receiver's tokens each has.
-        rows: ``(N,)`` int64, which prompt each follows.
-        prompt: Their prompts, repeated.
+        counts: Number of responses to each prompt.
+        lengths: Number of receiver tokens of each response.
+        rows: ``(N,)`` int64, the prompt that each response follows.
+        prompt: The prompts, repeated: ``N`` rows.
         tail: The responses (:func:`kvfuse.prompts.response.stack_responses`).
     """
 
@@ -34,29 +34,30 @@ class OptionBatch:
 
     @classmethod
     def of(cls, prompt: AlignedPrompt, responses: Sequence[Sequence[Response]]) -> Self:
-        """For each prompt of a batch its responses; one of them at least has one."""
-        counts, flat = [len(some) for some in responses], [response for some in responses for response in some]
-        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        repeated = _select(prompt, rows)
+        """Flatten the responses to each prompt of a batch; at least one prompt must have one."""
+        # one row per response, behind a copy of its prompt
+        counts = [len(options) for options in responses]
+        flat = [response for options in responses for response in options]
+        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,)
+        repeated = _select_rows(prompt, rows)
         return cls(counts, [len(response.ids) for response in flat], rows, repeated, stack_responses(repeated, flat))
 
     def score(self, model: PreTrainedModel, cache: Cache | None) -> list[list[OptionScore]]:
-        """Score them by the model that would answer.
+        """Scores of the responses to each prompt.
 
         Args:
-            model: The model.
-            cache: All prompt positions but the last, of :attr:`prompt`; None for prompts of one token. It is used up.
+            model: The model that would answer.
+            cache: All positions of :attr:`prompt` but the last, ``N`` rows; None for prompts of one token. Consumed.
         """
-        likely, greedy = score(model, self.prompt, self.tail, cache)
-        scores = map(OptionScore, likely.tolist(), greedy.tolist(), self.lengths)
+        log_likelihoods, greedy = score(model, self.prompt, self.tail, cache)  # both (N,)
+        scores = map(OptionScore, log_likelihoods.tolist(), greedy.tolist(), self.lengths)
         return [[next(scores) for _ in range(count)] for count in self.counts]
 
 
-def _select(prompt: AlignedPrompt, rows: Tensor) -> AlignedPrompt:
-    """Rows of a batch, repeated or left out."""
+def _select_rows(prompt: AlignedPrompt, rows: Tensor) -> AlignedPrompt:
+    """The given rows of a batch, ``(N, T)``; a row may occur several times or not at all."""
     sharers = tuple(
-        replace(one, ids=one.ids[rows], mask=one.mask[rows], positions=one.positions[rows]) for one in prompt.sharers
+        SharerPrompt(**{name: tensor[rows] for name, tensor in vars(sharer).items()}) for sharer in prompt.sharers
     )
-    sharers = tuple(replace(one, index=one.index[rows]) for one in sharers)
-    mine = {name: getattr(prompt, name)[rows] for name in ("ids", "mask", "positions", "fuse_mask")}
-    return replace(prompt, **mine, sharers=sharers)
+    tensors = {name: tensor[rows] for name, tensor in vars(prompt).items() if name != "sharers"}
+    return AlignedPrompt(**tensors, sharers=sharers)

@@ -17,7 +17,7 @@ from kvfuse.stages.prefill import prefill
 
 
 class Single(Method):
-    """A model on its own.
+    """One model.
 
     Args:
         name: ``receiver`` or ``sharer``.
@@ -29,43 +29,44 @@ class Single(Method):
 
     def reply(self, prompts: Sequence[Prompt], **options: Any) -> list[Reply]:
         """See :class:`Method`."""
-        prompt, readings = self._read(prompts)
-        ids = self._answer(prompt, readings[0].pad_id, **options)
-        return to_replies(ids[:, prompt.ids.shape[1] :], self.model, [len(reading.ids) for reading in readings])
+        batch = self.batch(self.tokenize(prompts))
+        return to_replies(self.decode(batch, **options), batch, self.model)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See :class:`Method`."""
-        batch, readings = self._read([prompt])
-        pad_id = readings[0].pad_id
-        return stream(self.model.tokenizer, lambda streamer: self._answer(batch, pad_id, streamer=streamer, **options))
+        batch = self.batch(self.tokenize([prompt]))
+        return stream(self.model.tokenizer, lambda streamer: self.decode(batch, streamer=streamer, **options))
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
-        prompt, readings = self._read(prompts)
-        tokenizer = self.model.tokenizer
-        follow = [
-            [Response(tokenize_continuation(reading, text, tokenizer)[0]) for text in some]
-            for reading, some in zip(readings, options, strict=True)
+        model, tokenizer = self.model.model, self.model.tokenizer
+        # 1) tokenize the prompts, and the options as they follow them
+        tokenized = self.tokenize(prompts)
+        prompt = self.batch(tokenized)
+        responses = [
+            [Response(tokenize_continuation(row, text, tokenizer)[0]) for text in texts]
+            for row, texts in zip(tokenized, options, strict=True)
         ]
-        batch, cache = OptionBatch.of(prompt, follow), None
+        batch, cache = OptionBatch.of(prompt, responses), None
+        # 2) read each prompt once, up to its last token, and repeat its cache for the options
         if prompt.ids.shape[1] > 1:
-            cache = prefill(self.model.model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
-            cache.reorder_cache(batch.rows.to(self.model.model.device))
-        return batch.score(self.model.model, cache)
+            cache = prefill(model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
+            cache.reorder_cache(batch.rows.to(model.device))
+        # 3) read the last token and the options over the cache
+        return batch.score(model, cache)
 
-    def _read(self, prompts: Sequence[Prompt]) -> tuple[AlignedPrompt, list[TokenizedPrompt]]:
-        readings = [tokenize(prompt, self.model.tokenizer) for prompt in prompts]
-        ids, mask = pad_left([reading.ids for reading in readings], readings[0].pad_id)
-        return from_ids(ids, num_sharers=0, mask=mask), readings
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
+        """The prompts as the model's tokens."""
+        return [tokenize(prompt, self.model.tokenizer) for prompt in prompts]
 
-    def _answer(self, prompt: AlignedPrompt, pad_id: int, **options: Any) -> Any:
-        return decode(
-            self.model.model,
-            prompt.ids,
-            prompt.mask,
-            None,
-            phase=f"{self.name}_prefill",
-            pad_token_id=pad_id,
-            **options,
-        )
+    def batch(self, tokenized: Sequence[TokenizedPrompt]) -> AlignedPrompt:
+        """The same padded left, ``(B, T)``, without sharers."""
+        ids, mask = pad_left([row.ids for row in tokenized], tokenized[0].pad_id)
+        return from_ids(ids, num_sharers=0, mask=mask)
+
+    def decode(self, prompt: AlignedPrompt, **options: Any) -> Any:
+        """Result of transformers' ``generate``; reading the prompt is timed as the phase ``<name>_prefill``."""
+        pad_id = self.model.tokenizer.pad_token_id or 0
+        options = {"pad_token_id": pad_id, **options}
+        return decode(self.model.model, prompt.ids, prompt.mask, None, phase=f"{self.name}_prefill", **options)

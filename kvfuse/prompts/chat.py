@@ -97,8 +97,8 @@ def _content(message: Message) -> str:
     if content is None and message.get("tool_calls"):
         return ""
     parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
         raise PromptError(
             "expected messages of the form {'role': ..., 'content': text}, got one without text; "
             "give its content as a string"

@@ -75,10 +75,8 @@ class TokensOnAxis:
 
     def _sections(self, doubled: np.ndarray) -> np.ndarray:
         """Sections of points of the text, given doubled; a point on an edge belongs to what comes before it."""
-        edges, sections = [], []
-        for span in self.spans:
-            edges += 2 * span.start, 2 * span.end
-            sections += 2 * span.rank, 2 * span.rank + 1
+        edges = [2 * edge for span in self.spans for edge in (span.start, span.end)]
+        sections = [2 * span.rank + inside for span in self.spans for inside in (0, 1)]
         sections.append(2 * len(self.tokenized.prompt.messages))
         found = np.array(sections)[np.array(edges, dtype=np.int64).searchsorted(doubled)]  # (n,)
         return np.maximum.accumulate(found)  # what a template writes within a message belongs to the message

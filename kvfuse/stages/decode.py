@@ -1,4 +1,4 @@
-"""The receiver goes on from a fused cache: with transformers' own ``generate``, or along given responses."""
+"""Decode: the receiver goes on from a fused cache, with transformers' own ``generate`` or along given responses."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from kvfuse.prompts.alignment import AlignedPrompt
 from kvfuse.stages.phases import generation
 from kvfuse.stages.response_fusion import ResponseFuser
 
-DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
+ASSISTED_DECODING = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def decode(
@@ -23,51 +23,54 @@ def decode(
     ids: Tensor,
     mask: Tensor,
     cache: Cache | None,
-    follower: ResponseFuser | None = None,
+    *,
+    response_fuser: ResponseFuser | None = None,
     phase: str = "first_token",
     **options: Any,
 ) -> Any:
-    """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last is the first query.
+    """Generate after a prompt whose first ``T - 1`` positions are in a cache; the last token is the first query.
 
     Args:
         model: The receiver.
         ids: ``(B, T)`` int64, padded left.
         mask: ``(B, T)``.
-        cache: Exactly ``T - 1`` positions; None for a prompt of one token, where there is nothing to fuse. It is used up.
-        follower: Fuses the last prompt token and what is generated, too.
-        phase: What the time to the first token is counted to (:mod:`kvfuse.stages.phases`).
+        cache: Of exactly ``T - 1`` positions, which is consumed; None for a prompt of one token, where nothing is
+            fused.
+        response_fuser: Fuses the last prompt token and the generated ones, too.
+        phase: The phase that the time to the first token is counted to (:mod:`kvfuse.stages.phases`).
         options: Any of ``generate``: sampling, beams, streamer, stopping criteria, logits processors, assistant, …
 
     Returns:
         What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
+
+    Raises:
+        PromptError: Assisted decoding is asked for where the response is fused too.
     """
     ids, mask = ids.to(model.device), mask.to(model.device)
-    drafted = any(_option(model, options, name) for name in DRAFTING)
-    if follower is not None and drafted:
+    wanted = _options(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
+    is_assisted = any(wanted[name] for name in ASSISTED_DECODING)
+    if response_fuser is not None and is_assisted:
         raise PromptError(
-            f"expected none of {', '.join(DRAFTING)} where the response is fused too, got one; leave it out"
+            f"expected none of {', '.join(ASSISTED_DECODING)} where the response is fused too, got one; leave it out"
         )
-    if cache is None:
-        with generation(phase, options) as options:
-            return model.generate(ids, attention_mask=mask, **options)
-    wanted = {
-        name: _option(model, options, name) for name in ("num_beams", "num_return_sequences", "cache_implementation")
-    }
-    copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
-    if follower is not None:
-        _reorder_together(cache, follower)
-    if copies > 1:  # generate repeats the ids for beams and samples, but not a cache it is given
-        cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
-    options["cache_implementation"] = None  # there is a cache already, of the kind and length that were asked for
-    options.pop("max_cache_len", None)
-    if follower is not None or drafted:
-        model = _fed_only_new_tokens(model, follower)
+    if cache is not None:
+        # 1) generate repeats the ids for beams and samples, but not a cache it is given.
+        if response_fuser is not None:
+            _reorder_together(cache, response_fuser)
+        copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
+        if copies > 1:
+            cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
+        # 2) The cache is of the kind and length that were asked for already.
+        options.pop("max_cache_len", None)
+        options |= {"cache_implementation": None, CACHE: cache}
+        if response_fuser is not None or is_assisted:
+            model = _fed_only_new_tokens(model, response_fuser)
     with generation(phase, options) as options:
-        return model.generate(ids, attention_mask=mask, **options, **{CACHE: cache})
+        return model.generate(ids, attention_mask=mask, **options)
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStreamer], Any]) -> Iterator[str]:
-    """What a run generates, as text, piece by piece while it goes on in a thread of its own.
+    """The generated text of a run, piece by piece, while the run goes on in a thread of its own.
 
     Args:
         tokenizer: The generating model's.
@@ -78,9 +81,9 @@ def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStream
 
     def work() -> None:
         try:
-            with torch.no_grad():  # which each thread switches for itself
+            with torch.no_grad():  # a switch of each thread
                 run(streamer)
-        except BaseException as error:  # carried over to the caller's thread
+        except BaseException as error:  # raised in the caller's thread
             failure.append(error)
             streamer.end()
 
@@ -96,84 +99,84 @@ def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStream
 def score(
     model: PreTrainedModel, prompt: AlignedPrompt, tail: AlignedPrompt, cache: Cache | None
 ) -> tuple[Tensor, Tensor]:
-    """How likely given responses are after their prompts, in one run over the responses alone.
+    """Log-probabilities of given responses after their prompts, in one run over the responses.
 
     Args:
         model: The receiver.
         prompt: A batch, padded left.
         tail: The last prompt token and the response of each row (:func:`kvfuse.prompts.response.stack_responses`).
-        cache: All prompt positions but the last; None for prompts of one token. It is used up.
+        cache: All prompt positions but the last, which is consumed; None for prompts of one token.
 
     Returns:
-        Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of them is
-        the likeliest at its place.
+        Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of
+        them is the most likely at its position.
     """
     mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
     ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[:, :-1]
-    said = tail.mask[:, 1:].bool().to(logits.device)
-    chosen, logits = ids[:, 1:][said], logits[said].float()  # (n,), (n, vocabulary)
-    likely = torch.zeros(said.shape, device=said.device).masked_scatter(
-        said, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    )
-    greedy = torch.ones_like(said).masked_scatter(said, logits.argmax(-1) == chosen)
-    return likely.sum(1), greedy.all(1)
+    # The vocabulary is large: padding is left out before the softmax.
+    is_token = tail.mask[:, 1:].bool().to(logits.device)  # (B, R)
+    targets, logits = ids[:, 1:][is_token], logits[is_token].float()  # (n,), (n, vocabulary)
+    log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]  # (n,)
+    by_row = torch.zeros(is_token.shape, device=is_token.device).masked_scatter(is_token, log_probs)
+    greedy = torch.ones_like(is_token).masked_scatter(is_token, logits.argmax(-1) == targets)
+    return by_row.sum(1), greedy.all(1)
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
-    """How many positions a static cache is to hold where ``options`` ask for one; None for one that grows.
+    """Capacity of the static cache that ``options`` ask for; None for one that grows.
 
-    As transformers has it: one less than there will be tokens, for the last is not read, or ``max_cache_len`` where that is more. A
-    receiver is compiled anew for every length.
+    As in transformers, one less than there will be tokens, for the last is not read, or ``max_cache_len`` if that is
+    more. A receiver is compiled again for every length.
 
     Raises:
         PromptError: They ask for a cache that fused keys and values cannot be written into.
     """
-    kind = _option(model, options, "cache_implementation")
+    wanted = _options(model, options, "cache_implementation", "max_new_tokens", "max_length", "max_cache_len")
+    kind = wanted["cache_implementation"]
     if kind not in (None, "dynamic", "static"):
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
-    new = _option(model, options, "max_new_tokens")
-    total = (
-        _option(model, options, "max_length") or model.generation_config.max_length
-        if new is None
-        else prompt_length + new
-    )
-    return max(total - 1, _option(model, options, "max_cache_len") or 0) if kind == "static" else None
+    if kind != "static":
+        return None
+    new = wanted["max_new_tokens"]
+    total = prompt_length + new if new is not None else wanted["max_length"] or model.generation_config.max_length
+    return max(total - 1, wanted["max_cache_len"] or 0)
 
 
-def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+def _options(model: PreTrainedModel, options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What ``generate`` would take each option to be."""
     config = options.get("generation_config") or model.generation_config
-    return options.get(name, getattr(config, name, None))
+    return {name: options.get(name, getattr(config, name, None)) for name in names}
 
 
-def _reorder_together(cache: Cache, follower: ResponseFuser) -> None:
-    """When ``generate`` reorders the cache it was given, for beams, the follower's caches go along."""
+def _reorder_together(cache: Cache, response_fuser: ResponseFuser) -> None:
+    """When ``generate`` reorders the cache it was given, for beams, the response fuser's caches follow."""
     reorder = cache.reorder_cache
 
-    def both(rows: Tensor) -> None:
+    def reorder_all(rows: Tensor) -> None:
         reorder(rows)
-        follower.reorder(rows)
+        response_fuser.reorder(rows)
 
-    cache.reorder_cache = both
+    cache.reorder_cache = reorder_all
 
 
-def _fed_only_new_tokens(model: PreTrainedModel, follower: ResponseFuser | None) -> PreTrainedModel:
-    """A shallow copy that is never fed a token that its cache holds already, and whose new ones are fused if they are followed.
+def _fed_only_new_tokens(model: PreTrainedModel, response_fuser: ResponseFuser | None) -> PreTrainedModel:
+    """A shallow copy that is never fed a token its cache holds already; its new tokens are fused, if they are to be.
 
-    Assisted decoding feeds the whole prompt in its first step even when the cache is filled, and answers wrongly without
-    an error. The model itself is not touched, for other threads generate with it. ``generate`` reads the names of the arguments
-    below, so the mask stands there in full.
+    Assisted decoding feeds the whole prompt in its first step even if the cache is filled, and answers wrongly without
+    an error. The model itself is not touched, since other threads generate with it.
     """
     prepare = model.prepare_inputs_for_generation
 
+    # generate reads the names of these arguments, so the mask stands there in full.
     def prepare_new(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
         known = 0 if cache is None else cache.get_seq_length()
         if kwargs.get("next_sequence_length") is None and input_ids.shape[1] > known:
             kwargs["next_sequence_length"] = input_ids.shape[1] - known
-        if follower is not None:
+        if response_fuser is not None:
             seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            follower.feed(cache, input_ids[:, known:], seen)
+            response_fuser.feed(cache, input_ids[:, known:], seen)
         return prepare(input_ids, attention_mask=attention_mask, **kwargs)
 
     twin = copy.copy(model)

@@ -1,4 +1,4 @@
-"""Where the time of one answer goes, measured only while somebody asks: else a phase costs a microsecond and no device waits."""
+"""Where the time of an answer goes. Phases are timed inside of :func:`measured` only; else they cost a microsecond."""
 
 import time
 from collections import defaultdict
@@ -19,8 +19,8 @@ class Stopwatch:
     """Seconds by phase.
 
     Attributes:
-        seconds: What was measured so far, keys of :data:`PHASES`.
-        phase: The one that runs, or None.
+        seconds: Measured so far, by phase (:data:`PHASES`).
+        phase: The running one, or None.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Stopwatch:
         self._since = 0.0
 
     def switch(self, phase: str | None) -> None:
-        """End the phase that runs, once every device is done with it, and begin another one, or none."""
+        """Wait for the devices, end the running phase, and begin another one, or none."""
         synchronize()
         now = time.perf_counter()
         if self.phase is not None:
@@ -42,7 +42,7 @@ _RUNNING: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
 
 @contextmanager
 def measured() -> Iterator[Stopwatch]:
-    """A stopwatch that runs for all phases within, in this thread."""
+    """A stopwatch for all phases within, in this thread."""
     stopwatch = Stopwatch()
     token = _RUNNING.set(stopwatch)
     try:
@@ -53,7 +53,7 @@ def measured() -> Iterator[Stopwatch]:
 
 @contextmanager
 def phase(name: str) -> Iterator[Stopwatch | None]:
-    """Count what happens within to a phase, and yield the stopwatch that does; None: nobody asks, or it is part of a longer phase."""
+    """Count the time within to a phase. Yields the stopwatch, or None if none runs or a longer phase does."""
     stopwatch = _RUNNING.get()
     if stopwatch is None or stopwatch.phase is not None:
         yield None
@@ -67,7 +67,7 @@ def phase(name: str) -> Iterator[Stopwatch | None]:
 
 @contextmanager
 def generation(first: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A phase that becomes ``decode`` at the first token; yields the options to call ``generate`` with."""
+    """A phase that becomes ``decode`` at the first token. Yields the options for ``generate``."""
     with phase(first) as stopwatch:
         if stopwatch is not None:
             given = options.get("stopping_criteria") or ()
@@ -84,7 +84,7 @@ def synchronize() -> None:
 
 
 class _FirstToken(StoppingCriteria):
-    """Asked whether to stop after each new token, it never says so."""
+    """Called by ``generate`` after each new token; never stops it."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch

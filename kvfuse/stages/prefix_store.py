@@ -1,45 +1,48 @@
-"""What was read once is not read again: caches of prompts, kept for those that begin alike, as the next turn of a conversation does.
+"""Prefix caching: reuse what was read and fused of the longest known prefix of a prompt.
 
-Exact caches, which a model made of tokens alone, are never taken for fused ones, which fusers changed: a fused cache is no model's
-cache of its tokens. So what a receiver generates over a fused prompt is not kept either, for its keys and values have
-attended to fused ones; the next turn reads it again.
+Exact caches, computed by a model from tokens, and fused ones are kept apart: a fused cache is no model's cache of its
+tokens.
+For the same reason the tokens generated over a fused prompt are not kept: their keys and values have attended to fused
+ones, so the next turn of a conversation reads the answer again.
 """
 
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache, PreTrainedModel
 
+from kvfuse.cache.kv import KV
 from kvfuse.cache.prefix_cache import PrefixCache, exact_text, fused_text
-from kvfuse.cache.transformers_cache import KV, Layers, read_layers, start_cache
+from kvfuse.cache.transformers_cache import Layers, read_layers, start_cache, supports_prefix_reuse
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.by_group import is_watched
-from kvfuse.fusers.execution.versions import version_of
+from kvfuse.fusers.layers import version_of
 from kvfuse.prompts.alignment import AlignedPrompt
 from kvfuse.stages.fuse import RoPEs, fuse
-from kvfuse.stages.prefill import Prefill, prefill, supports_prefix_reuse
+from kvfuse.stages.prefill import Prefill, prefill
 
-MAX_BYTES = 2**31
-SAMPLES = 1024  # of a tensor of a fuser, which is all of a gate
+DEFAULT_MAX_BYTES = 2**31
+SAMPLES_PER_TENSOR = 1024  # in the fingerprint of a fuser; a gate has fewer
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a store holds and has spared so far.
+    """What a store holds and has saved so far.
 
     Attributes:
-        prompts: How many were read, by each model.
-        hits: How many of them began as a known one.
-        tokens: Of all of them.
-        tokens_saved: Of these, not read again.
-        positions_saved: Not fused again.
+        prompts: Number of prompts that were read, by each model.
+        hits: Number of these with a known prefix.
+        tokens: Tokens of all prompts.
+        tokens_saved: Tokens that were not read again.
+        positions_saved: Positions that were not fused again.
         entries: Caches that are held.
         nbytes: Their size.
     """
@@ -54,51 +57,55 @@ class Stats:
 
 
 class PrefixStore:
-    """Caches of prompts, by who made them; the least recently used ones leave. Threads may share one.
+    """Caches of prompts; the least recently used ones are evicted. Threads may share one.
 
-    Models are told apart as the live objects they are, so that what one load computed is never given to another in another
-    precision; those whose parameters were changed in place, cast or moved are others, too. Other ways to change what a model or a
-    fuser computes (an adapter switched on, ``parameter.data`` of a model written to) need :meth:`clear`.
+    Models are told apart as live objects, so that the result of one load is never given to another in another
+    precision; a model whose parameters were changed in place, cast or moved counts as another one. Other ways to change
+    what a model or a fuser computes (switching on an adapter, writing to ``parameter.data`` of a model) need
+    :meth:`clear`.
 
     Args:
-        max_bytes: What all copies may take together, on the devices of the models. A longer prompt is read as ever.
+        max_bytes: Size of all copies together, on the devices of the models. A longer prompt is read without the store.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._shelf = PrefixCache(max_bytes)
+    def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self._cache = PrefixCache(max_bytes)
         self._names = WeakIdKeyDictionary()
-        self._plain = WeakIdKeyDictionary()
+        self._supported = WeakIdKeyDictionary()
         self._numbers = count()
         self._stats = Stats()
         self._lock = Lock()
 
     @property
     def stats(self) -> Stats:
-        entries = self._shelf.entries()
+        entries = self._cache.entries()
         return replace(self._stats, entries=len(entries), nbytes=sum(entry.nbytes for entry in entries))
 
     def clear(self) -> None:
         """Forget all caches."""
-        self._shelf.clear()
+        self._cache.clear()
 
     def prefill(
         self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, prefiller: Prefill = prefill
     ) -> Cache:
-        """As ``prefiller``, by which only what is new is run. The cache is the caller's own."""
-        if not (_is_one_prompt(mask) and self._can_go_on(model)):
+        """As ``prefiller``, which runs over the new tokens only. The cache belongs to the caller."""
+        if not (_is_one_prompt(mask) and self._supports(model)):
             return prefiller(model, ids, mask, positions)
-        maker, text = ("exact", self._name(model)), exact_text(ids, positions)
-        entry, known = self._shelf.find(maker, text)
+        # 1) The longest known prefix.
+        owner, text = ("exact", self._name(model)), exact_text(ids, positions)
+        entry, known = self._cache.find(owner, text)
         self._count(prompts=1, hits=int(known > 0), tokens=len(text), tokens_saved=known)
         cache = None if entry is None else start_cache(model.config, entry.layers, known, len(text) - known)
         if cache is not None and known == len(text):
             return cache
+        # 2) The rest is read, and kept for the next prompt.
         cache = prefiller(model, ids[:, known:], mask, positions[:, known:], cache)
-        self._shelf.keep(maker, text, read_layers(cache))
+        self._cache.put(owner, text, read_layers(cache))
         return cache
 
     def fuse(
         self,
+        *,
         models: Sequence[PreTrainedModel],
         receiver: KV,
         sharers: Sequence[KV],
@@ -106,79 +113,88 @@ class PrefixStore:
         prompt: AlignedPrompt,
         fusion: str,
         ropes: RoPEs,
-        in_place: bool = False,
+        consume: bool = False,
     ) -> KV:
-        """As :func:`kvfuse.stages.fuse.fuse`, of which only what is new is run: a fuser is position-wise.
+        """As :func:`kvfuse.stages.fuse.fuse`, run over the new positions only, since a fuser is position-wise.
 
-        ``models`` are the receiver and the sharers, whose exact caches ``receiver`` and ``sharers`` are.
+        ``models`` are the receiver and the sharers; ``receiver`` and ``sharers`` are their exact caches.
         """
-        places = range(min(len(sharers), len(fusers)))
-        fusers = fusers[: len(places)]
-        if not (
-            _is_one_prompt(prompt.mask)
-            and all(map(self._can_go_on, models))
-            and fusers
-            and all(map(_is_settled, fusers))
-        ):
-            return fuse(receiver, sharers, fusers, prompt, fusion, ropes, in_place)
-        turned = tuple(ropes[place] is not None for place in places)
-        names = (*map(self._name, models[: 1 + len(places)]), *((self._name(one), _fingerprint(one)) for one in fusers))
-        maker, text = ("fused", fusion, turned, *names), fused_text(prompt, len(places))
-        entry, known = self._shelf.find(maker, text)
+        fusers = fusers[: len(sharers)]
+        options: dict[str, Any] = {"sharers": sharers, "fusers": fusers, "fusion": fusion, "ropes": ropes}
+        supported = _is_one_prompt(prompt.mask) and all(map(self._supports, models))
+        if not (supported and fusers and all(map(_is_deterministic, fusers))):
+            return fuse(receiver=receiver, prompt=prompt, consume=consume, **options)
+        # 1) The longest known prefix, fused by the same fusers from caches of the same models.
+        owner = self._fused_owner(models, fusers, fusion, ropes)
+        text = fused_text(prompt, len(fusers))
+        entry, known = self._cache.find(owner, text)
         self._count(positions_saved=known)
-        fused = receiver if in_place else receiver.clone()
+        # 2) It replaces the beginning of the receiver's cache; the rest is fused, and kept for the next prompt.
+        fused = receiver if consume else receiver.clone()
         if entry is not None:
             _overwrite(_layers_of(fused), entry.layers, known)
         new = prompt.fuse_mask & (torch.arange(prompt.fuse_mask.shape[1]) >= known)
-        fused = fuse(fused, sharers, fusers, replace(prompt, fuse_mask=new), fusion, ropes, in_place=True)
+        fused = fuse(receiver=fused, prompt=replace(prompt, fuse_mask=new), consume=True, **options)
         if known < len(text):
-            self._shelf.keep(maker, text, _layers_of(fused))
+            self._cache.put(owner, text, _layers_of(fused))
         return fused
 
+    def _fused_owner(
+        self, models: Sequence[PreTrainedModel], fusers: Sequence[nn.Module], fusion: str, ropes: RoPEs
+    ) -> Hashable:
+        removed = tuple(ropes[index] is not None for index in range(len(fusers)))
+        names = [self._name(model) for model in models[: 1 + len(fusers)]]
+        return "fused", fusion, removed, *names, *((self._name(fuser), _fingerprint(fuser)) for fuser in fusers)
+
     def _name(self, module: nn.Module) -> int:
-        """A number for a module as it is, and another one once its parameters have changed; no two modules have the same."""
+        """A number of a module as it is: a new one once its parameters have changed, never that of another module."""
         parameters = list(module.parameters())
         with self._lock:
             number, seen = self._names.get(module, (-1, []))
             same = len(seen) == len(parameters) and all(
-                ref() is one and state == version_of(one) for (ref, state), one in zip(seen, parameters, strict=True)
+                reference() is parameter and version == version_of(parameter)
+                for (reference, version), parameter in zip(seen, parameters, strict=True)
             )
             if number < 0 or not same:
                 number = next(self._numbers)
-                self._names[module] = number, [(weakref.ref(one), version_of(one)) for one in parameters]
+                versions = [(weakref.ref(parameter), version_of(parameter)) for parameter in parameters]
+                self._names[module] = number, versions
             return number
 
-    def _can_go_on(self, model: PreTrainedModel) -> bool:
-        """:func:`supports_prefix_reuse`, asked once."""
-        if model not in self._plain:
-            self._plain[model] = supports_prefix_reuse(model)
-        return self._plain[model]
+    def _supports(self, model: PreTrainedModel) -> bool:
+        """:func:`supports_prefix_reuse`, asked once per model."""
+        if model not in self._supported:
+            self._supported[model] = supports_prefix_reuse(model)
+        return self._supported[model]
 
     def _count(self, **more: int) -> None:
         with self._lock:
             self._stats = replace(
-                self._stats, **{name: getattr(self._stats, name) + added for name, added in more.items()}
+                self._stats, **{key: getattr(self._stats, key) + added for key, added in more.items()}
             )
 
 
 def _is_one_prompt(mask: Tensor) -> bool:
     """Whether there is one prompt, without padding, and no gradient is wanted.
 
-    The rows of a batch know beginnings of unequal lengths, and padding moves their positions in the cache; batches are for
-    throughput, a store is for who waits for the next turn.
+    The rows of a batch have known prefixes of unequal lengths, and padding moves their positions in the cache; batches
+    are for throughput, a store is for the wait for the next turn.
     """
     return len(mask) == 1 and bool(mask.all()) and not torch.is_grad_enabled()
 
 
-def _is_settled(fuser: nn.Module) -> bool:
-    """Whether a fuser always makes the same of the same and nobody looks at it doing so; those wrapped by controls are none."""
+def _is_deterministic(fuser: nn.Module) -> bool:
+    """Whether a fuser gives the same result each time and no hook watches it; the wrappers of controls do not count."""
     return isinstance(fuser, Fuser) and not fuser.training and not is_watched(fuser)
 
 
 def _fingerprint(fuser: nn.Module) -> bytes:
-    """Of a fuser's gates and some of its other weights, for ``parameter.data`` may be written to without a trace."""
-    some = [one.detach().flatten()[:: -(-one.numel() // SAMPLES)].float() for one in fuser.parameters()]
-    return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).digest()
+    """Of the gates and samples of the other weights of a fuser: writing to ``parameter.data`` leaves no other trace."""
+    samples = [
+        parameter.detach().flatten()[:: -(-parameter.numel() // SAMPLES_PER_TENSOR)].float()
+        for parameter in fuser.parameters()
+    ]
+    return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).digest()
 
 
 def _layers_of(kv: KV) -> Layers:
@@ -186,7 +202,7 @@ def _layers_of(kv: KV) -> Layers:
 
 
 def _overwrite(layers: Layers, known: Layers, tokens: int) -> None:
-    """Put the first tokens of some layers in place of those of others."""
-    for mine, theirs in zip(layers, known, strict=True):
-        for part, other in zip(mine, theirs, strict=True):
-            part[:, :, :tokens] = other[:, :, :tokens]
+    """Copy the first tokens of some layers into others."""
+    for parts, known_parts in zip(layers, known, strict=True):
+        for part, known_part in zip(parts, known_parts, strict=True):
+            part[:, :, :tokens] = known_part[:, :, :tokens]

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvfuse.cache.transformers_cache import KV, read_cache
-from kvfuse.fusers import GatedFuser, make_fuser, require_trainable
+from kvfuse.cache.kv import KV
+from kvfuse.fusers import require_trainable
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.stages.fuse import pick
 from kvfuse.training.data.columns import EncodedExample, from_columns
 from kvfuse.training.recipe import TrainSection
 
@@ -22,49 +21,28 @@ def fit(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
     """Fit the one fuser of a pair to the prompts of the examples.
 
     Args:
-        pair: The models; their fuser is fitted in place.
-        train: ``batch_size`` and ``steps`` say how many examples are read at once and how often; once through by default.
-        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`. Their responses are not read: the caches of two
-            models are compared, not what follows from them.
+        pair: The models; the fuser is fitted in place.
+        train: Gives ``batch_size``, and the number of batches in ``steps``; default: all examples once.
+        examples: A data set of :func:`kvfuse.training.data.columns.to_columns`. Responses are not used: the fit
+            compares the two models' caches, not what follows from them.
 
     Raises:
-        PairError: The fuser's weights are integers, or there are too few examples.
+        PairError: The fuser is quantised, or there are too few examples.
     """
     require_trainable(pair.fusers[0])
-    read = islice(examples, train.steps and train.steps * train.batch_size)
-    pair.fusers[0].fit(read_pairs(pair, map(from_columns, read), train.batch_size))
-
-
-def start_from_ridge(pair: CacheToCache, train: TrainSection, examples: "Dataset") -> None:
-    """Let the one fuser of a pair begin as a ridge regression fitted to the same layers and tokens. Arguments as :func:`fit`.
-
-    Raises:
-        PairError: See :meth:`kvfuse.fusers.GatedFuser.start_from`; or the fuser's weights are integers.
-    """
-    fuser = pair.fusers[0]
-    require_trainable(fuser)
-    shared = ("receiver", "sharer", "token_alignment", "layer_alignment", "fuse", "rope")
-    ridge = make_fuser("ridge", num_sources=1, **{name: getattr(fuser.config, name) for name in shared}).to(
-        fuser.device
-    )
-    fit(CacheToCache(pair.receiver, pair.sharers, [ridge]), train, examples)
-    cast("GatedFuser", fuser).start_from(*(part.detach() for part in ridge.linear()))
+    used = islice(examples, train.steps and train.steps * train.batch_size)
+    pair.fusers[0].fit(read_pairs(pair, map(from_columns, used), train.batch_size))
 
 
 @torch.no_grad()
 def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_size: int) -> Iterator[tuple[KV, KV]]:
-    """The receiver's and the sharer's caches of the tokens that are fused, batch by batch, as the fuser will see them.
+    """Compute the receiver's and the sharer's caches of the fused tokens, batch by batch, as the fuser will see them.
 
     Yields:
         ``(L_r, 1, H_r, N, D_r)`` and ``(L_s, 1, H_s, N, D_s)``.
     """
-    weight = next(pair.fusers[0].parameters())
     unread = iter(examples)
     while batch := list(islice(unread, batch_size)):
-        prompt = stack([example.prompt for example in batch])
-        if prompt.ids.shape[1] < 2:
-            continue
-        streams = pair.read(prompt)
-        picked = pick(read_cache(streams.receiver), read_cache(streams.sharers[0]), prompt, 0, weight, pair.ropes)
-        if picked is not None:
-            yield picked.receiver, picked.sharer
+        tokens = pair.fuser_inputs(stack([example.prompt for example in batch]))
+        if tokens is not None:
+            yield tokens.receiver, tokens.sharer

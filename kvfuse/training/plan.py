@@ -1,4 +1,4 @@
-"""``kvfuse train --dry-run``: what a recipe will train, for how long and in how much memory, before any weight is loaded."""
+"""``kvfuse train --dry-run``: shapes, steps, memory and time of a run, estimated before any weight is loaded."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvfuse.cache.transformers_cache import KVSpec
+from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
 from kvfuse.fusers import fuser_class
 from kvfuse.stages.prefill import probe
@@ -15,49 +15,55 @@ from kvfuse.support.processes import processes
 from kvfuse.training.data.prepare import Prepared, split
 from kvfuse.training.recipe import Recipe
 
-ADAM_BYTES = 16  # per parameter of the fuser: weight, gradient and two moments in float32
-SPEED_SIZE = 1024
+TRAINED_PARAMETER_BYTES = 16  # weight, gradient and two moments in float32
+LOGIT_BYTES = 8  # a logit and its gradient in float32
+MATRIX_SIZE = 1024  # of the products that measure this machine's speed
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model without its weights.
 
     Attributes:
-        name: What the recipe calls it.
-        parameters: How many it has.
-        bytes: Of one of them.
-        kv: Of one token.
-        vocabulary: How many logits a token has.
+        name: Folder or Hub id, as in the recipe.
+        parameters: Number of parameters.
+        itemsize: Bytes per parameter.
+        kv: Shape of one token's cache.
+        vocabulary: Number of logits per token.
     """
 
     name: str
     parameters: int
-    bytes: int
+    itemsize: int
     kv: KVSpec
     vocabulary: int
 
     def __str__(self) -> str:
         return f"{self.name}: {self.parameters:,} parameters, {self.kv}"
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.kv.num_layers * self.kv.num_kv_heads * (self.kv.key_dim + self.kv.value_dim) * self.itemsize
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates; time is that of the products alone, at the speed this machine has shown just now.
+    """Estimates of a run.
 
     Attributes:
         receiver: The model that answers.
         sharer: The model that only reads.
         trainable: Parameters of the fuser.
-        examples: How many are learnt from.
-        tokens: Mean length of a prompt and of a response, the receiver's tokens.
+        examples: Number of training examples.
+        tokens: Mean length of a prompt and of a response, in the receiver's tokens.
         steps: Optimizer steps.
-        memory: Bytes of weights, optimizer and the caches and logits of one batch.
-        seconds: Of the whole run.
+        memory: Bytes of weights and optimizer, and of one batch's caches and logits.
+        seconds: Time of all matrix products at this machine's measured speed: a lower bound.
     """
 
-    receiver: Shape
-    sharer: Shape
+    receiver: ModelShape
+    sharer: ModelShape
     trainable: int
     examples: int
     tokens: tuple[float, float]
@@ -67,14 +73,14 @@ class Plan:
 
     def __str__(self) -> str:
         prompt, response = self.tokens
-        return "\n".join(
-            [
-                f"receiver {self.receiver}",
-                f"sharer   {self.sharer}",
-                f"fuser    {self.trainable:,} trainable parameters",
-                f"data     {self.examples:,} examples of {prompt:.0f} prompt and {response:.0f} response tokens on average",
-                f"run      {self.steps:,} steps; about {self.memory / 2**20:,.0f} MiB, and {self.seconds / 60:,.1f} minutes or more",
-            ]
+        data = f"{self.examples:,} examples of {prompt:.0f} prompt and {response:.0f} response tokens on average"
+        cost = f"about {self.memory / 2**20:,.0f} MiB, and {self.seconds / 60:,.1f} minutes or more"
+        return (
+            f"receiver {self.receiver}\n"
+            f"sharer   {self.sharer}\n"
+            f"fuser    {self.trainable:,} trainable parameters\n"
+            f"data     {data}\n"
+            f"run      {self.steps:,} steps; {cost}"
         )
 
 
@@ -86,36 +92,30 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
         prepared: Its data, encoded.
 
     Raises:
-        PairError: A model is not there, or its shape cannot be told without its weights.
+        PairError: A model does not exist, or its shape cannot be measured without its weights.
     """
+    # 1) Build both models and the fuser without memory for their weights
     receiver, sharer = shape_of(recipe.receiver, recipe.dtype), shape_of(recipe.sharer, recipe.dtype)
-    pair = {
-        whose: {"name": one.name, "kv": vars(one.kv)} for whose, one in (("receiver", receiver), ("sharer", sharer))
-    }
-    with torch.device("meta"):
-        cls = fuser_class(recipe.fuser.kind)
-        fuser = cls(cls.config_class(**pair, **recipe.fuser.options))
-    trainable = sum(parameter.numel() for parameter in fuser.parameters())
+    trainable = _trainable(recipe, receiver=receiver, sharer=sharer)
+    # 2) Mean lengths; a column "length" counts prompt and response
     training, _ = split(prepared.examples, recipe.data.validation_share)
     response = sum(map(len, training["response"][:])) / len(training)
     prompt = sum(training["length"][:]) / len(training) - response
+    # 3) Memory: weights and optimizer, then one batch's caches and the logits of its responses
     steps, batch = _steps(recipe, len(training)), recipe.train.batch_size
-    memory = _weights(receiver) + _weights(sharer) + ADAM_BYTES * trainable
-    memory += int(
-        batch * ((prompt + response) * (_kv_bytes(receiver) + _kv_bytes(sharer)) + 8 * response * receiver.vocabulary)
-    )
-    seconds = (
-        steps
-        * recipe.train.accumulation
-        * batch
-        * _products(receiver, sharer, trainable, prompt, response)
-        / _products_per_second()
-    )
+    per_example = (prompt + response) * (receiver.kv_bytes + sharer.kv_bytes)
+    per_example += LOGIT_BYTES * response * receiver.vocabulary
+    memory = sum(model.parameters * model.itemsize for model in (receiver, sharer))
+    memory += TRAINED_PARAMETER_BYTES * trainable + int(batch * per_example)
+    # 4) Time in multiply-adds: both prefills and the fuser forward and twice backward over the prompt, the receiver
+    #    forward and once backward over the response
+    products = prompt * (receiver.parameters + sharer.parameters + 3 * trainable) + 2 * response * receiver.parameters
+    seconds = steps * recipe.train.accumulation * batch * products / _products_per_second()
     return Plan(receiver, sharer, trainable, len(training), (prompt, response), steps, memory, seconds)
 
 
-def shape_of(name: str, dtype: str) -> Shape:
-    """A model's shape, from its configuration alone: it is built, and run, without memory for its weights."""
+def shape_of(name: str, dtype: str) -> ModelShape:
+    """Measure a model's shape from its configuration: it is built and run without memory for its weights."""
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -124,33 +124,29 @@ def shape_of(name: str, dtype: str) -> Shape:
         raise PairError(
             f"expected a causal language model at {name!r}, got: {first_line(error)}; check the name"
         ) from error
+    # "auto" is no attribute of torch: it is the dtype that the weights are stored in
     stored = getattr(torch, dtype, None) or config.dtype or torch.float32
-    return Shape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)
+    return ModelShape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)
+
+
+def _trainable(recipe: Recipe, *, receiver: ModelShape, sharer: ModelShape) -> int:
+    cls = fuser_class(recipe.fuser.kind)
+    models = {"receiver": receiver, "sharer": sharer}
+    pair = {role: {"name": model.name, "kv": vars(model.kv)} for role, model in models.items()}
+    with torch.device("meta"):
+        fuser = cls(cls.config_class(**pair, **recipe.fuser.options))
+    return sum(parameter.numel() for parameter in fuser.parameters())
 
 
 def _steps(recipe: Recipe, examples: int) -> int:
-    per_step = recipe.train.batch_size * processes().num_processes
-    updates = max(1, math.ceil(math.ceil(examples / per_step) / recipe.train.accumulation))
-    return recipe.train.steps or math.ceil(recipe.train.epochs * updates)
-
-
-def _weights(model: Shape) -> int:
-    return model.parameters * model.bytes
-
-
-def _kv_bytes(model: Shape) -> int:
-    """Of one token's keys and values."""
-    return model.kv.num_layers * model.kv.num_kv_heads * (model.kv.key_dim + model.kv.value_dim) * model.bytes
-
-
-def _products(receiver: Shape, sharer: Shape, fuser: int, prompt: float, response: float) -> float:
-    """Multiply-adds of one example: both prefills, the fuser forward and twice back, the receiver on the response and once back."""
-    return prompt * (receiver.parameters + sharer.parameters + 3 * fuser) + 2 * response * receiver.parameters
+    batches = math.ceil(examples / (recipe.train.batch_size * processes().num_processes))
+    return recipe.train.steps or math.ceil(recipe.train.epochs * math.ceil(batches / recipe.train.accumulation))
 
 
 def _products_per_second() -> float:
-    matrix = torch.rand(SPEED_SIZE, SPEED_SIZE, device=processes().device)
-    float((matrix @ matrix).sum())  # the first is slow
+    """Multiply-adds per second of this machine."""
+    matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE, device=processes().device)
+    float((matrix @ matrix).sum())  # warm up
     start = time.perf_counter()
     float(sum((matrix @ matrix).sum() for _ in range(3)))
-    return 3 * SPEED_SIZE**3 / (time.perf_counter() - start)
+    return 3 * MATRIX_SIZE**3 / (time.perf_counter() - start)

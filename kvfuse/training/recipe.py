@@ -1,5 +1,6 @@
-"""What ``kvfuse train`` reads of a recipe."""
+"""The sections of a recipe that ``kvfuse train`` reads. The texts below fields are their documentation."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
 from kvfuse.support.config import Section, check, override, read_recipe, unknown_key
+from kvfuse.support.rows import DOCUMENT_SEPARATOR
 
 FOREIGN_SECTIONS = ("evaluation",)
 
 
 class FuserSection(BaseModel):
-    """``fuser``: its kind and its options; which there are depends on the kind (see the fuser's configuration)."""
+    """``fuser``: kind and options of the fuser; each kind has its own options (see its configuration)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -26,51 +28,49 @@ class FuserSection(BaseModel):
 
 
 class DataSection(Section):
-    """``data``: where the examples come from."""
+    """``data``: the source of the examples."""
 
     path: Path
-    """A file (.json, .jsonl, .txt, .csv, .parquet), a folder of them, or the name of a data set on the Hub."""
+    """A file (.json, .jsonl, .txt, .csv, .parquet), a folder of such files, or the name of a data set on the Hub."""
     name: str | None = None
-    """Of the Hub data set's configuration."""
+    """Configuration of the Hub data set."""
     split: str = "train"
-    """Of the Hub data set."""
+    """Split of the Hub data set."""
     revision: str | None = None
-    """Of the Hub data set."""
+    """Revision of the Hub data set."""
     streaming: bool = False
-    """Read rows one by one, as many as ``limit`` says, without keeping their files; encoded rows are kept for this run only."""
+    """Read rows one by one, up to ``limit``, without storing their files; encoded rows are kept for this run only."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = (
         "auto"
     )
-    """What a row looks like (``training/shapes.py``); ``auto`` reads it off its columns. ``text``: documents, cut into examples."""
+    """Shape of a row (``training/data/shapes.py``); ``auto``: by its columns; ``text``: documents, cut in pieces."""
     loss_on: Literal["last", "all"] = "last"
-    """Learn the assistant's last turn, or each of them as an example of its own, which reads a chat again for every turn."""
+    """Learn the assistant's last turn, or all its turns, each as one example, which reads a chat once per turn."""
     max_tokens: int | None = Field(None, ge=2)
-    """The longest prompt and response together, for every model that reads both; by default what its context holds."""
+    """Longest prompt and response together, for each model that reads both; default: the model's context."""
     truncation: Literal["refuse", "drop_history"] = "refuse"
-    """What becomes of longer ones: bad rows, or shorter ones without their oldest turns; no turn is ever cut."""
+    """Longer examples are bad rows, or lose their oldest turns; no turn is ever cut."""
     max_bad_share: float = Field(0.05, ge=0, le=1)
-    """Refuse to train where more of the rows than this are bad; they are listed in ``output/bad_rows.jsonl``."""
+    """Largest share of bad rows to train with; they are listed in ``output/bad_rows.jsonl``."""
     workers: int = Field(1, ge=1)
-    """Processes that encode."""
-    separator: str = Field("<|endoftext|>", min_length=1)
-    """Between two documents of a text file."""
+    """Processes for encoding."""
+    separator: str = Field(DOCUMENT_SEPARATOR, min_length=1)
+    """Separator of documents in a text file."""
     prompt_characters: int = Field(200, ge=1)
-    """Length of a prompt cut from a document, to the next white space."""
+    """Length of a prompt cut from a document, up to the next white space."""
     response_characters: int = Field(200, ge=1)
-    """Length of the response that follows it, to the next white space."""
+    """Length of the response that follows it, up to the next white space."""
     limit: int | None = Field(None, ge=2)
-    """Read the first so many rows, and keep at most so many examples of them."""
+    """Number of rows to read, and of examples to keep of them."""
     validation_share: float = Field(0.05, gt=0, lt=1)
-    """The last so much of them is held out."""
+    """Share of the examples, the last ones, to hold out."""
 
 
 class TrainSection(Section):
-    """``train``: how long and how fast; defaults are the paper's (A.3.5)."""
+    """``train``: length and speed of a run; defaults are the paper's (A.3.5)."""
 
-    start: Literal["random", "ridge"] = "random"
-    """The fuser's first weights: drawn, or of kinds that can, a ridge regression of the receiver's caches on the sharer's."""
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps; by default ``epochs`` over the data."""
+    """Optimizer steps; default: ``epochs`` over the data."""
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(4, ge=1)
     """Examples per device and forward pass."""
@@ -78,31 +78,31 @@ class TrainSection(Section):
     """Forward passes per optimizer step."""
     learning_rate: float = Field(1e-4, gt=0)
     gate_learning_rate: float | None = Field(None, gt=0)
-    """Of the gate logits; by default 20 x ``learning_rate``, without which they hardly move."""
+    """Learning rate of the gate logits; default: 20 x ``learning_rate``, without which they hardly move."""
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; it falls linearly after."""
     max_grad_norm: float = Field(1.0, gt=0)
     bf16: Literal["auto"] | bool = "auto"
-    """Compute the fuser in bfloat16, its weights in float32 all the same; ``auto``: on a GPU that can."""
+    """Compute the fuser in bfloat16, with float32 weights; ``auto``: on GPUs that support it."""
     fsdp: bool = False
-    """Spread the fuser, its gradients and its optimizer over the GPUs of several processes, in place of a copy in each."""
+    """Shard the fuser, its gradients and its optimizer over the GPUs of several processes; default: a copy in each."""
     seed: int = 42
-    """Of the fuser's first weights, the order of the examples, dropout and gates."""
+    """Seed of the fuser's first weights, the order of the examples, dropout and gates."""
     group_by_length: bool = False
-    """Batches of examples of like length: less padding, but less mixed, and so slower to learn from where length tells the kind."""
+    """Batch examples of similar length: less padding, but learning slows where length tells the kind of example."""
     recompute: bool = False
-    """Keep less for the backward pass and compute it again there: half the memory or less, about a quarter more time."""
+    """Recompute activations in the backward pass: half the memory or less, about a quarter more time."""
     keep_caches: Literal["none", "sharer", "both"] = "none"
-    """Read the prompts once and keep the caches on disk for all epochs: the sharer's, or the receiver's too, which are larger."""
+    """Compute prompt caches once and keep them on disk for all epochs: the sharer's, or the larger receiver's too."""
     keep_caches_as: Literal["bfloat16", "int8"] = "bfloat16"
-    """The sharer's; the receiver's are kept in bfloat16."""
+    """Format of the sharer's caches; the receiver's are kept in bfloat16."""
     save_steps: int = Field(200, ge=1)
-    """Steps between checkpoints, of which the best on held-out examples is kept; a killed run goes on from the last."""
+    """Steps between checkpoints. The best on held-out examples is kept; a killed run resumes from the last."""
     patience: int | None = Field(None, ge=1)
-    """End the run after so many checkpoints that are no better than the best; by default it goes on."""
+    """Stop after this many checkpoints without improvement; default: never."""
     report_to: str = "none"
-    """Where Trainer logs to, every 50 steps: ``tensorboard``, ``trackio``, ``wandb``, …"""
+    """Logger of Trainer, written to every 50 steps: ``tensorboard``, ``trackio``, ``wandb``, …"""
 
 
 class Recipe(Section):
@@ -115,7 +115,7 @@ class Recipe(Section):
     output: Path
     """Folder for the fuser."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the two models are loaded as; the fuser itself always trains in float32."""
+    """Dtype of the two models; the fuser always trains in float32."""
     token_alignment: Literal["auto", "identity", "span", "reencode-first", "reencode-longest"] = "auto"
     """``auto``: identity for identical tokenizers, else span."""
     fuser: FuserSection = FuserSection()
@@ -124,12 +124,15 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and the ``key=value`` words after it, e.g. ``train.steps=100``; relative paths are those of the shell.
+    """Read a recipe and the ``key=value`` words after it, e.g. ``train.steps=100``. Paths are relative to the shell's.
 
     Raises:
-        RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
+        RecipeError: The file is missing or not YAML, a key is unknown (the nearest is named), or a value is wrong.
     """
-    recipe = check(read_recipe(path, overrides), Recipe, FOREIGN_SECTIONS)
+    content = read_recipe(path, overrides)
+    _drop_start(content)
+    recipe = check(content, Recipe, FOREIGN_SECTIONS)
+    # Options depend on the kind, so pydantic cannot check their names
     known = _fuser_options(recipe.fuser.kind)
     for option in recipe.fuser.options:
         if option not in known:
@@ -138,7 +141,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
-    """A recipe's ``data`` alone, from its path and ``key=value`` words, e.g. ``limit=100``.
+    """A recipe's ``data`` section, from its path and ``key=value`` words, e.g. ``limit=100``.
 
     Raises:
         RecipeError: A key is unknown (the nearest is named), or a value is wrong.
@@ -148,11 +151,27 @@ def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
     return check(content, DataSection)
 
 
+def _drop_start(content: dict[str, Any]) -> None:
+    """Accept ``train.start: random``, a key of version 0.1, for one version."""
+    train = content.get("train")
+    if not isinstance(train, dict) or "start" not in train:
+        return
+    if train.pop("start") != "random":
+        raise RecipeError(
+            "expected no key train.start, got one: it was removed, since a few steps of training gain more than a "
+            "start from ridge regression; leave it out"
+        )
+    warnings.warn(
+        "train.start has no effect and will be an unknown key; leave it out", DeprecationWarning, stacklevel=3
+    )
+
+
 def _fuser_options(kind: str) -> list[str]:
     try:
         config = fuser_class(kind).config_class
     except PairError as error:
         raise RecipeError(str(error)) from error
-    given = {"receiver", "sharer", "token_alignment", "model_type", "weights"}
-    mine = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
-    return [name for cls in mine for name in cls.__annotations__ if name not in given]
+    # Options are the fields of the kind's configuration, except fields that training derives from the pair
+    derived = {"receiver", "sharer", "token_alignment", "model_type", "weights"}
+    classes = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
+    return [name for cls in classes for name in cls.__annotations__ if name not in derived]

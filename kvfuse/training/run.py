@@ -1,4 +1,4 @@
-"""``kvfuse train``: from a recipe to a fuser on disk, with what it gained over the receiver alone."""
+"""``kvfuse train``: from a recipe to a fuser on disk, with its gain over the receiver alone."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,18 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
-from kvfuse.training.closed_form import fit, start_from_ridge
+from kvfuse.training.closed_form import fit
 from kvfuse.training.data.columns import from_columns
 from kvfuse.training.data.encoding import Encoder, token_alignment
 from kvfuse.training.data.prepare import Prepared, prepare, split
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.loop.validation import Gain, Validation
 from kvfuse.training.recipe import Recipe
-from kvfuse.training.run_metadata import record
+from kvfuse.training.run_metadata import run_metadata
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
-    """Run a recipe; a killed run, started again with the same recipe, goes on from its last checkpoint.
+    """Run a recipe. A killed run, started again with the same recipe, resumes from its last checkpoint.
 
     Args:
         recipe: See :class:`Recipe`.
@@ -31,49 +31,53 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
         quiet: Show no progress bar.
 
     Returns:
-        What the fuser gained on held-out examples.
+        The gain of the fuser on held-out examples.
 
     Raises:
-        RecipeError, PairError, PromptError: Before anything is written, but for the list of bad rows where they are too many.
+        RecipeError, PairError, PromptError: Before anything is written, except a list of too many bad rows.
     """
     group = processes()
     say = group.on_main_process(say)
+    # 1) Check the recipe and encode its data, before any model is loaded
     _require_own_folder(recipe)
     _require_gpus(recipe)
     prepared = prepare_data(recipe, say, quiet)
+    training, held_out = split(prepared.examples, recipe.data.validation_share)
+    # 2) Load the models and make a new fuser
     pair = new_pair(recipe)
     trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
     frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
     say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
-    training, held_out = split(prepared.examples, recipe.data.validation_share)
     if group.is_main_process:
         write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
         _list_bad_rows(recipe, prepared)
+    # 3) Train it, or fit it in closed form
     validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
-    pace = None
+    throughput = None
     if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
-        if recipe.train.start == "ridge":
-            start_from_ridge(pair, recipe.train, training)
-        pace = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet).resume()
+        trainer = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet)
+        throughput = trainer.resume()
     pair.fusers[0].eval()
+    # 4) Measure and save
     gain = validation.measure()
     if group.is_main_process:
         save_fuser(pair.fusers[0], recipe.output / "fuser", _notes(gain, recipe))
-        write_file(recipe.output / "result.json", record(gain, pace, pair, prepared, group.num_processes))
-    group.wait_for_everyone()  # what it leaves is whole when any of them returns
+        result = run_metadata(gain, throughput, pair, prepared, group.num_processes)
+        write_file(recipe.output / "result.json", result)
+    group.wait_for_everyone()  # the output is complete when any process returns
     say(str(gain))
     say(describe_gates(pair.fusers[0]))
-    say(f"saved to {recipe.output / 'fuser'}{'' if pace is None else f'; {pace}'}")
+    say(f"saved to {recipe.output / 'fuser'}{'' if throughput is None else f'; {throughput}'}")
     return gain
 
 
 def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Prepared:
-    """Encode a recipe's data, before its models are loaded; of several processes on a machine, the first does it for all.
+    """Encode a recipe's data before its models are loaded; the first process of a machine does it for the others.
 
     Raises:
-        RecipeError: Too many rows are bad; they are listed in ``output/bad_rows.jsonl``. Or several processes want a stream.
+        RecipeError: Too many rows are bad (listed in ``output/bad_rows.jsonl``), or several processes would stream.
     """
     group = processes()
     if recipe.data.streaming and group.num_processes > 1:
@@ -98,10 +102,10 @@ def new_pair(recipe: Recipe) -> CacheToCache:
     options = {"dtype": recipe.dtype, "device_map": processes().device}
     receiver, sharer = (LanguageModel.from_pretrained(name, **options) for name in (recipe.receiver, recipe.sharer))
     torch.manual_seed(recipe.train.seed)
-    return CacheToCache(receiver, [sharer], [fuser_for(receiver, sharer, recipe)])
+    return CacheToCache(receiver, [sharer], [_new_fuser(recipe, receiver=receiver, sharer=sharer)])
 
 
-def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) -> Fuser:
+def _new_fuser(recipe: Recipe, *, receiver: LanguageModel, sharer: LanguageModel) -> Fuser:
     """A new float32 fuser of the recipe's kind that remembers this pair."""
     identical = receiver.identity.tokenizer == sharer.identity.tokenizer
     return make_fuser(
@@ -114,19 +118,22 @@ def fuser_for(receiver: LanguageModel, sharer: LanguageModel, recipe: Recipe) ->
 
 
 def _require_own_folder(recipe: Recipe) -> None:
-    """Refuse a folder that another recipe has started."""
+    """Refuse an output folder that another recipe has started."""
     saved = recipe.output / "recipe.yaml"
-    if saved.exists() and saved.read_text() != _as_yaml(recipe):
+    # Version 0.1 wrote train.start, which had one other value
+    if saved.exists() and saved.read_text().replace("train:\n  start: random\n", "train:\n") != _as_yaml(recipe):
         raise RecipeError(
-            f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; choose another output"
+            f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; "
+            "choose another output"
         )
 
 
 def _require_gpus(recipe: Recipe) -> None:
-    """Refuse to spread a fuser over what Trainer would silently give a copy each."""
+    """Refuse FSDP where Trainer would silently train a copy of the fuser in each process."""
     if recipe.train.fsdp and (on_cpu() or processes().num_processes == 1):
         raise RecipeError(
-            "expected several processes with a GPU each for train.fsdp, got none such; start them with torchrun, or turn it off"
+            "expected several processes with a GPU each for train.fsdp, got none such; "
+            "start them with torchrun, or turn it off"
         )
 
 

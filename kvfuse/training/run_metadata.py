@@ -1,4 +1,4 @@
-"""``result.json``: what a run gained, how fast, and everything that its figures hang on."""
+"""``result.json``: figures of a run, its speed, and everything that its figures depend on."""
 
 import hashlib
 import importlib.metadata
@@ -10,40 +10,42 @@ from kvfuse import __version__
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.training.data.prepare import Prepared
-from kvfuse.training.loop.throughput import Pace
+from kvfuse.training.loop.callbacks import Throughput
 from kvfuse.training.loop.validation import Gain
 
-VERSIONS_OF = ("torch", "transformers", "accelerate")
+LIBRARIES = ("torch", "transformers", "accelerate")
 
 
-def record(gain: Gain, pace: Pace | None, pair: CacheToCache, prepared: Prepared, processes: int) -> str:
-    """All of it as JSON.
+def run_metadata(
+    gain: Gain, throughput: Throughput | None, pair: CacheToCache, prepared: Prepared, processes: int
+) -> str:
+    """Describe a run as JSON.
 
     Args:
         gain: On held-out examples.
-        pace: Of the last session, where a killed run was started again; None for a fuser that is closed_form.
+        throughput: Since the last start of the run; None for a fuser in closed form.
         pair: The models.
         prepared: The data.
-        processes: How many took part.
+        processes: Number of processes.
     """
-    told = {
+    payload = {
         **asdict(gain),
-        "training": None if pace is None else pace.to_dict(),
+        "training": None if throughput is None else throughput.to_dict(),
         "processes": processes,
         "data": {"examples": len(prepared.examples), "bad": len(prepared.bad), "fingerprint": prepared.fingerprint},
         "models": {"receiver": _describe(pair.receiver), "sharer": _describe(pair.sharers[0])},
         "versions": versions(),
     }
-    return json.dumps(told, indent=2) + "\n"
+    return json.dumps(payload, indent=2) + "\n"
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide a run's figures."""
-    return {"kvfuse": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS_OF}}
+    """Versions of the libraries that decide a run's figures."""
+    return {"kvfuse": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
 def _describe(model: LanguageModel) -> dict[str, Any]:
-    """Its name, commit on the Hub (None for a folder), tokenizer and a hash of the weights that a fuser remembers."""
+    """Name, commit on the Hub (None for a folder), dtype, tokenizer, and a hash of the sampled weights."""
     identity = model.identity
     return {
         "name": identity.name,

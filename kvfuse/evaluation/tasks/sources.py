@@ -1,7 +1,5 @@
 """Where each task's questions come from: a data set on the Hub, or its files as they are found in a folder."""
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import EvaluationError, first_line, nearest
 from kvfuse.evaluation.tasks import items
-from kvfuse.evaluation.tasks.items import Item, Row
+from kvfuse.evaluation.tasks.items import Item
+from kvfuse.support.rows import JSON, TABLES, Row, decode, read_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-READABLE = (".json", ".jsonl", ".csv", ".parquet")
+READABLE = (*JSON, *TABLES)
 SPLITS = ("train", "dev", "validation", "val", "test")
 
 
@@ -162,25 +161,7 @@ def _subject(file: Path) -> str:
 def _file_rows(files: Sequence[Path]) -> Iterator[tuple[str, int, str, Row]]:
     for file in files:
         try:
-            yield from ((str(file), line, _subject(file), row) for line, row in _read(file))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+            for line, content in read_rows(file):
+                yield str(file), line, _subject(file), decode(file.name, content)
+        except (OSError, ValueError) as error:
             raise EvaluationError(f"expected rows in {file}, got: {first_line(error)}; correct the file") from error
-
-
-def _read(file: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a file with their lines, or their numbers where it has no lines."""
-    if file.suffix == ".parquet":
-        from pyarrow import parquet
-
-        yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
-        return
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        if file.suffix == ".csv":
-            table = csv.DictReader(opened)
-            yield from ((table.line_num, dict(row)) for row in table)
-        elif file.suffix == ".json" and opened.read(1) == "[":
-            opened.seek(0)
-            yield from enumerate(json.load(opened), start=1)
-        else:
-            opened.seek(0)
-            yield from ((number, json.loads(line)) for number, line in enumerate(opened, start=1) if line.strip())

@@ -1,4 +1,4 @@
-"""Constants multiplied into weights beforehand, for fusers that are only used."""
+"""Multiply the weights of norms into the linear layers behind them, for fusers that are only used: fewer kernels."""
 
 from typing import Any
 
@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvfuse.errors import PairError
-from kvfuse.fusers.execution.by_group import Grouped
-from kvfuse.fusers.layers import GroupedFFN, GroupedLinear, GroupedRMSNorm
+from kvfuse.fusers.layers import Grouped, GroupedFFN, GroupedLinear, GroupedRMSNorm
 
 
 class FoldedRMSNorm(Grouped):
-    """``GroupedRMSNorm`` whose weight the next product has."""
+    """A ``GroupedRMSNorm`` whose weight is part of the next linear layer."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -24,18 +23,16 @@ class FoldedRMSNorm(Grouped):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         raise PairError(
-            "expected a fuser with weights of its own to save, got a folded one; load it again, and do not fold it"
+            "expected a fuser to save with its own norms, got a folded one; load it again, and do not fold it"
         )
 
 
 @torch.no_grad()
-def fold(fuser: nn.Module) -> None:
-    """Change a frozen fuser in place; quantised products stay as they are."""
+def fold_norms(fuser: nn.Module) -> None:
+    """Change a frozen fuser in place; quantised layers stay as they are."""
     for block in fuser.modules():
-        if (
-            isinstance(block, GroupedFFN)
-            and isinstance(block.norm, GroupedRMSNorm)
-            and isinstance(block.w1, GroupedLinear)
-        ):
+        if not isinstance(block, GroupedFFN):
+            continue
+        if isinstance(block.norm, GroupedRMSNorm) and isinstance(block.w1, GroupedLinear):
             block.w1.weight.mul_(block.norm.weight.mT)  # (G, C, I) * (G, C, 1)
             block.set_submodule("norm", FoldedRMSNorm(block.norm.eps))

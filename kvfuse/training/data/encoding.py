@@ -1,13 +1,13 @@
-"""Examples -> what the models read of them, from their tokenizers alone."""
+"""Examples -> token ids for every model, from their tokenizers alone."""
 
 import hashlib
-import importlib.util
+import importlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -16,13 +16,14 @@ from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedRow, align, default_token_alignment
+from kvfuse.prompts.alignment import align, default_token_alignment
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
 
 ENCODING_MODULES = (
+    "kvfuse.support.rows",
     "kvfuse.prompts.chat",
     "kvfuse.prompts.template_spans",
     "kvfuse.prompts.tokenized",
@@ -37,16 +38,16 @@ ENCODING_MODULES = (
     "kvfuse.training.data.shapes",
     "kvfuse.training.data.sources",
 )
-"""The code that decides what encoded rows are: an edit to any of them encodes a data set again, an edit elsewhere does not."""
+"""The code that decides the encoded rows: an edit of these modules, and of no other, encodes all data again."""
 
 
 class TooLongError(PromptError):
-    """An example that a model has no room for."""
+    """An example that does not fit a model's context or ``data.max_tokens``."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model as far as encoding goes: its tokenizer, and how many tokens it has room for."""
+    """The part of a model that encoding needs: its tokenizer, and the length of its context in tokens."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -58,17 +59,18 @@ class Reader:
 
     @classmethod
     def load(cls, name: str) -> Self:
-        """Without the model. Raises PairError where there is no tokenizer or no configuration."""
+        """Load without the weights. Raises PairError where tokenizer or configuration are missing."""
         return cls(name, load_tokenizer(name), load_context(name))
 
-    def require_room(self, length: int, what: str, most: int | None = None) -> None:
-        """Raises TooLongError where neither the context nor ``most`` has room for so many tokens."""
-        room = min((limit for limit in (self.context, most) if limit is not None), default=length)
+    def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
+        """Raises TooLongError for a length beyond the context or ``max_tokens``."""
+        # The tighter of the two limits, of which either may be missing
+        room = min((limit for limit in (self.context, max_tokens) if limit is not None), default=length)
         if length > room:
             raise TooLongError(f"expected {what} to fit {room} tokens of {self.name}, got {length}; shorten them")
 
     def identify(self) -> list[Any]:
-        """What decides the ids that it reads."""
+        """Everything that decides the ids it reads."""
         tokenizer = self.tokenizer
         return [tokenizer_hash(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, self.context]
 
@@ -79,10 +81,10 @@ class Encoder:
 
     Attributes:
         receiver: The model that answers.
-        sharers: Those that only read, each with one of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
-        fuse: Which prompt positions are fused.
+        sharers: The models that only read, each with one of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
+        fuse: The prompt positions to fuse, one of :data:`kvfuse.prompts.alignment.FUSE`.
         fuse_response: Whether the response is fused too, so that the sharers read it.
-        max_tokens: The longest prompt and response, where that is less than a context.
+        max_tokens: Longest prompt and response together, where that is less than a context.
     """
 
     receiver: Reader
@@ -93,66 +95,66 @@ class Encoder:
 
     @classmethod
     def of(cls, pair: CacheToCache) -> Self:
-        """For models at hand."""
-        sharers = [
-            (Reader.of(one), fuser.config.token_alignment) for one, fuser in zip(pair.sharers, pair.fusers, strict=True)
-        ]
-        return cls(Reader.of(pair.receiver), tuple(sharers), pair.fusers[0].config.fuse, pair.fuse_response)
+        """The encoder for a loaded pair."""
+        configs = [fuser.config for fuser in pair.fusers]
+        sharers = zip(map(Reader.of, pair.sharers), (config.token_alignment for config in configs), strict=True)
+        return cls(Reader.of(pair.receiver), tuple(sharers), configs[0].fuse, pair.fuse_response)
 
     @classmethod
     def load(cls, recipe: Recipe) -> Self:
-        """For a recipe's models, of which only tokenizers and configurations are loaded."""
+        """The encoder for a recipe's models, of which only tokenizers and configurations are loaded."""
         receiver, sharer = Reader.load(recipe.receiver), Reader.load(recipe.sharer)
-        how = token_alignment(recipe, tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer))
+        identical = tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer)
+        # Options that the recipe leaves out have the defaults of the fuser's configuration
         defaults, options = fuser_class(recipe.fuser.kind).config_class, recipe.fuser.options
         fuse, fuse_response = (options.get(name, getattr(defaults, name)) for name in ("fuse", "fuse_response"))
-        return cls(receiver, ((sharer, how),), fuse, fuse_response, recipe.data.max_tokens)
+        alignment = token_alignment(recipe, identical)
+        return cls(receiver, ((sharer, alignment),), fuse, fuse_response, recipe.data.max_tokens)
 
     def encode(self, example: Example) -> EncodedExample:
-        """Align the prompt and tokenize the response as it would follow it.
+        """Align the prompt, and tokenize the response as it would follow the prompt.
 
         Raises:
-            TooLongError: A model has no room for what it reads.
+            TooLongError: The example does not fit a model.
             PromptError: See :func:`kvfuse.prompts.chat.render`.
         """
-        sharers = [(sharer.tokenizer, how) for sharer, how in self.sharers]
+        sharers = [(sharer.tokenizer, alignment) for sharer, alignment in self.sharers]
+        # 1) The prompt for all models
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
-        followed = sharers if self.fuse_response else []
-        response = tokenize_response(prompt, example.response, self.receiver.tokenizer, followed, example.ends)
-        self.receiver.require_room(len(prompt.receiver.ids) + len(response.ids), "prompt and response", self.max_tokens)
-        self._require_room(prompt, response.sharers)
-        return EncodedExample(prompt, response.ids, response.sharers)
+        # 2) The response for the receiver, and for the sharers where it is fused too
+        readers = sharers if self.fuse_response else []
+        response = tokenize_response(prompt, example.response, self.receiver.tokenizer, readers, example.ends)
+        # 3) Both must fit
+        encoded = EncodedExample(prompt, response)
+        self._require_room(encoded)
+        return encoded
 
-    def _require_room(self, prompt: AlignedRow, responses: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
-        for place, ((sharer, _), (reading, _)) in enumerate(zip(self.sharers, prompt.sharers, strict=True)):
-            length = len(reading.ids) + (len(responses[place][0]) if responses else 0)
-            sharer.require_room(length, "prompt and response" if responses else "the prompt", self.max_tokens)
+    def _require_room(self, example: EncodedExample) -> None:
+        prompt, length = example.prompt, len(example.prompt.receiver.ids) + len(example.response.ids)
+        self.receiver.require_room(length, "prompt and response", self.max_tokens)
+        what = "prompt and response" if example.response.sharers else "the prompt"
+        sharers = zip(self.sharers, prompt.sharers, example.sharer_responses, strict=True)
+        for (sharer, _), (tokens, _), (response_ids, _) in sharers:
+            sharer.require_room(len(tokens.ids) + len(response_ids), what, self.max_tokens)
 
     def fingerprint(self, *others: Any) -> str:
-        """32 hex digits that change with anything that decides the encoded rows: tokenizers, templates, options, code."""
-        readers = [self.receiver.identify(), *([*sharer.identify(), how] for sharer, how in self.sharers)]
-        options = [
-            self.fuse,
-            self.fuse_response,
-            self.max_tokens,
-            *others,
-            transformers.__version__,
-            tokenizers.__version__,
-        ]
-        digest = hashlib.sha256(json.dumps([readers, options], sort_keys=True, default=str).encode())
+        """32 hex digits that change with everything that decides the encoded rows: tokenizers, options, code."""
+        # 1) Tokenizers, options and libraries
+        readers = [self.receiver.identify(), *([*sharer.identify(), alignment] for sharer, alignment in self.sharers)]
+        versions = transformers.__version__, tokenizers.__version__
+        content = [readers, [self.fuse, self.fuse_response, self.max_tokens, *others, *versions]]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        # 2) Our own code
         for module in ENCODING_MODULES:
             digest.update(source_of(module).read_bytes())
         return digest.hexdigest()[:32]
 
 
 def source_of(module: str) -> Path:
-    """The file of a module. Raises ModuleNotFoundError where it has moved, so that no fingerprint leaves it out unnoticed."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"expected a module {module!r}, got none; correct ENCODING_MODULES")
-    return Path(spec.origin)
+    """The file of a module. Raises ModuleNotFoundError where it has moved, so that no fingerprint silently omits it."""
+    return Path(inspect.getfile(importlib.import_module(module)))
 
 
 def token_alignment(recipe: Recipe, identical: bool) -> str:
-    """How a recipe's pair is aligned, by whether its tokenizers are identical."""
+    """The token alignment of a recipe's pair; ``identical`` says whether the two tokenizers are."""
     return recipe.token_alignment if recipe.token_alignment != "auto" else default_token_alignment(identical)

@@ -1,26 +1,30 @@
-"""``kvfuse data generate``: a model's own responses to the prompts of any source, as rows to train on."""
+"""``kvfuse data generate``: a model's own responses to the prompts of a source, as rows to train on."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kvfuse.errors import PromptError, RecipeError
+from kvfuse.errors import RecipeError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
 from kvfuse.prompts.chat import Message
 from kvfuse.prompts.tokenized import tokenize
+from kvfuse.support.rows import decode
+from kvfuse.training.data.encoding import Reader
 from kvfuse.training.data.shapes import to_messages
-from kvfuse.training.data.sources import decode, load_rows, parse
+from kvfuse.training.data.sources import load_rows, parse
 from kvfuse.training.recipe import DataSection
+
+ROW_START = b'{"messages": ['
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are generated; a temperature of 0 takes the likeliest token every time."""
+    """Generation options; a temperature of 0 is greedy decoding."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -37,64 +41,71 @@ class Sampling:
 def generate(
     data: DataSection, model: LanguageModel, out: Path, sampling: Sampling, say: Callable[[str], None] = print
 ) -> int:
-    """Let a model respond to every prompt of a source, and append rows of ``messages`` to a file.
+    """Generate a response to every prompt of a source, and append rows of ``messages`` to a file.
 
-    A prompt is a chat up to the assistant's last turn, which the new response replaces. Each is asked once; those that the file
-    holds already are not asked again, so that a killed run goes on where it was. What is being sampled is decided by the seed and
-    by how many responses the file holds.
+    A prompt is a chat without the assistant's last turn, which the new response replaces. Each prompt is answered once,
+    and prompts that the file already has are skipped, so that a killed run can be resumed. Samples depend on the seed
+    and on the number of responses in the file.
 
     Args:
-        data: The source; its keys are those of a recipe's ``data``.
-        model: Who responds.
-        out: JSON lines; made where it is not there.
-        sampling: How.
+        data: The source, as in a recipe's ``data``.
+        model: The model that responds.
+        out: File of JSON lines, created if missing.
+        sampling: Generation options.
         say: Takes lines of progress.
 
     Returns:
-        How many rows were added.
+        Number of rows added.
 
     Raises:
         RecipeError: The source cannot be read, or the file holds something else.
     """
+    # 1) Find the prompts without a response in the file
     done = _already_in(out)
     say(f"{len(done)} responses in {out} already")
-    asked = [chat for chat in _prompts(data, model, sampling, say) if _key(chat) not in done]
+    missing = [chat for chat in _prompts(data, model, sampling, say) if _key(chat) not in done]
+    # 2) Respond to them, and append each batch when it is done
     out.parent.mkdir(parents=True, exist_ok=True)
     added = 0
-    for start in range(0, len(asked), sampling.batch_size):
-        torch.manual_seed(sampling.seed + len(done) + start)
-        rows = _respond(asked[start : start + sampling.batch_size], model, sampling)
+    for start in range(0, len(missing), sampling.batch_size):
+        torch.manual_seed(sampling.seed + len(done) + start)  # a resumed run samples as an uninterrupted one
+        rows = _respond(missing[start : start + sampling.batch_size], model, sampling)
         with out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
         added += len(rows)
-        say(f"{min(start + sampling.batch_size, len(asked))} of {len(asked)}")
-    say(f"added {added} responses to {out}; {len(asked) - added} were empty")
+        say(f"{min(start + sampling.batch_size, len(missing))} of {len(missing)}")
+    say(f"added {added} responses to {out}; {len(missing) - added} were empty")
     return added
 
 
 def _respond(chats: Sequence[list[Message]], model: LanguageModel, sampling: Sampling) -> list[list[Message]]:
-    """The chats with a response each; those that the model has nothing to say to are left out."""
+    """The chats with a response each; chats with an empty response are left out."""
     replies = Single("model", model).reply(chats, **sampling.options)
-    said = zip(chats, (reply.text for reply in replies), strict=True)
-    return [[*chat, {"role": "assistant", "content": text}] for chat, text in said if text]
+    return [
+        [*chat, {"role": "assistant", "content": reply.text}]
+        for chat, reply in zip(chats, replies, strict=True)
+        if reply.text
+    ]
 
 
 def _prompts(
     data: DataSection, model: LanguageModel, sampling: Sampling, say: Callable[[str], None]
 ) -> list[list[Message]]:
-    """Each prompt once, in the order of the source; what cannot be asked is told."""
+    """Each prompt once, in the order of the source; rows without a usable prompt are counted."""
     chats: dict[str, list[Message]] = {}
-    unfit = 0
+    unusable = 0
     for number, row in enumerate(load_rows(data)):
         try:
+            # A prompt must leave room for the response
             source, _, content = parse(row, number, data)
             chat = _prompt(to_messages(decode(source, content), data.format))
-            _require_room(chat, model, sampling)
-        except ValueError:  # PromptError is one
-            unfit += 1
+            length = len(tokenize(chat, model.tokenizer).ids) + sampling.max_new_tokens
+            Reader.of(model).require_room(length, "prompt and response")
+        except ValueError:  # also PromptError
+            unusable += 1
         else:
             chats.setdefault(_key(chat), chat)
-    say(f"{len(chats)} prompts in {data.path}; {unfit} rows have none, or one that the model cannot read")
+    say(f"{len(chats)} prompts in {data.path}; {unusable} rows have none, or one that the model cannot read")
     if not chats:
         raise RecipeError(f"expected prompts of chats in {data.path}, got none; check data.path and data.format")
     return list(chats.values())
@@ -107,34 +118,26 @@ def _prompt(chat: list[Message]) -> list[Message]:
     return prompt
 
 
-def _require_room(chat: Sequence[Message], model: LanguageModel, sampling: Sampling) -> None:
-    length = len(tokenize(chat, model.tokenizer).ids) + sampling.max_new_tokens
-    if model.context is not None and length > model.context:
-        raise PromptError(
-            f"expected prompt and response to fit {model.context} tokens of {model.name}, got {length}; shorten them"
-        )
-
-
 def _already_in(out: Path) -> set[str]:
-    """The prompts that a file holds responses to; a last line that a killed run has left half written is cut off."""
+    """Keys of the prompts that a file has responses to; cuts off a last line that a killed run left half-written."""
     if not out.exists():
         return set()
     content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    keys = set(_keys(whole, out))
-    if len(whole) < len(content):
-        os.truncate(out, len(whole))
-    return keys
-
-
-def _keys(lines: bytes, out: Path) -> Iterator[str]:
-    for number, line in enumerate(lines.splitlines(), start=1):
+    # 1) Whole lines must be rows
+    whole, _, half = content.rpartition(b"\n")
+    keys = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            yield _key(to_messages(json.loads(line), "messages")[:-1])
+            keys.add(_key(to_messages(json.loads(line), "messages")[:-1]))
         except ValueError as error:
             raise RecipeError(
                 f"expected rows of messages in {out}, got line {number}: {error}; name another file"
             ) from error
+    # 2) A half line must be the beginning of a row
+    if half[: len(ROW_START)] != ROW_START[: len(half)]:
+        raise RecipeError(f"expected rows of messages in {out}, got {half[:20]!r} in its last line; name another file")
+    os.truncate(out, len(content) - len(half))
+    return keys
 
 
 def _key(chat: Sequence[Message]) -> str:

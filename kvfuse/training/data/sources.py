@@ -1,11 +1,10 @@
-"""Files, folders and Hub data sets -> rows, as a data set of the library ``datasets``, mapped or streamed.
+"""A recipe's data -> a data set of rows, mapped from disk or streamed: from files, a folder or the Hub.
 
-Lines of JSON and documents of text are read here, byte by byte as they are, so that a broken one is one bad row and not the
-end of a file. Everything else is read by ``datasets``.
+Files of JSON and text are read by :mod:`kvfuse.support.rows`, so that a broken line is one bad row and does not end its
+file. ``datasets`` reads tables and the Hub.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import RecipeError, first_line
-from kvfuse.training.data.shapes import Row
+from kvfuse.support.rows import JSON, TABLES, Row, read_rows
 from kvfuse.training.recipe import DataSection
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-JSON, TABLES = (".json", ".jsonl"), {".csv": "csv", ".parquet": "parquet"}
 READABLE = (*JSON, ".txt", *TABLES)
-RAW = ("source", "line", "raw")
+RAW_COLUMNS = ("source", "line", "raw")
+HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 def import_datasets() -> Any:
-    """The library ``datasets``, of which only training has need.
+    """Import ``datasets``, which only training needs.
 
     Raises:
         RecipeError: It is not installed.
@@ -39,88 +38,78 @@ def import_datasets() -> Any:
 
 
 def load_rows(data: DataSection) -> "Dataset | IterableDataset":
-    """The rows of a recipe's data, at most ``data.limit`` of them; what they are is :func:`parse`'s to say.
+    """Load the rows of a recipe's data, at most ``data.limit`` of them, to be read by :func:`parse`.
 
     Raises:
-        RecipeError: There is no such source, or it cannot be read.
+        RecipeError: The source does not exist or cannot be read.
     """
     files = _find_files(data)
-    with telling(data):
-        if files and not {file.suffix for file in files} & TABLES.keys():
-            return _read_lines(files, data)
-        rows = _read_tables(files, data) if files else _read_hub(data)
+    with explain_errors(data):
+        # Lines are limited as they are read, tables and the Hub after
+        if files and files[0].suffix not in TABLES:
+            return _load_lines(files, data)
+        rows = _load_dataset(files, data)
         return rows if data.limit is None else rows.take(data.limit if data.streaming else min(data.limit, len(rows)))
 
 
-@contextmanager
-def telling(data: DataSection) -> Iterator[None]:
-    """Turn what ``datasets`` says about rows that it cannot read into one line; it wraps our own errors in its own."""
-    try:
-        yield
-    except (OSError, ValueError, import_datasets().exceptions.DatasetsError) as error:
-        told = error if isinstance(error, RecipeError) else error.__cause__
-        if isinstance(told, RecipeError):
-            raise told from None
-        raise RecipeError(
-            f"expected rows at data.path {data.path}, got: {first_line(error)}; check path, name, split and revision"
-        ) from error
+def parse(row: Row, number: int, data: DataSection) -> tuple[str, int, Row | bytes]:
+    """Split a row of :func:`load_rows`, the ``number``-th from 0, into its source, its line and its content.
+
+    Returns:
+        File and line, or data set and number from 1; then columns, or bytes for :func:`kvfuse.support.rows.decode`.
+    """
+    if row.keys() == set(RAW_COLUMNS):
+        return row["source"], row["line"], row["raw"]
+    return str(data.path), number + 1, row
 
 
 def require_any(rows: Iterator[Row], data: DataSection) -> Iterator[Row]:
-    """The same rows. Raises RecipeError where there are none, which ``datasets`` cannot make a data set of."""
+    """Pass rows on. Raises RecipeError where there are none, of which ``datasets`` cannot make a data set."""
     first = next(rows, None)
     if first is None:
         raise RecipeError(
-            f"expected rows or documents to learn from in {data.path}, got none; check data.path, data.split and data.format"
+            f"expected rows or documents to learn from in {data.path}, got none; "
+            "check data.path, data.split and data.format"
         )
     yield first
     yield from rows
 
 
-def parse(row: Row, number: int, data: DataSection) -> tuple[str, int, Row | bytes]:
-    """Where a row comes from: file and line, or data set and number; and what it says, of a file in bytes."""
-    return tuple(row[key] for key in RAW) if row.keys() == set(RAW) else (str(data.path), number + 1, row)
-
-
-def decode(source: str, content: Row | bytes) -> Row:
-    """What the bytes of a row say.
-
-    Raises:
-        ValueError: They are not UTF-8, or not JSON where they should be.
-    """
-    if isinstance(content, dict):
-        return content
+@contextmanager
+def explain_errors(data: DataSection) -> Iterator[None]:
+    """Raise a one-line RecipeError for rows that cannot be read, also where ``datasets`` wraps the error in its own."""
     try:
-        text = content.decode("utf-8").replace("\r\n", "\n")
-        row = json.loads(text) if Path(source).suffix in JSON else {"text": text}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"unknown shape: a {type(row).__name__}, not an object")
-    return row
+        yield
+    except (OSError, ValueError, import_datasets().exceptions.DatasetsError) as error:
+        # datasets raises its own error from whatever a generator or a parser raised
+        wrapped = isinstance(error, import_datasets().exceptions.DatasetGenerationError)
+        cause = error.__cause__ if wrapped and error.__cause__ else error
+        if isinstance(cause, RecipeError):
+            raise cause from None
+        raise RecipeError(
+            f"expected rows at data.path {data.path}, got: {first_line(cause)}; "
+            "correct the file, or check path, name, split and revision"
+        ) from error
 
 
 def _find_files(data: DataSection) -> list[Path]:
     """The files of a path, sorted; none where it looks like the name of a data set on the Hub."""
     path = data.path
+    # 1) A folder, a file, or a name on the Hub
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
     elif path.is_file():
         files = [path]
-    elif path.suffix not in READABLE and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path.as_posix()):
+    elif path.suffix not in READABLE and re.fullmatch(HUB_NAME, path.as_posix()):
         return []
     else:
         raise RecipeError(
-            f"expected a file, a folder or a Hub data set at data.path, got {path}, which is not there; check it"
+            f"expected a file, a folder or a Hub data set at data.path, got {path}, which does not exist; check it"
         )
+    # 2) JSON and text may be mixed; tables have columns
     kinds = {file.suffix for file in files}
-    if (
-        not files
-        or (data.format != "text" and not kinds <= set(READABLE))
-        or (kinds & TABLES.keys() and len(kinds) > 1)
-    ):
+    readable = data.format == "text" or kinds <= set(READABLE)
+    if not files or not readable or (kinds & set(TABLES) and len(kinds) > 1):
         found = ", ".join(sorted(kinds)) or "none"
         raise RecipeError(
             f"expected files of one kind at data.path {path}, of {', '.join(READABLE)}, got {found}; name one of them"
@@ -128,79 +117,35 @@ def _find_files(data: DataSection) -> list[Path]:
     return files
 
 
-def _read_tables(files: Sequence[Path], data: DataSection) -> Any:
-    kind = TABLES[files[0].suffix]
-    return import_datasets().load_dataset(
-        kind, data_files=[str(file) for file in files], split="train", streaming=data.streaming
-    )
+def _load_dataset(files: Sequence[Path], data: DataSection) -> Any:
+    """Tables, which ``datasets`` maps and whose columns it types, or a data set of the Hub."""
+    load = import_datasets().load_dataset
+    if files:
+        kind = files[0].suffix.removeprefix(".")
+        return load(kind, data_files=list(map(str, files)), split="train", streaming=data.streaming)
+    return load(data.path.as_posix(), data.name, split=data.split, revision=data.revision, streaming=data.streaming)
 
 
-def _read_hub(data: DataSection) -> Any:
-    options = {"split": data.split, "revision": data.revision, "streaming": data.streaming}
-    return import_datasets().load_dataset(data.path.as_posix(), data.name, **options)
-
-
-def _read_lines(files: Sequence[Path], data: DataSection) -> Any:
+def _load_lines(files: Sequence[Path], data: DataSection) -> Any:
+    """Files of JSON or text as rows of :data:`RAW_COLUMNS`, cached by what the files hold."""
     datasets = import_datasets()
-    named = [(str(file.relative_to(data.path) if file != data.path else file.name), file) for file in files]
-    features = datasets.Features(
-        source=datasets.Value("string"), line=datasets.Value("int64"), raw=datasets.Value("binary")
-    )
+    named = [(file.relative_to(data.path).as_posix() if file != data.path else file.name, file) for file in files]
+    types = zip(RAW_COLUMNS, ("string", "int64", "binary"), strict=True)
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in types})
 
     def rows() -> Iterator[Row]:
-        found = ((name, line, raw) for name, file in named for line, raw in _cut(file, data.separator))
-        yield from require_any((dict(zip(RAW, row, strict=True)) for row in islice(found, data.limit)), data)
+        found = ((name, *row) for name, file in named for row in read_rows(file, data.separator))
+        with explain_errors(data):
+            yield from require_any(
+                (dict(zip(RAW_COLUMNS, row, strict=True)) for row in islice(found, data.limit)), data
+            )
 
+    # 1) Streamed: nothing is stored
     if data.streaming:
         return datasets.IterableDataset.from_generator(rows, features=features)
+    # 2) Mapped: stored once per content of the files, under their hash
     content = hashlib.sha256(repr((data.limit, data.separator)).encode())
     for name, file in named:
-        content.update(name.encode() + file_hash(file))
+        with file.open("rb") as opened:
+            content.update(name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return datasets.Dataset.from_generator(rows, features=features, fingerprint=content.hexdigest()[:32])
-
-
-def file_hash(file: Path) -> bytes:
-    """SHA-256 of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
-
-
-def _cut(file: Path, separator: str) -> Iterator[tuple[int, bytes]]:
-    """The rows of a file with the lines they begin at: its lines, the items of its list, or its documents."""
-    if file.suffix not in JSON:
-        yield from _documents(file.read_bytes(), separator.encode())
-    elif file.suffix == ".json" and _first_byte(file) == b"[":
-        yield from _items(file)
-    else:
-        with file.open("rb") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def _documents(content: bytes, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    line = 1
-    for document in content.split(separator):
-        if document.strip():
-            yield line, document
-        line += (document + separator).count(b"\n")
-
-
-def _first_byte(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return next((line.lstrip()[:1] for line in opened if line.strip()), b"")
-
-
-def _items(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The items of a JSON list; bytes that are not UTF-8 are carried through to where their row is decoded."""
-    text = file.read_bytes().decode("utf-8", errors="surrogateescape")
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    place, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-    while (start := space.match(text, place).end()) == len(text) or text[start] != "]":  # type: ignore[union-attr]
-        line += text.count("\n", place, start)
-        try:
-            place = decoder.raw_decode(text, start)[1]  # at the end of a list without its bracket, too, an error
-        except ValueError as error:
-            raise RecipeError(
-                f"expected a JSON list in {file}, got: {error}; correct it, or write one row a line"
-            ) from error
-        yield line, text[start:place].encode("utf-8", errors="surrogateescape")
-        line += text.count("\n", start, place)

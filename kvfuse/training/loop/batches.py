@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfuse.cache.transformers_cache import KV
+from kvfuse.cache.kv import KV
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.response import stack_responses
 from kvfuse.training.data.columns import EncodedExample
@@ -14,11 +14,11 @@ IGNORED = -100  # the label that transformers' losses skip
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Keys and values of a batch's prompts, padded left, in place of what reading them gives.
+class PromptKV:
+    """Precomputed keys and values of a batch's prompts, padded left.
 
     Attributes:
-        receiver: ``(L_r, B, H_r, T - 1, D_r)``, or None where the receiver reads by itself.
+        receiver: ``(L_r, B, H_r, T - 1, D_r)``, or None where the receiver reads the prompts itself.
         sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
     """
 
@@ -28,25 +28,26 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """A padded batch: prompts padded left, what follows padded right, so that one column parts the two everywhere.
+    """A batch with prompts padded left and responses padded right, so that all responses begin in one column.
 
     Attributes:
         prompt: The prompts, their last token included.
-        tail: ``(B, 1 + R)``: the last prompt token, then the response (:func:`kvfuse.prompts.response.stack_responses`).
+        tail: ``(B, 1 + R)``: the last prompt token and the response (:func:`kvfuse.prompts.response.stack_responses`).
         labels: ``(B, 1 + R)`` int64, :data:`IGNORED` on the prompt's token and on padding.
-        kept: What the models have read of the prompts already.
+        prompt_kv: The models' caches of the prompts, where they are precomputed.
     """
 
     prompt: AlignedPrompt
     tail: AlignedPrompt
     labels: Tensor
-    kept: Kept | None = None
+    prompt_kv: PromptKV | None = None
 
 
-def collate(examples: Sequence[EncodedExample], kept: Kept | None = None) -> TrainingBatch:
+def collate(examples: Sequence[EncodedExample], prompt_kv: PromptKV | None = None) -> TrainingBatch:
     """Pad encoded examples into a batch."""
     prompt = stack([example.prompt for example in examples])
+    # The tail begins with the prompt's last token, which predicts the response's first and is no label itself
     tail = stack_responses(prompt, [example.response for example in examples])
     labels = tail.ids.masked_fill(tail.mask == 0, IGNORED)
     labels[:, 0] = IGNORED
-    return TrainingBatch(prompt=prompt, tail=tail, labels=labels, kept=kept)
+    return TrainingBatch(prompt=prompt, tail=tail, labels=labels, prompt_kv=prompt_kv)

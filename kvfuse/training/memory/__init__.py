@@ -1,1 +1,1 @@
-"""Caches kept on disk, and activations computed again."""
+"""Less memory and time: precomputed caches on disk, activation recomputation."""

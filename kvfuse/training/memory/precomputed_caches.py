@@ -1,6 +1,7 @@
-"""The models' caches of the training prompts, read once and kept on disk for every epoch."""
+"""The models' caches of the training prompts, computed once and kept on disk for all epochs."""
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,74 +11,75 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from kvfuse.cache.transformers_cache import KV, KVSpec, read_cache
+from kvfuse.cache.kv import KV, KVSpec
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
 from kvfuse.support.files import write_beside
 from kvfuse.support.processes import processes
 from kvfuse.training.data.columns import EncodedExample, from_columns
-from kvfuse.training.loop.batches import Kept
+from kvfuse.training.loop.batches import PromptKV
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SHARD = 64  # examples in a file
-OPEN_FILES = 64
+EXAMPLES_PER_FILE = 64
+MAX_OPEN_FILES = 64
 PARTS = ("key", "value")
 
 
 class PrecomputedCaches:
-    """Caches of a data set's prompts in safetensors files, :data:`SHARD` examples each, a tensor per example, model and part.
+    """Caches of a data set's prompts in safetensors files: one tensor per example, model and part.
 
     Args:
         pair: The models.
         examples: A data set of :func:`kvfuse.training.data.columns.to_columns`.
-        folder: For the files; those that an earlier run has left are used.
+        folder: For the files; files of an earlier run are used.
         receiver: Keep the receiver's caches too, in bfloat16; they are several times as large as a small sharer's.
-        dtype: Of the sharers': ``bfloat16``, or ``int8`` with one scale per token and head.
+        dtype: Of the sharers' caches: ``bfloat16``, or ``int8`` with one scale per token and head.
 
     Raises:
-        PairError: Something beside keys and values of prompts would have to be kept.
-        RecipeError: The disk has no room for them.
+        PairError: The models need more than keys and values of the prompts.
+        RecipeError: The disk has no room for the caches.
     """
 
-    def __init__(self, pair: CacheToCache, examples: "Dataset", folder: Path, receiver: bool, dtype: str) -> None:
-        if pair.fuse_response or (
-            receiver and pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
-        ):
+    def __init__(self, pair: CacheToCache, examples: "Dataset", folder: Path, *, receiver: bool, dtype: str) -> None:
+        # A layer without keys and values has a state that cannot be kept here
+        partial = pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
+        if pair.fuse_response or (receiver and partial):
             raise PairError(
-                "expected fusers for prompts alone, and where the receiver's caches are kept, one that has keys and values in every layer, "
-                "got others; leave out train.keep_caches"
+                "expected fusers of prompts only, and a receiver with keys and values in every layer where its "
+                "caches are kept, got others; leave out train.keep_caches"
             )
         self.pair, self.examples, self.folder = pair, examples, folder
-        self.models = {f"sharer_{place}": dtype for place in range(len(pair.sharers))} | (
-            {"receiver": "bfloat16"} if receiver else {}
-        )
+        self.models = {f"sharer_{index}": sharer for index, sharer in enumerate(pair.sharers)}
+        self.dtypes = dict.fromkeys(self.models, dtype)
+        if receiver:
+            self.models["receiver"], self.dtypes["receiver"] = pair.receiver, "bfloat16"
         self._require_room()
-        self._open = lru_cache(OPEN_FILES)(lambda path: safe_open(path, framework="pt"))
+        self._open = lru_cache(MAX_OPEN_FILES)(lambda path: safe_open(path, framework="pt"))
 
     def fill(self, batch_size: int) -> None:
-        """Read the prompts of all files that are not there yet, the work shared by all processes."""
-        group, shards = processes(), range(0, len(self.examples), SHARD)
+        """Compute the files that are missing; all processes share the work."""
+        group, starts = processes(), range(0, len(self.examples), EXAMPLES_PER_FILE)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for first in shards[group.process_index :: group.num_processes]:
-            if not self._path(first).exists():
-                self._write(first, batch_size)
+        # A file that exists is complete: it was moved there after it was written
+        for start in starts[group.process_index :: group.num_processes]:
+            if not self._path(start).exists():
+                self._write(start, batch_size)
         group.wait_for_everyone()
 
-    def load(self, rows: Sequence[int]) -> Kept:
-        """The caches of some of the examples, as a batch, in the models' own dtypes."""
-        sharers = tuple(
-            self._load(f"sharer_{place}", rows, one.model.dtype) for place, one in enumerate(self.pair.sharers)
-        )
-        return Kept(
-            self._load("receiver", rows, self.pair.receiver.model.dtype) if "receiver" in self.models else None, sharers
-        )
+    def load(self, rows: Sequence[int]) -> PromptKV:
+        """Load the caches of a batch of examples, in the models' own dtypes."""
+        caches = {name: self._load(name, rows, model.model.dtype) for name, model in self.models.items()}
+        receiver = caches.pop("receiver", None)
+        return PromptKV(receiver, tuple(caches.values()))
 
     def remove(self) -> None:
-        """Delete all files, once every process has done with them."""
+        """Delete all files, after every process has finished with them."""
         group = processes()
         group.wait_for_everyone()
         self._open.cache_clear()
@@ -86,86 +88,85 @@ class PrecomputedCaches:
 
     @property
     def bytes(self) -> int:
-        """How many all files take."""
-        specs = {
-            "receiver": self.pair.receiver.kv_spec,
-            **{f"sharer_{i}": one.kv_spec for i, one in enumerate(self.pair.sharers)},
-        }
-        tokens = {"receiver": sum(map(len, self.examples["ids"][:]))}
-        for place in range(len(self.pair.sharers)):
-            tokens[f"sharer_{place}"] = sum(len(ids[place]) for ids in self.examples["sharer_ids"][:])
-        return sum(tokens[name] * _bytes_per_token(specs[name], dtype) for name, dtype in self.models.items())
+        """Size of all files."""
+        # Tokens per model, times the bytes of one token's cache
+        tokens = Counter(receiver=sum(map(len, self.examples["ids"][:])))
+        for sharer_ids in self.examples["sharer_ids"][:]:
+            tokens.update({f"sharer_{index}": len(ids) for index, ids in enumerate(sharer_ids)})
+        return sum(
+            tokens[name] * _bytes_per_token(model.kv_spec, self.dtypes[name]) for name, model in self.models.items()
+        )
 
     def _require_room(self) -> None:
+        # The folder may not exist yet, but its disk does
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        there = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        needed = self.bytes - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         free = shutil.disk_usage(existing).free
-        if self.bytes - there > free:
+        if needed > free:
             raise RecipeError(
-                f"expected {(self.bytes - there) / 2**30:.1f} GiB of room in {existing} for caches, got {free / 2**30:.1f}; "
+                f"expected {needed / 2**30:.1f} GiB of room in {existing} for caches, got {free / 2**30:.1f}; "
                 "keep them as int8, those of the sharer alone, or none (train.keep_caches)"
             )
 
     def _path(self, row: int) -> Path:
-        return self.folder / f"{row // SHARD:06d}.safetensors"
+        return self.folder / f"{row // EXAMPLES_PER_FILE:06d}.safetensors"
 
-    def _write(self, first: int, batch_size: int) -> None:
-        rows = range(first, min(first + SHARD, len(self.examples)))
+    def _write(self, start: int, batch_size: int) -> None:
+        rows = range(start, min(start + EXAMPLES_PER_FILE, len(self.examples)))
         examples = {row: from_columns(self.examples[row]) for row in rows}
+        # Batches of similar length have little padding
         by_length = sorted(rows, key=lambda row: len(examples[row].prompt.receiver.ids))
         tensors: dict[str, Tensor] = {}
-        for start in range(0, len(by_length), batch_size):
-            some = by_length[start : start + batch_size]
-            tensors |= self._read(some, [examples[row] for row in some])
-        write_beside(self._path(first), lambda path: save_file(tensors, path))
+        for first in range(0, len(by_length), batch_size):
+            batch = by_length[first : first + batch_size]
+            tensors |= self._compute(batch, [examples[row] for row in batch])
+        write_beside(self._path(start), lambda path: save_file(tensors, path))
 
     @torch.no_grad()
-    def _read(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        """The tensors of one batch."""
+    def _compute(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """The tensors of one batch, without its padding."""
         prompt = stack([example.prompt for example in examples])
-        masks = {f"sharer_{place}": reads.mask for place, reads in enumerate(prompt.sharers)} | {
-            "receiver": prompt.mask[:, :-1]
-        }
-        caches = {f"sharer_{place}": read_cache(cache) for place, cache in enumerate(self.pair.read_sharers(prompt))}
+        # 1) Prefill the models
+        caches = {f"sharer_{index}": read_cache(cache) for index, cache in enumerate(self.pair.read_sharers(prompt))}
+        masks = {f"sharer_{index}": sharer.mask for index, sharer in enumerate(prompt.sharers)}
         if "receiver" in self.models:
-            caches["receiver"] = read_cache(self.pair.read_receiver(prompt))
+            caches["receiver"], masks["receiver"] = read_cache(self.pair.read_receiver(prompt)), prompt.mask[:, :-1]
+        # 2) Cut out each example
         tensors: dict[str, Tensor] = {}
         for name, kv in caches.items():
-            for part, place, row in ((part, place, row) for part in PARTS for place, row in enumerate(rows)):
-                tokens = int(masks[name][place].sum())
-                one = getattr(kv, part)[:, place, :, kv.key.shape[3] - tokens :].cpu()  # (L, H, T, D)
-                tensors |= {
-                    f"{row}.{name}.{part}{suffix}": kept for suffix, kept in _pack(one, self.models[name]).items()
-                }
+            for index, row in enumerate(rows):
+                padding = kv.key.shape[3] - int(masks[name][index].sum())
+                for part in PARTS:
+                    tensor = getattr(kv, part)[:, index, :, padding:].cpu()  # (L, H, T, D)
+                    for suffix, packed in _pack(tensor, self.dtypes[name]).items():
+                        tensors[f"{row}.{name}.{part}{suffix}"] = packed
         return tensors
 
     def _load(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> KV:
-        return KV(*(_pad([self._tensor(f"{row}.{name}.{part}", row).to(dtype) for row in rows]) for part in PARTS))
+        return KV(*(_pad_left([self._tensor(f"{row}.{name}.{part}", row).to(dtype) for row in rows]) for part in PARTS))
 
     def _tensor(self, name: str, row: int) -> Tensor:
         file: Any = self._open(self._path(row))
-        kept = file.get_tensor(name)
-        return kept * file.get_tensor(f"{name}.scale") if kept.dtype == torch.int8 else kept
+        packed = file.get_tensor(name)
+        return packed * file.get_tensor(f"{name}.scale") if packed.dtype == torch.int8 else packed
 
 
 def _pack(tensor: Tensor, dtype: str) -> dict[str, Tensor]:
-    """``(L, H, T, D)`` as ``dtype``, by the suffix of each tensor's name; int8 with a scale ``(L, H, T, 1)`` float32."""
+    """``(L, H, T, D)`` in ``dtype``, by suffix of the tensor's name; int8 has a float32 ``.scale`` ``(L, H, T, 1)``."""
     if dtype != "int8":
         return {"": tensor.to(getattr(torch, dtype)).contiguous()}
+    # Symmetric: the largest value of a head becomes 127
     scale = (tensor.float().abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return {"": (tensor / scale).round().to(torch.int8).contiguous(), ".scale": scale}
 
 
 def _bytes_per_token(spec: KVSpec, dtype: str) -> int:
-    per_head = spec.key_dim + spec.value_dim + 8 if dtype == "int8" else 2 * (spec.key_dim + spec.value_dim)
+    dims = spec.key_dim + spec.value_dim
+    per_head = dims + 8 if dtype == "int8" else 2 * dims  # int8 has two float32 scales
     return spec.num_layers * spec.num_kv_heads * per_head
 
 
-def _pad(rows: Sequence[Tensor]) -> Tensor:
+def _pad_left(rows: Sequence[Tensor]) -> Tensor:
     """``(L, H, T, D)`` each -> ``(L, B, H, T, D)``, padded left with zeros."""
-    length = max(row.shape[2] for row in rows)
-    layers, heads, _, dim = rows[0].shape
-    padded = rows[0].new_zeros(layers, len(rows), heads, length, dim)
-    for place, row in enumerate(rows):
-        padded[:, place, :, length - row.shape[2] :] = row
-    return padded
+    by_token = pad_sequence([row.movedim(2, 0) for row in rows], padding_side="left")  # (T, B, L, H, D)
+    return by_token.permute(2, 1, 3, 0, 4).contiguous()

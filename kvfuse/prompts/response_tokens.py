@@ -1,0 +1,112 @@
+"""What a sharer reads of a response while the receiver writes it, token by token.
+
+A sharer with the receiver's tokenizer reads the same ids. Under re-encoding it reads one id for each. Otherwise it
+reads its own tokens of the text so far; where a new piece changes how the text before it is tokenized, it takes its
+last ids back.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from kvfuse.prompts.reencode import REENCODINGS, reencoding
+from kvfuse.prompts.tokenized import encode
+
+CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change the tokens before it
+
+
+class ResponseTokens(Protocol):
+    """Turns the receiver's tokens of one response into a sharer's."""
+
+    def next(self, token: int) -> tuple[int, list[int]]:
+        """How many of its last ids the sharer takes back after the receiver's next token, and the ids it then reads."""
+
+
+def response_tokens(
+    alignment: str,
+    *,
+    receiver: PreTrainedTokenizerBase,
+    sharer: PreTrainedTokenizerBase,
+    receiver_ids: list[int],
+    sharer_ids: list[int],
+) -> ResponseTokens:
+    """What follows a prompt.
+
+    Args:
+        alignment: How the sharer is aligned, one of :data:`kvfuse.prompts.alignment.TOKEN_ALIGNMENTS`.
+        receiver: The receiver's tokenizer.
+        sharer: The sharer's.
+        receiver_ids: The prompt as the receiver reads it.
+        sharer_ids: The prompt as the sharer reads it.
+    """
+    if alignment == "identity":
+        return SameTokens()
+    if alignment in REENCODINGS:
+        return ReencodedTokens(reencoding(receiver=receiver, sharer=sharer, strategy=alignment))
+    ids = receiver_ids[-CONTEXT_TOKENS:]
+    context = sharer.decode(sharer_ids[-CONTEXT_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return RetokenizedText(receiver, sharer, ids, _decode(receiver, ids), context)
+
+
+class SameTokens:
+    """The receiver's ids."""
+
+    def next(self, token: int) -> tuple[int, list[int]]:
+        return 0, [token]
+
+
+@dataclass
+class ReencodedTokens:
+    """One id for each of the receiver's.
+
+    Attributes:
+        table: :func:`kvfuse.prompts.reencode.reencoding`.
+    """
+
+    table: np.ndarray
+
+    def next(self, token: int) -> tuple[int, list[int]]:
+        return 0, [int(self.table[token])]
+
+
+@dataclass
+class RetokenizedText:
+    """The sharer's own tokens of the text so far.
+
+    Attributes:
+        receiver: Turns the receiver's ids into text.
+        sharer: Turns text into the sharer's ids.
+        ids: The receiver's last ids.
+        text: Their text, as far as characters are whole.
+        context: The last characters that the sharer has read.
+    """
+
+    receiver: PreTrainedTokenizerBase
+    sharer: PreTrainedTokenizerBase
+    ids: list[int]
+    text: str
+    context: str
+
+    def next(self, token: int) -> tuple[int, list[int]]:
+        ids = [*self.ids, token]
+        text = _decode(self.receiver, ids)
+        self.ids = ids
+        if text.endswith("\ufffd") or len(text) <= len(self.text):  # half a character, or a token without text
+            return 0, []
+        # 1) Tokenize the last characters without and with the new ones.
+        longer = self.context + text[len(self.text) :]
+        before, after = (encode(part, self.sharer, add_special_tokens=False).ids for part in (self.context, longer))
+        # 2) Ids from the first difference on are taken back and read anew.
+        shared = min(len(before), len(after))
+        same = next((i for i in range(shared) if before[i] != after[i]), shared)
+        # 3) Keep a context of bounded length.
+        self.context = longer[-CONTEXT_CHARACTERS:]
+        self.ids = ids[-CONTEXT_TOKENS:]
+        self.text = _decode(self.receiver, self.ids)
+        return len(before) - same, after[same:]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
