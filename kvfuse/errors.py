@@ -1,4 +1,4 @@
-"""The errors users meet. Each says what was expected, what came and what to do; the command line prints them as one line."""
+"""Errors for users: each says what was expected, what was found and what to do. The command line prints one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ class KVFuseError(Exception):
 
 
 class PromptError(KVFuseError, ValueError):
-    """A prompt that cannot be answered: empty, too long, or rendered by a template that hides it."""
+    """A prompt that cannot be answered: empty, too long, or hidden by its template."""
 
 
 class PairError(KVFuseError, ValueError):
@@ -21,26 +21,26 @@ class CheckpointError(KVFuseError, OSError):
 
 
 class MethodError(KVFuseError, ValueError):
-    """A way to answer that is unknown, or lacks something it needs."""
+    """A method that is unknown, or lacks something it needs."""
 
 
 class RecipeError(KVFuseError, ValueError):
-    """A training recipe or its data that cannot be used."""
+    """A training recipe, or its data, that cannot be used."""
 
 
 class EvaluationError(KVFuseError, ValueError):
-    """An evaluation's tasks, data or folder that cannot be used, or a run in which nothing was answered."""
+    """Tasks, data or the folder of an evaluation that cannot be used, or a run without a single answer."""
 
 
 class AnalysisError(KVFuseError, ValueError):
-    """An analysis that is unknown, or asked about something that it cannot answer."""
+    """An analysis that is unknown, or that cannot be made of this pair or these runs."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, to be quoted in one of ours."""
+    """The first line of an error's message, to be quoted in another."""
     return str(error).strip().partition("\n")[0]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that looks most like an unknown one, for "did you mean"; empty where there are no names."""
+    """The name most similar to an unknown one, for "did you mean"; empty where there are no names."""
     return "".join(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0))

@@ -30,14 +30,14 @@ SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
 @dataclass(frozen=True)
 class Identity:
-    """What a fuser remembers of a model it was trained with.
+    """The properties of a model that a fuser trained with it remembers.
 
     Attributes:
-        name: Folder or Hub id it was loaded from; only told, never compared.
+        name: Folder or Hub id it was loaded from; only shown, never compared.
         kv: Shape of its cache.
         tokenizer: SHA-256 of the tokenizer's vocabulary, merges and rules.
         weights: Single weights spread evenly over the model; a fine-tune of the same architecture differs in them.
-        dtype: What they were loaded as, e.g. ``bfloat16``.
+        dtype: The dtype they were loaded in, e.g. ``bfloat16``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """What the model was loaded as."""
+        """Folder or Hub id that the model was loaded from."""
         return self.model.name_or_path or type(self.model).__name__
 
     @classmethod
@@ -85,48 +85,48 @@ class LanguageModel:
 
     @cached_property
     def context(self) -> int | None:
-        """The longest prompt the model was made for, in tokens; None if it does not say."""
+        """The longest prompt the model was made for, in tokens; None if its configuration does not say."""
         return _context(self.model.config)
 
     @cached_property
     def kv_spec(self) -> KVSpec:
-        """Shape of the model's cache, read off a two-token run."""
+        """Shape of the model's cache, measured in a run over two tokens."""
         return probe(self.model)
 
     @cached_property
     def rope(self) -> RoPE:
-        """How the model turns its keys by their positions, measured. Raises PairError where none does."""
+        """The model's rotation of keys by their positions, measured. Raises PairError where there is none."""
         return measure_rope(self.model)
 
     @cached_property
     def identity(self) -> Identity:
         """See :class:`Identity`."""
         return Identity(
-            self.name,
-            self.kv_spec,
-            tokenizer_hash(self.tokenizer),
-            _sample_weights(self.model),
-            str(self.model.dtype).removeprefix("torch."),
+            name=self.name,
+            kv=self.kv_spec,
+            tokenizer=tokenizer_hash(self.tokenizer),
+            weights=_sample_weights(self.model),
+            dtype=str(self.model.dtype).removeprefix("torch."),
         )
 
 
 def load_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
-    """Load a tokenizer alone. Raises PairError where there is none."""
+    """Load a tokenizer without its model. Raises PairError where there is none."""
     with reraise_as("a tokenizer", name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def load_context(name: str | Path) -> int | None:
-    """A model's :attr:`LanguageModel.context` without the model. Raises PairError where there is no configuration."""
+    """A model's :attr:`LanguageModel.context` without its weights. Raises PairError where there is no configuration."""
     with reraise_as("a model's configuration", name):
         return _context(AutoConfig.from_pretrained(name))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides the ids of a text; padding and truncation, which users set, do not.
+    """SHA-256 of the rules that decide the ids of a text; padding and truncation, which users set, do not count.
 
     Raises:
-        PairError: The tokenizer is not a fast one, which alone can tell which characters a token covers.
+        PairError: The tokenizer is not a fast one; only these know the characters that a token covers.
     """
     if not tokenizer.is_fast:
         raise PairError(f"expected a fast tokenizer, got {type(tokenizer).__name__}; convert it to tokenizer.json")
@@ -135,47 +135,41 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def check_identity(whose: str, expected: dict[str, Any], model: LanguageModel) -> None:
+def check_identity(model: LanguageModel, *, role: str, expected: dict[str, Any]) -> None:
     """Refuse a model that a fuser was not trained with.
 
     Args:
-        whose: ``receiver`` or ``sharer``, for the message.
-        expected: :meth:`Identity.to_dict` of the model in training; of a published fuser, only name and shape are known.
         model: The model at hand. Quantised weights are not compared, only shapes and tokenizer.
+        role: ``receiver`` or ``sharer``, for the message.
+        expected: :meth:`Identity.to_dict` of the model in training; of a published fuser, only name and shape are
+            known.
 
     Raises:
         PairError: Its cache has another shape, or tokenizer or weights are another model's.
     """
-    trained_with = f"the fuser was trained with {whose} {expected['name']!r}"
-    if model.kv_spec != KVSpec(**expected["kv"]):
-        raise PairError(
-            f"expected a {whose} with {KVSpec(**expected['kv'])}, got {model.kv_spec} ({model.name}); {trained_with}"
-        )
+    name, kv = expected["name"], KVSpec(**expected["kv"])
+    trained_with = f"({model.name}); the fuser was trained with {role} {name!r}"
+    if model.kv_spec != kv:
+        raise PairError(f"expected a {role} with {kv}, got {model.kv_spec} {trained_with}")
     if "tokenizer" in expected and model.identity.tokenizer != expected["tokenizer"]:
-        raise PairError(
-            f"expected the tokenizer of {expected['name']!r}, got another one ({model.name}); {trained_with}"
-        )
-    if (
-        "weights" in expected
-        and not getattr(model.model, "is_quantized", False)
-        and not _same_weights(expected, model.identity)
-    ):
-        raise PairError(f"expected the weights of {expected['name']!r}, got other ones ({model.name}); {trained_with}")
-
-
-def _context(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        raise PairError(f"expected the tokenizer of {name!r}, got another one {trained_with}")
+    comparable = "weights" in expected and not getattr(model.model, "is_quantized", False)
+    if comparable and not _same_weights(expected, model.identity):
+        raise PairError(f"expected the weights of {name!r}, got other ones {trained_with}")
 
 
 @contextmanager
 def reraise_as(what: str, name: str | Path) -> Iterator[None]:
-    """Turn what transformers says about a model that cannot be loaded into one line."""
+    """Turn the errors of transformers for a model that cannot be loaded into one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise PairError(
-            f"expected {what} at {str(name)!r}, got: {first_line(error)}; name a local folder or a Hub id"
-        ) from error
+        got = first_line(error)
+        raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
+
+
+def _context(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
@@ -187,14 +181,13 @@ def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
 
 def _sample(tensor: torch.Tensor) -> list[float]:
     last = tensor.numel() - 1
-    places = (
-        torch.linspace(0, last, SAMPLES_PER_TENSOR).long().clamp(max=last)
-    )  # float32 rounds the last of a large embedding up
-    return tensor.detach().flatten()[places.to(tensor.device)].float().tolist()
+    # linspace is float32, which rounds the last index of a large embedding up
+    indices = torch.linspace(0, last, SAMPLES_PER_TENSOR).long().clamp(max=last)
+    return tensor.detach().flatten()[indices.to(tensor.device)].float().tolist()
 
 
-def _same_weights(expected: dict[str, Any], got: Identity) -> bool:
+def _same_weights(expected: dict[str, Any], identity: Identity) -> bool:
     """Equal, or equal up to rounding (bf16 keeps 8 bits) where the model was loaded in another dtype."""
-    tolerance = 0.0 if got.dtype == expected["dtype"] else 2**-7
-    theirs, ours = torch.tensor(expected["weights"]), torch.tensor(got.weights)
-    return len(ours) == len(theirs) and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-3)
+    tolerance = 0.0 if identity.dtype == expected["dtype"] else 2**-7
+    trained, loaded = torch.tensor(expected["weights"]), torch.tensor(identity.weights)
+    return len(loaded) == len(trained) and torch.allclose(loaded, trained, rtol=tolerance, atol=tolerance * 1e-3)

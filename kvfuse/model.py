@@ -405,8 +405,8 @@ class CacheToCache:
 
 def _require_fit(*, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> None:
     """Refuse a fuser that was trained with other models, or that these models cannot serve."""
-    check_identity("receiver", fuser.config.receiver, receiver)
-    check_identity("sharer", fuser.config.sharer, sharer)
+    check_identity(receiver, role="receiver", expected=fuser.config.receiver)
+    check_identity(sharer, role="sharer", expected=fuser.config.sharer)
     alignment = fuser.config.token_alignment
     if alignment == "identity":
         needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings

@@ -114,19 +114,19 @@ def align(
     pairs = []
     for tokenizer, alignment in sharers:
         if alignment == "identity":
-            pairs.append((tokenized, np.arange(len(tokenized.ids))))
-            continue
-        read = tokenize(prompt, tokenizer)
-        if alignment == "span":
-            pairs.append((read, align_spans(receiver=tokenized, sharer=read)))
-            continue
-        table = reencoding(receiver=receiver, sharer=tokenizer, strategy=alignment)
-        shifted, read, index = align_reencoded(receiver=tokenized, sharer=read, table=table)
+            read, index = tokenized, np.arange(len(tokenized.ids))
+        elif alignment == "span":
+            read = tokenize(prompt, tokenizer)
+            index = align_spans(receiver=tokenized, sharer=read)
+        else:
+            table = reencoding(receiver=receiver, sharer=tokenizer, strategy=alignment)
+            own = tokenize(prompt, tokenizer)
+            shifted, read, index = align_reencoded(receiver=tokenized, sharer=own, table=table)
         pairs.append((read, index))
     # 3) The receiver tokens to fuse
     fusable = np.ones(len(tokenized.ids), dtype=bool) if fuse == "all" else locate(tokenized).in_message
     fusable[-1:] = False
-    # one sharer may shift the receiver's positions; several need not agree
+    # re-encoding shifts the receiver's positions, which several sharers would not agree on
     return AlignedRow(shifted if len(pairs) == 1 else tokenized, fusable, tuple(pairs))
 
 
@@ -190,10 +190,7 @@ def align_spans(*, receiver: TokenizedPrompt, sharer: TokenizedPrompt) -> np.nda
     tokens, readable = np.flatnonzero(receiver_axis.in_message), np.flatnonzero(sharer_axis.in_message)
     if len(readable):
         best, overlap = _largest_overlap(
-            starts=receiver_axis.starts[tokens],
-            ends=receiver_axis.ends[tokens],
-            sharer_starts=sharer_axis.starts[readable],
-            sharer_ends=sharer_axis.ends[readable],
+            receiver=receiver_axis.characters[tokens], sharer=sharer_axis.characters[readable]
         )
         index[tokens] = np.where(overlap > 0, readable[best], index[tokens])
     # 4) Never back to an earlier token
@@ -253,21 +250,28 @@ def _stack_sharer(rows: Sequence[tuple[TokenizedPrompt, np.ndarray]]) -> SharerP
     return SharerPrompt(ids=ids, mask=mask, positions=positions, index=_pad_left(moved, -1))
 
 
-def _largest_overlap(
-    *, starts: np.ndarray, ends: np.ndarray, sharer_starts: np.ndarray, sharer_ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each receiver interval the sharer interval that overlaps it most, ties to the later; and the overlap."""
-    # 1) Both are sorted: receiver interval i meets the sharer intervals low[i] ... high[i]
-    low = np.minimum(np.searchsorted(sharer_ends, starts, side="right"), len(sharer_ends) - 1)
+def _largest_overlap(*, receiver: np.ndarray, sharer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each receiver interval the sharer interval that overlaps it most, ties to the later.
+
+    Args:
+        receiver: ``(n, 2)`` int64, starts and ends, sorted.
+        sharer: ``(m, 2)`` int64, likewise.
+
+    Returns:
+        The sharer interval and the overlap, ``(n,)`` int64 each.
+    """
+    (starts, ends), (sharer_starts, sharer_ends) = receiver.T, sharer.T
+    # 1) Receiver interval i meets the sharer intervals low[i] ... high[i]
+    low = np.minimum(np.searchsorted(sharer_ends, starts, side="right"), len(sharer) - 1)
     high = np.maximum(np.searchsorted(sharer_starts, ends, side="left") - 1, low)
     # 2) All pairs that meet, laid out flat
     counts = high - low + 1
     first = np.cumsum(counts) - counts
-    own = np.repeat(np.arange(len(starts)), counts)
+    own = np.repeat(np.arange(len(receiver)), counts)
     other = np.arange(counts.sum()) - np.repeat(first - low, counts)
     overlap = np.minimum(ends[own], sharer_ends[other]) - np.maximum(starts[own], sharer_starts[other])
     # 3) One number per pair, the overlap before the index, so that one maximum finds both
-    size = len(sharer_ends) + 1
+    size = len(sharer) + 1
     ranked = np.maximum(overlap, 0) * size + other
-    overlap, best = np.divmod(np.maximum.reduceat(ranked, first) if len(starts) else first, size)
+    overlap, best = np.divmod(np.maximum.reduceat(ranked, first) if len(receiver) else first, size)
     return best, overlap

@@ -58,28 +58,28 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
         PromptError: The prompt is empty, a message has no text, or the template refuses, rewrites or leaves out the
             messages.
     """
+    # 1) The text of each message
     contents = (prompt,) if isinstance(prompt, str) else tuple(map(_content, prompt))
     if not any(map(str.strip, contents)):
         raise PromptError("expected a prompt with text, got an empty one; write a question")
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return _join(contents)
-    # 1) The text is always the template's own
+    # 2) The chat as the template writes it: the text is always its own
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
     text = _apply(prompt, tokenizer, options)
-    # 2) The messages in it: where a chat of this shape had them before, else measured
+    # 3) The messages in it: where a chat of this shape had them before, else measured
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     shape = template, repr((options, tokenizer.special_tokens_map, _replace_texts(prompt, bool)))
     layouts = _LAYOUTS.setdefault(tokenizer, {})
     layout = layouts.get(shape)
     spans = layout.find(text, contents) if layout else None
     if spans is None:
-        spans, layout = find_spans(
-            text=text,
-            contents=contents,
-            roles=[str(message.get("role")) for message in prompt],
-            words=_words(template, tokenizer),
-            render=lambda marked: _apply(_fill_texts(prompt, marked), tokenizer, options),
-        )
+        roles, words = [str(message.get("role")) for message in prompt], _words(template, tokenizer)
+
+        def render_marked(marks: str) -> str:
+            return _apply(_fill_texts(prompt, marks), tokenizer, options)
+
+        spans, layout = find_spans(text=text, contents=contents, roles=roles, words=words, render=render_marked)
     _check_written(prompt, contents, spans)
     if layout:
         _keep(layouts, shape, layout)
@@ -96,6 +96,7 @@ def _content(message: Message) -> str:
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return ""
+    # a string is one part
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(texts) < len(parts):

@@ -41,19 +41,19 @@ class TokensOnAxis:
     Attributes:
         tokenized: The prompt.
         spans: Its spans, in the order of its text.
-        starts: ``(n,)`` int64, the first character that each token covers; 0 for a token of the template.
-        ends: ``(n,)`` int64, one past the last; likewise.
+        characters: ``(n, 2)`` int64, the first character that each token covers and one past the last; zeros for a
+            token of the template.
     """
 
     tokenized: TokenizedPrompt
     spans: Sequence[AxisSpan]
-    starts: np.ndarray
-    ends: np.ndarray
+    characters: np.ndarray
 
     @property
     def in_message(self) -> np.ndarray:
         """``(n,)`` bool: the token covers characters of a message."""
-        return self.ends > self.starts
+        starts, ends = self.characters.T
+        return ends > starts
 
     @property
     def middle_sections(self) -> np.ndarray:
@@ -108,15 +108,15 @@ def locate(tokenized: TokenizedPrompt, order: Sequence[int] | None = None, drop_
     start, end, shift = table[table[1:, 0].searchsorted(last)].T  # (n,) each
     # 2) The part of the token within it
     first, last = np.maximum(first, start), np.minimum(last, end)
-    inside = last > first
-    return TokensOnAxis(tokenized, spans, (first + shift) * inside, (last + shift) * inside)
+    covers = last > first
+    return TokensOnAxis(tokenized, spans, np.array([(first + shift) * covers, (last + shift) * covers]).T)
 
 
 def covered(tokenized: TokenizedPrompt, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
     """``(characters,)`` bool: the characters of the messages, in the order of the chat, that the tokens cover."""
-    located = locate(tokenized, range(len(tokenized.prompt.messages)))
+    starts, ends = locate(tokenized, range(len(tokenized.prompt.messages))).characters[tokens].T
     size = sum(map(len, tokenized.prompt.messages)) + 1
-    opened, closed = (np.bincount(edges[tokens], minlength=size) for edges in (located.starts, located.ends))
+    opened, closed = (np.bincount(edges, minlength=size) for edges in (starts, ends))
     return np.cumsum(opened - closed)[:-1] > 0
 
 

@@ -49,13 +49,15 @@ def tokenize_response(
         ids, reached = np.append(ids, receiver.eos_token_id), np.append(reached, len(text))
     read = []
     for (tokenized, _), (tokenizer, alignment) in zip(prompt.sharers, sharers, strict=False):  # no sharers: not fused
-        if alignment == "span":
+        visible = np.arange(1 + len(ids))
+        if alignment == "identity":
+            sharer_ids = ids
+        elif alignment == "span":
             sharer_ids, sharer_reached = tokenize_continuation(tokenized, text, tokenizer)
-            read.append((sharer_ids, np.searchsorted(sharer_reached, np.append(0, reached), side="right")))
-            continue
-        same = alignment == "identity"
-        table = None if same else reencoding(receiver=receiver, sharer=tokenizer, strategy=alignment)
-        read.append((ids if table is None else table[ids], np.arange(1 + len(ids))))  # token by token
+            visible = np.searchsorted(sharer_reached, np.append(0, reached), side="right")
+        else:
+            sharer_ids = reencoding(receiver=receiver, sharer=tokenizer, strategy=alignment)[ids]
+        read.append((sharer_ids, visible))
     return Response(ids, tuple(read))
 
 

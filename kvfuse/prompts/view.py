@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
+from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 import numpy as np
+from jinja2 import Environment
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
@@ -158,29 +158,22 @@ def lines(view: AlignmentView) -> Iterator[str]:
 
 def page(view: AlignmentView) -> str:
     """The HTML page: a receiver token and the sharer token it reads share a colour; the others have none."""
-    # 1) A box per token; neighbours among the sharer's fused tokens differ in colour
+    # 1) Text, colour and title of each token; neighbours among the sharer's fused tokens differ in colour
     colours = {position: f"c{i % len(COLOURS)}" for i, position in enumerate(sorted(view.readers.keys() - {-1}))}
     boxes = [
-        _box(text, colours.get(read, "off"), _receiver_title(view, position, read))
+        (text, colours.get(read, "off"), _receiver_title(view, position, read))
         for position, (text, read) in enumerate(zip(view.receiver.texts, view.reads.tolist(), strict=True))
     ]
     sharer_boxes = [
-        _box(text, colours.get(position, "off"), _sharer_title(view, position))
+        (text, colours.get(position, "off"), _sharer_title(view, position))
         for position, text in enumerate(view.sharer.texts)
     ]
     # 2) A section for each message and each part of the template
-    sections = [
-        f"<section class={kind}><h2>{kind}</h2>"
-        f"<div>{''.join(boxes[part])}</div><div>{''.join(sharer_boxes[sharer_part])}</div></section>"
-        for kind, part, sharer_part in _sections(view)
-    ]
-    return PAGE.substitute(
-        receiver=escape(view.receiver.name),
-        sharer=escape(view.sharer.name),
-        summary=escape(summary(view)),
-        colours="".join(f".c{i}{{background:{colour}}}" for i, colour in enumerate(COLOURS)),
-        blocks="\n".join(sections),
-    )
+    sections = [(kind, boxes[part], sharer_boxes[sharer_part]) for kind, part, sharer_part in _sections(view)]
+    source = files("kvfuse.prompts").joinpath("view.html.jinja").read_text(encoding="utf-8")
+    names = {"receiver": view.receiver.name, "sharer": view.sharer.name}
+    template = Environment(autoescape=True).from_string(source)
+    return template.render(**names, summary=summary(view), colours=COLOURS, sections=sections)
 
 
 def _texts(tokenized: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> TokenTexts:
@@ -217,10 +210,6 @@ def _sections(view: AlignmentView) -> Iterator[tuple[str, slice, slice]]:
         start, sharer_start = end, sharer_end
 
 
-def _box(text: str, colour: str, title: str) -> str:
-    return f'<span class={colour} title="{escape(title)}">{escape(text)}</span>' + "<br>" * text.endswith("⏎")
-
-
 def _receiver_title(view: AlignmentView, position: int, read: int) -> str:
     partner = f"reads the sharer's {view.sharer.describe(read)}" if read >= 0 else "not fused"
     return f"{view.receiver.describe(position)}: {partner}"
@@ -229,35 +218,3 @@ def _receiver_title(view: AlignmentView, position: int, read: int) -> str:
 def _sharer_title(view: AlignmentView, position: int) -> str:
     readers = ", ".join(map(view.receiver.describe, view.readers.get(position, [])))
     return f"{view.sharer.describe(position)}: " + (f"read by the receiver's {readers}" if readers else "not read")
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$receiver reads $sharer</title>
-<style>
-body { font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace; color: #111; background: #fff; margin: 2rem; }
-p, h1, h2 { font-family: system-ui, sans-serif; line-height: 1.4; margin: 0 0 .6rem; }
-h1 { font-size: 1.2rem; }
-h2 { font-size: .8rem; font-weight: normal; color: #555; margin: .4rem 0 0; }
-section { display: grid; grid-template-columns: 5rem 1fr 1fr; gap: 1.5rem; border-top: 1px solid #ddd;
-  padding: .3rem 0; }
-span { border: 1px solid transparent; border-radius: 3px; padding: 1px 2px; margin: 0 1px; overflow-wrap: anywhere;
-  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.off { color: #666; border-color: #bbb; }
-$colours
-@media (max-width: 50rem) { section { grid-template-columns: 1fr; gap: .2rem; } }
-</style>
-</head>
-<body>
-<h1>$receiver (left) reads $sharer (right)</h1>
-<p>$summary</p>
-<p><span class=c0>same</span><span class=c0>colour</span> the receiver's token reads the sharer's;
-<span class=off>outlined</span> not fused, or not read;
-· space, ⏎ line break, → tab, … a piece of a character. Point at a token for its id and its partner.</p>
-$blocks
-</body>
-</html>
-""")

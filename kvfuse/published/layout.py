@@ -1,4 +1,4 @@
-"""The published format. A pair is a folder:
+"""The authors' published format. A pair is a folder:
 
 ```
 config.json                       the training recipe: the two models, whether tokens were aligned
@@ -21,16 +21,17 @@ TEMPERATURE = "gate_temperature"  # a buffer in every state dict that inference 
 
 @dataclass(frozen=True)
 class ProjectorClass:
-    """A class of the authors' and the kind of ours that computes the same.
+    """A class of the authors and the kind of fuser that computes the same.
 
     Attributes:
-        name: Theirs.
-        kind: Ours, a key of :data:`kvfuse.fusers.FUSERS`.
-        defaults: Their arguments that ours has as options, with the defaults of their class.
-        required: Their arguments that must have one value, because ours knows no other: that value and their default.
-        renamed: Theirs -> our option, where the two differ.
-        fixed: Our options that must have one value, because theirs knows no other.
-        modules: Gives for a configuration our module -> their module, ``{part}`` standing for ``key`` and ``value``.
+        name: The authors' class.
+        kind: The kind of fuser, a key of :data:`kvfuse.fusers.FUSERS`.
+        defaults: Arguments of the class that are options of the fuser, with the defaults of the class.
+        required: Arguments for which the fuser knows one value only: that value and the default of the class.
+        renamed: Argument -> option, where the two names differ.
+        fixed: Options for which the class knows one value only.
+        modules: Module of the fuser -> module of the class for a configuration; ``{part}`` stands for ``key`` and
+            ``value``.
     """
 
     name: str
@@ -42,33 +43,33 @@ class ProjectorClass:
     fixed: dict[str, Any] = field(default_factory=dict)
 
     def options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Our options for their arguments. Raises ValueError, naming the argument, where ours cannot do as theirs."""
+        """Options of the fuser for arguments of the class. Raises ValueError for an argument it does not support."""
         for name, (value, default) in self.required.items():
             if arguments.get(name, default) != value:
                 raise ValueError(f"{name}={arguments.get(name, default)!r}, where only {value!r} can be read")
         return {self.renamed.get(name, name): arguments.get(name, default) for name, default in self.defaults.items()}
 
     def arguments(self, config: FuserConfig) -> dict[str, Any]:
-        """Their arguments for our configuration."""
+        """Arguments of the class for a configuration of the fuser."""
         options = {name: getattr(config, self.renamed.get(name, name)) for name in self.defaults}
         return {**options, **{name: value for name, (value, _) in self.required.items()}}
 
     def lost(self, config: FuserConfig) -> list[str]:
-        """Those of our options, with their values, that this class cannot hold."""
+        """Options of the fuser, with their values, that the class cannot hold."""
         given = {name: getattr(config, name) for name in self.fixed}
         return [f"{name}={value!r}" for name, value in given.items() if value != self.fixed[name]]
 
     def tensors(self, fuser: Fuser, layer: int) -> Iterator[tuple[str, str, int]]:
-        """Everything that one receiver layer has: our parameter's name, the group in it, and their tensor's name."""
+        """All tensors of one receiver layer: the fuser's parameter, the authors' name of it, and the group in it."""
         modules, num_layers = self.modules(fuser.config), fuser.config.receiver_kv.num_layers
-        for ours, _ in fuser.named_parameters():
-            prefix = max((module for module in modules if f"{ours}.".startswith(f"{module}.")), key=len)
-            theirs = modules[prefix] + ours.removeprefix(prefix)
-            if "{part}" in theirs:  # a group for the keys of each layer, then one for the values of each
-                yield ours, theirs.format(part="key"), layer
-                yield ours, theirs.format(part="value"), num_layers + layer
+        for parameter, _ in fuser.named_parameters():
+            prefix = max((module for module in modules if f"{parameter}.".startswith(f"{module}.")), key=len)
+            name = modules[prefix] + parameter.removeprefix(prefix)
+            if "{part}" in name:  # a group for the keys of each layer, then one for the values of each
+                yield parameter, name.format(part="key"), layer
+                yield parameter, name.format(part="value"), num_layers + layer
             else:
-                yield ours, theirs, layer
+                yield parameter, name, layer
 
 
 def _c2c_modules(config: Any) -> dict[str, str]:
@@ -84,9 +85,7 @@ def _c2c_modules(config: Any) -> dict[str, str]:
 
 
 def _complex_modules(config: Any) -> dict[str, str]:
-    stage = (
-        3 if config.dropout > 0 else 2
-    )  # SwiGLU, norm and, if there is any, dropout: each has a number in their list
+    stage = 3 if config.dropout > 0 else 2  # each of SwiGLU, norm and dropout, if any, has a number in their list
     last = config.num_layers - 1
     return {
         **{f"translation.{i}.swiglu.gate": f"{{part}}_projection.layers.{stage * i}.gate_proj" for i in range(last)},
@@ -103,22 +102,14 @@ def _complex_modules(config: Any) -> dict[str, str]:
 
 
 _FIXED = {"rope": "kept", "weights": "full"}
-_WHOLE = {
-    "receiver_input": True,
-    "feature_fusion": True,
-    "replace": False,
-    "weighting": True,
-    "parts": "both",
-    "gate": "layer",
-}
 _COMMON = {"dropout": 0.1, "initial_temperature": 1.0}
 
 CLASSES = (
     ProjectorClass(
         name="C2CProjector",
         kind="c2c",
-        defaults=_COMMON
-        | {
+        defaults={
+            **_COMMON,
             "hidden_dim": 1024,
             "intermediate_dim": 1024,
             "num_layers": 3,
@@ -126,13 +117,21 @@ CLASSES = (
             "zero_init": False,
         },
         modules=_c2c_modules,
-        fixed=_FIXED | _WHOLE,
+        fixed={  # the whole network of the paper, no part left out
+            **_FIXED,
+            "receiver_input": True,
+            "feature_fusion": True,
+            "replace": False,
+            "weighting": True,
+            "parts": "both",
+            "gate": "layer",
+        },
     ),
     ProjectorClass(
         name="AllInOneProjector",
         kind="c2c-complex",
-        defaults=_COMMON
-        | {
+        defaults={
+            **_COMMON,
             "hidden_dim": 512,
             "weight_hidden_dim": 1024,
             "num_layers": 2,

@@ -1,4 +1,4 @@
-"""Read a published pair into one of our fusers: pickles with ``weights_only=True``, every tensor accounted for."""
+"""Read a published pair into a fuser: pickles with ``weights_only=True``, every tensor accounted for."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,17 @@ from kvfuse.fusers import FUSERS, Fuser
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
 Layers = list[tuple[int, int]]
-"""For each receiver layer the sharer layer and the projector that serve it."""
+"""For each receiver layer its sharer layer and its projector."""
 
 
 def find_projectors(folder: Path) -> Path | None:
-    """The folder with the projectors of a published pair: itself, ``final``, or the last checkpoint; None: not published."""
+    """The folder with the projectors of a published pair, if any: itself, ``final`` or the last checkpoint."""
+    # 1) The last checkpoint is the one with the largest number
     numbered = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     checkpoints = [path for number, path in sorted(numbered, key=lambda pair: pair[0].zfill(12), reverse=True)]
-    places = [folder, folder / WEIGHTS, *checkpoints]
-    return next((place for place in places if (place / MAPPING).is_file() or any(place.glob("projector_*.*"))), None)
+    # 2) A mapping or a projector marks a published folder
+    candidates = [folder, folder / WEIGHTS, *checkpoints]
+    return next((path for path in candidates if (path / MAPPING).is_file() or any(path.glob("projector_*.*"))), None)
 
 
 def read_published(folder: Path) -> Fuser:
@@ -31,77 +33,70 @@ def read_published(folder: Path) -> Fuser:
     """
     place = find_projectors(folder)
     if place is None:
-        raise CheckpointError(
-            f"expected a published fuser in {folder}, got no {MAPPING} and no projectors; check the folder"
-        )
+        raise _error(f"a published fuser in {folder}", f"no {MAPPING} and no projectors", "check the folder")
+    # 1) The pair, the layers and the class from JSON
     names = _read_pair(folder / RECIPE if (folder / RECIPE).is_file() else place.parent / RECIPE)
     layers = _read_layers(place / MAPPING)
     cls, arguments = _read_class(place, sorted({projector for _, projector in layers}))
+    # 2) An empty fuser of the same shape
     try:
-        options = cls.options(arguments)
-        pair = _identities(names, layers, arguments)
+        config = FUSERS[cls.kind].config_class(**cls.options(arguments), **_pair_options(names, layers, arguments))
         with torch.device("meta"):
-            fuser = FUSERS[cls.kind](FUSERS[cls.kind].config_class(**pair, **options))
+            fuser = FUSERS[cls.kind](config)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"expected arguments of a {cls.name} in {place}, got: {error}; use another fuser"
-        ) from error
+        raise _error(f"arguments of a {cls.name} in {place}", str(error), "use another fuser") from error
+    # 3) Its weights
     fuser.load_state_dict(_read_weights(place, cls, fuser, layers), strict=True, assign=True)
     return fuser.eval()
 
 
+def _error(expected: str, got: str, advice: str = "download it again") -> CheckpointError:
+    return CheckpointError(f"expected {expected}, got {got}; {advice}")
+
+
 def _read_pair(path: Path) -> dict[str, str]:
-    """Names of the two models, and how tokens were aligned, from the training recipe."""
+    """Names of the two models and their alignment, from the training recipe."""
     model = _read_json(path).get("model")
     wanted = ("base_model", "teacher_model", "is_do_alignment")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), str | bool) for name in wanted):
-        raise CheckpointError(
-            f"expected {path} to name {', '.join(wanted)} under 'model', got a file without; it is no published pair"
-        )
-    aligned = f"reencode-{model.get('alignment_strategy', 'longest')}" if model["is_do_alignment"] else "identity"
-    return {"receiver": model["base_model"], "sharer": model["teacher_model"], "token_alignment": aligned}
+        expected = f"{path} to name {', '.join(wanted)} under 'model'"
+        raise _error(expected, "a file without", "it is no published pair")
+    alignment = f"reencode-{model.get('alignment_strategy', 'longest')}" if model["is_do_alignment"] else "identity"
+    return {"receiver": model["base_model"], "sharer": model["teacher_model"], "token_alignment": alignment}
 
 
 def _read_layers(path: Path) -> Layers:
     try:
-        ((by_sharer,),) = [list(_read_json(path).values())]
+        (by_sharer,) = _read_json(path).values()
         (by_layer,) = by_sharer.values()
-        first = {
-            int(layer): tuple(map(int, sources[0])) for layer, sources in by_layer.items()
-        }  # further ones are never used
+        # of several sources only the first is used
+        first = {int(layer): tuple(map(int, sources[0])) for layer, sources in by_layer.items()}
         return [(sharer, projector) for sharer, projector in (first[layer] for layer in range(len(first)))]
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         shape = '{"0": {"1": {receiver layer: [[sharer layer, projector]]}}} for every receiver layer'
-        raise CheckpointError(
-            f"expected {path} of the form {shape}, got another ({error!r}); download it again"
-        ) from error
+        raise _error(f"{path} of the form {shape}", f"another ({error!r})") from error
 
 
 def _read_class(place: Path, projectors: list[int]) -> tuple[ProjectorClass, dict[str, Any]]:
     """The class of all projectors and the arguments they were made with."""
     first, *others = (_read_json(place / f"projector_{projector}.json") for projector in projectors)
     if any(other != first for other in others):
-        raise CheckpointError(f"expected projectors of one class and size in {place}, got several; use another fuser")
+        raise _error(f"projectors of one class and size in {place}", "several", "use another fuser")
     cls = next((cls for cls in CLASSES if cls.name.lower() == str(first.get("class")).lower()), None)
     if cls is None or not isinstance(first.get("init_args"), dict):
         known = ", ".join(cls.name for cls in CLASSES)
-        raise CheckpointError(
-            f"expected a projector of class {known} in {place}, got {first.get('class')!r}; use another fuser"
-        )
+        raise _error(f"a projector of class {known} in {place}", repr(first.get("class")), "use another fuser")
     return cls, first["init_args"]
 
 
-def _identities(names: dict[str, str], layers: Layers, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The part of a fuser's configuration that tells its pair; weights and tokenizers are not known."""
+def _pair_options(names: dict[str, str], layers: Layers, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a fuser that describe its pair; weights and tokenizers of its models are unknown."""
     depths = {"receiver": len(layers), "sharer": max(sharer for sharer, _ in layers) + 1}
-    theirs = {"receiver": "target", "sharer": "source"}
     pair: dict[str, Any] = {}
-    for whose, depth in depths.items():
-        dim, heads = arguments[f"{theirs[whose]}_dim"], arguments.get(f"{theirs[whose]}_num_heads", 1)
-        pair[whose] = {
-            "name": names[whose],
-            "kv": {"num_layers": depth, "num_kv_heads": heads, "key_dim": dim, "value_dim": dim},
-        }
+    for role, prefix in (("receiver", "target"), ("sharer", "source")):
+        dim, heads = arguments[f"{prefix}_dim"], arguments.get(f"{prefix}_num_heads", 1)
+        kv = {"num_layers": depths[role], "num_kv_heads": heads, "key_dim": dim, "value_dim": dim}
+        pair[role] = {"name": names[role], "kv": kv}
     alignment = names["token_alignment"]
     fuse = "all" if alignment == "identity" else "messages"
     return {**pair, "token_alignment": alignment, "fuse": fuse, "layer_alignment": [sharer for sharer, _ in layers]}
@@ -112,46 +107,44 @@ def _read_weights(place: Path, cls: ProjectorClass, fuser: Fuser, layers: Layers
     state: dict[str, Tensor] = {}
     parameters = dict(fuser.named_parameters())
     for layer, (_, projector) in enumerate(layers):
+        # 1) One file has exactly the tensors of one layer
         path = place / f"projector_{projector}.pt"
-        theirs = _load_pickle(path)
-        wanted = list(cls.tensors(fuser, layer))
-        if odd := sorted({name for _, name, _ in wanted} ^ (theirs.keys() - {TEMPERATURE})):
-            raise CheckpointError(
-                f"expected {path} to hold the tensors of a {cls.name}, differs in {odd[0]}; download it again"
-            )
-        mine = {
-            name: _turned(theirs[name], parameters[ours].shape[1:], f"{name} in {path}") for ours, name, _ in wanted
+        read, wanted = _load_pickle(path), list(cls.tensors(fuser, layer))
+        if odd := sorted({name for _, name, _ in wanted} ^ (read.keys() - {TEMPERATURE})):
+            raise _error(f"{path} to hold the tensors of a {cls.name}", f"one that differs in {odd[0]}")
+        tensors = {
+            name: _transposed(read[name], parameters[parameter].shape[1:], f"{name} in {path}")
+            for parameter, name, _ in wanted
         }
-        if not state:  # only now is it known that the sizes are true
-            dtype = next(iter(mine.values())).dtype
+        # 2) Memory is taken only after the sizes of the first file are checked
+        if not state:
+            dtype = next(iter(tensors.values())).dtype
             state = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in parameters.items()}
-        for ours, name, group in wanted:
-            state[ours][group].copy_(mine[name])
+        # 3) Each tensor is one group of a parameter
+        for parameter, name, group in wanted:
+            state[parameter][group].copy_(tensors[name])
     return state
 
 
-def _turned(tensor: Tensor, shape: torch.Size, what: str) -> Tensor:
-    """One of their tensors as a group of ours: a product's weight turned over, everything else as a row."""
-    mine = tensor.T if tensor.ndim == 2 else tensor.reshape(1, -1)
-    if mine.shape != shape:
-        raise CheckpointError(
-            f"expected {what} of size {tuple(shape)}, got {tuple(mine.shape)}; the files do not belong together"
-        )
-    return mine
+def _transposed(tensor: Tensor, shape: torch.Size, what: str) -> Tensor:
+    """An authors' tensor as a group of a parameter: a product's weight transposed, anything else as a row."""
+    turned = tensor.T if tensor.ndim == 2 else tensor.reshape(1, -1)
+    if turned.shape != shape:
+        advice = "the files do not belong together"
+        raise _error(f"{what} of size {tuple(shape)}", str(tuple(turned.shape)), advice)
+    return turned
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"expected {path}, got no such file; download it again")
+        raise _error(str(path), "no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or malicious pickle raises is not documented
-        reason = first_line(error)[:120]
-        raise CheckpointError(
-            f"expected a file of tensors alone at {path}, got one that cannot be read safely: {reason}"
-        ) from error
+    except Exception as error:  # the errors of damaged and malicious pickles are not documented
+        reason = f"one that cannot be read safely: {first_line(error)[:120]}"
+        raise _error(f"a file of tensors alone at {path}", reason) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"expected a file of named tensors at {path}, got something else; download it again")
+        raise _error(f"a file of named tensors at {path}", "something else")
     return state
 
 
@@ -159,11 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"expected a readable {path.name} in {path.parent}, got: {error}; download it again"
-        ) from error
+        raise _error(f"a readable {path.name} in {path.parent}", str(error)) from error
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"expected {path} to hold names and values, got a {type(content).__name__}; download it again"
-        )
+        raise _error(f"{path} to hold names and values", f"a {type(content).__name__}")
     return content

@@ -1,4 +1,4 @@
-"""Write a fuser as the authors publish theirs, for code that reads nothing else."""
+"""Write a fuser in the authors' format, for their code."""
 
 import json
 from pathlib import Path
@@ -11,42 +11,47 @@ from kvfuse.errors import CheckpointError
 from kvfuse.fusers import FUSERS, Fuser
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
+FUSED_POSITIONS = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}
+"""Token alignment -> the only ``fuse`` that the authors' code knows with it."""
+
 
 def write_published(fuser: Fuser, folder: Path) -> None:
     """Fill an empty folder.
 
     Raises:
-        CheckpointError: The published format has no such fuser: another kind, or another way to align tokens.
+        CheckpointError: The published format has no such fuser: another kind, or another token alignment.
     """
+    # 1) A class of the authors that computes the same
     config = fuser.config
     cls = next((cls for cls in CLASSES if type(fuser) is FUSERS[cls.kind]), None)
-    fused = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}.get(
-        config.token_alignment
-    )
-    if cls is None or fused != config.fuse or cls.lost(config):
-        options = ", ".join(cls.lost(config)) if cls else ""
-        got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r} {options}".rstrip()
+    lost = cls.lost(config) if cls else []
+    if cls is None or lost or FUSED_POSITIONS.get(config.token_alignment) != config.fuse:
+        got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r}"
+        got = f"{got} {', '.join(lost)}".rstrip()
         raise CheckpointError(
             f"expected a fuser that the published format can hold, got {got}; keep it in kvfuse's own"
         )
-    arguments = _arguments(cls, fuser)
-    _write_json(folder / RECIPE, _recipe(cls, fuser))
+    # 2) The recipe, which layer feeds which, and a projector per receiver layer
     place = folder / WEIGHTS
     place.mkdir()
-    _write_json(
-        place / MAPPING, {"0": {"1": {str(layer): [[sharer, layer]] for layer, sharer in enumerate(config.layers)}}}
-    )
+    _write_json(folder / RECIPE, _recipe(cls, fuser))
+    sources = {str(layer): [[sharer, layer]] for layer, sharer in enumerate(config.layers)}
+    _write_json(place / MAPPING, {"0": {"1": sources}})
     for layer in range(config.receiver_kv.num_layers):
-        _write_json(place / f"projector_{layer}.json", {"class": cls.name, "init_args": arguments})
+        _write_json(place / f"projector_{layer}.json", {"class": cls.name, "init_args": _arguments(cls, fuser)})
         torch.save(_state(cls, fuser, layer), place / f"projector_{layer}.pt")
 
 
 def _arguments(cls: ProjectorClass, fuser: Fuser) -> dict[str, Any]:
     sharer, receiver = fuser.config.sharer_kv, fuser.config.receiver_kv
-    dtype = {"__type__": "torch.dtype", "value": str(fuser.dtype).removeprefix("torch.")}
-    sizes = {"source_dim": sharer.key_dim, "target_dim": receiver.key_dim}
-    heads = {"source_num_heads": sharer.num_kv_heads, "target_num_heads": receiver.num_kv_heads}
-    return {**sizes, **heads, **cls.arguments(fuser.config), "dtype": dtype}
+    return {
+        "source_dim": sharer.key_dim,
+        "target_dim": receiver.key_dim,
+        "source_num_heads": sharer.num_kv_heads,
+        "target_num_heads": receiver.num_kv_heads,
+        **cls.arguments(fuser.config),
+        "dtype": {"__type__": "torch.dtype", "value": str(fuser.dtype).removeprefix("torch.")},
+    }
 
 
 def _recipe(cls: ProjectorClass, fuser: Fuser) -> dict[str, Any]:
@@ -64,17 +69,15 @@ def _recipe(cls: ProjectorClass, fuser: Fuser) -> dict[str, Any]:
 
 
 def _state(cls: ProjectorClass, fuser: Fuser, layer: int) -> dict[str, Tensor]:
-    """The state dict of one projector: products turned over, biases flat, gates without a dimension."""
+    """The state dict of one projector: products transposed, biases flat, gates without a dimension."""
     parameters = dict(fuser.named_parameters())
     state = {TEMPERATURE: torch.tensor(fuser.config.final_temperature, dtype=fuser.dtype)}
-    for ours, theirs, group in cls.tensors(fuser, layer):
-        tensor = parameters[ours][group].detach().cpu()
-        is_product = theirs.endswith(".weight") and "norm" not in ours
-        state[theirs] = (
-            tensor.T.contiguous()
-            if is_product
-            else tensor.reshape(() if theirs.endswith("gate_logit") else (-1,)).clone()
-        )
+    for parameter, name, group in cls.tensors(fuser, layer):
+        tensor = parameters[parameter][group].detach().cpu()
+        if name.endswith(".weight") and "norm" not in parameter:
+            state[name] = tensor.T.contiguous()
+        else:
+            state[name] = tensor.reshape(() if name.endswith("gate_logit") else (-1,)).clone()
     return state
 
 

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file about a pair, of which every command reads its own sections, each key checked before anything is loaded."""
+"""A recipe: one YAML file about a pair. Each command reads its own sections, and checks every key first."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from kvfuse.errors import RecipeError, first_line, nearest
 
 
 class Section(BaseModel):
-    """A part of a recipe; keys that it does not know are refused."""
+    """A part of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,7 +21,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and the ``key=value`` words after it, e.g. ``train.steps=100``, without checking the keys.
+    """Read a YAML file, then ``key=value`` words, e.g. ``train.steps=100``; keys are not checked yet.
 
     Raises:
         RecipeError: The file is missing or no YAML of keys and values, or a word is no ``key=value``.
@@ -37,21 +37,26 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set ``key=value`` words in a recipe's content. Raises RecipeError where a word is none."""
+    """Set ``key=value`` words in a recipe's content. Raises RecipeError where a word has another form."""
     for word in overrides:
-        key, found, value = word.partition("=")
+        path, found, value = word.partition("=")
         if not found:
             raise RecipeError(f"expected key=value, got {word!r}; write for example train.steps=100")
-        _set(content, key.split("."), yaml.safe_load(value), word)
+        section, (*outer, key) = content, path.split(".")
+        for name in outer:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"expected a section before the last dot of {word!r}, got a value; check the key")
+        section[key] = yaml.safe_load(value)
 
 
 def check(content: dict[str, Any], kind: type[SectionT], foreign: Collection[str] = ()) -> SectionT:
-    """A recipe's content as what it says, every key and value checked.
+    """Check every key and value of a recipe's content.
 
     Args:
         content: See :func:`read_recipe`.
-        kind: What to read it as.
-        foreign: Keys that other commands read, which are passed over.
+        kind: The class that describes it.
+        foreign: Keys of other commands, which are ignored.
 
     Raises:
         RecipeError: A key is unknown (the nearest is named) or missing, or a value is wrong.
@@ -63,45 +68,39 @@ def check(content: dict[str, Any], kind: type[SectionT], foreign: Collection[str
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
-    """The complaint about an unknown key, naming the nearest."""
+    """The error for an unknown key, naming the nearest."""
     return RecipeError(
         f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest(key.split('.')[-1], known)!r}?"
     )
 
 
-def _set(content: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
-        if not isinstance(content, dict):
-            raise RecipeError(f"expected a section before the last dot of {word!r}, got a value; check the key")
-    content[keys[-1]] = value
-
-
 def _explain(error: ValidationError, kind: type[BaseModel], foreign: Collection[str]) -> str:
     """The first complaint of pydantic in one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    path, got = first["loc"], first["input"]
+    key = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
-        known = [*_section_at(kind, first["loc"][:-1]).model_fields, *(foreign if len(first["loc"]) == 1 else ())]
+        known = [*_section_at(kind, path[:-1]).model_fields, *(foreign if len(path) == 1 else ())]
         return str(unknown_key(key, known))
     if first["type"] == "missing":
         return f"expected the key {key} in the recipe, got none; add it"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        got = first["input"]
-        return f"expected {key} to be one of {', '.join(choices)}, got {got!r}; did you mean {nearest(str(got), choices)!r}?"
-    return f"expected {key} to be right ({first['msg'].lower()}), got {first['input']!r}; correct it"
+        meant = nearest(str(got), choices)
+        return f"expected {key} to be one of {', '.join(choices)}, got {got!r}; did you mean {meant!r}?"
+    return f"expected {key} to be right ({first['msg'].lower()}), got {got!r}; correct it"
 
 
-def _section_at(kind: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
-    """The section that a complaint's place is in: the fields on the way, through lists and options of sections."""
-    for key in place:
+def _section_at(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The section at a path of keys, through lists of sections and optional ones."""
+    for key in path:
         if isinstance(key, str) and key in kind.model_fields:
             kind = next(iter(_sections_in(kind.model_fields[key].annotation)), kind)
     return kind
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The classes of sections in a type such as ``list[Section] | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]

@@ -1,4 +1,4 @@
-"""Whole-or-nothing writing: what is written lies beside its destination until it is complete and on disk."""
+"""Whole-or-nothing writing: content lies next to its destination until it is complete and on disk."""
 
 import os
 import shutil
@@ -9,12 +9,13 @@ from typing import Any
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a new folder beside ``folder``, flush it to disk, and put it in ``folder``'s place."""
+    """Let ``write`` fill a new folder next to ``folder``, flush it to disk, and replace ``folder`` by it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         fresh, old = Path(beside, "new"), Path(beside, "old")
         fresh.mkdir()
         write(fresh)
+        # files before the folder that names them, the folder before it is moved
         for path in (*(path for path in fresh.rglob("*") if path.is_file()), fresh):
             _flush(path)
         if folder.exists():
@@ -26,12 +27,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file beside its destination, flush it to disk, and move it there."""
+    """Write a text file, whole or not at all."""
     write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside its destination, flush it to disk, and move it there."""
+    """Let ``write`` make a file next to its destination, flush it to disk, and move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     write(beside)

@@ -1,4 +1,4 @@
-"""One run in several processes, as ``torchrun`` and ``accelerate launch`` start them; alone, the only one is the first."""
+"""One run in several processes, as ``torchrun`` and ``accelerate launch`` start them; a single process is the first."""
 
 import atexit
 from datetime import timedelta
@@ -7,26 +7,24 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-PATIENCE = timedelta(
-    hours=12
-)  # the others wait while the first encodes, which takes longer than the half hour of torch
+TIMEOUT = timedelta(hours=12)  # the others wait while the first encodes, which takes longer than torch's half hour
 
 
 def processes() -> PartialState:
-    """Which of how many this one is, and what to wait for the others with; who asks first joins them."""
-    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+    """The number of this process among all, and barriers to wait for the others; the first call joins them."""
+    return PartialState(cpu=on_cpu(), timeout=TIMEOUT)
 
 
 @atexit.register
 def leave() -> None:
-    """Leave the others: gloo's threads, where they still run as the interpreter ends, now and then abort the process.
+    """Leave the group of processes: gloo's threads, still running as the interpreter ends, can abort the process.
 
-    NCCL has none such, and would have one that failed wait for the others.
+    NCCL has no such threads, and would make a process that failed wait for the others.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
         dist.destroy_process_group()
 
 
 def on_cpu() -> bool:
-    """Whether there is no accelerator; unless told, accelerate takes each of several processes without one to be alone."""
+    """True where there is no accelerator; unless told so, accelerate takes each of several processes for the only one."""
     return not torch.accelerator.is_available()
