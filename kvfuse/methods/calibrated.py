@@ -9,6 +9,7 @@ from typing import Any
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice
 from kvfuse.methods.single import Single
 from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.prompts.tokenized import read
 from kvfuse.stages.phases import phase
 
@@ -35,7 +36,7 @@ class Calibrated(Method):
         self,
         reader: Single,
         content_free: Callable[[Prompt], Prompt] | None = None,
-        answer: str = "The correct answer is {letter}",
+        answer: str = f"{ANSWER_STEM} {{letter}}",
     ) -> None:
         self.reader, self.content_free, self.answer = reader, content_free or void_options, answer
 

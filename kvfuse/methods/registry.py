@@ -18,6 +18,7 @@ from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import HINT_REQUEST, Hybrid, TextToText
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.support.plugins import find_plugin
 
 GROUP = "kvfuse.methods"
@@ -59,7 +60,7 @@ class MethodContext:
     examples: Sequence[Message] = ()
     donor: Callable[[Prompt], Prompt] | None = None
     content_free: Callable[[Prompt], Prompt] | None = None
-    answer: str = "The correct answer is {letter}"
+    answer: str = f"{ANSWER_STEM} {{letter}}"
     seed: int = 0
 
     def single(self, role: str = "receiver") -> Single:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfuse.prompts.chat import Message
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
 
 Row = dict[str, Any]
 SPEAKERS = {
@@ -117,9 +118,9 @@ def _multiple_choice(question: str, choices: Sequence[str], answer: int) -> list
         raise ValueError(f"wrong shape: answer {answer} to {len(choices)} choices")
     letters = [chr(ord("A") + place) for place in range(len(choices))]
     lines = [f"{letter}. {_text(choice)}" for letter, choice in zip(letters, choices, strict=True)]
-    form = 'Compare all choices, settle on the best one, and reply in this form alone: "The correct answer is X."'
+    form = f'Compare all choices, settle on the best one, and reply in this form alone: "{ANSWER_STEM} X."'
     request = "\n".join([f"Question: {_text(question)}", "", "Choices:", *lines, "", form])
-    return _exchange(request, f"The correct answer is {letters[answer]}.")
+    return _exchange(request, f"{ANSWER_STEM} {letters[answer]}.")
 
 
 def _exchange(request: Any, answer: Any) -> list[Message]:

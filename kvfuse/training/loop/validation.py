@@ -110,4 +110,4 @@ def mismatch(example: EncodedExample, other: EncodedExample) -> EncodedExample:
     """An example whose sharers have read another's prompt and, where it is fused too, its response."""
     seen = np.arange(1 + len(example.response_ids))
     sharers = tuple((ids, index[np.minimum(seen, len(index) - 1)]) for ids, index in other.sharers)
-    return replace(example, prompt=swap_sharers(example.prompt, other.prompt), sharers=sharers)
+    return replace(example, prompt=swap_sharers(example.prompt, donor=other.prompt), sharers=sharers)
