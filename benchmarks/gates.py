@@ -84,7 +84,7 @@ def run(recipe: Recipe, questions: list[Question], knew: Any) -> dict[str, Any]:
         trainer.resume()
     seconds = time.perf_counter() - start
     pair.fusers[0].eval()
-    right = is_right(ask_all(Fused(pair), questions), questions)
+    right = is_right(ask_all(Fused(pair), questions))
     kinds = {
         kind: [i for i, question in enumerate(questions) if question.kind == kind]
         for kind in {q.kind for q in questions}
@@ -129,7 +129,7 @@ def main(
     torch.set_num_threads(1)
     folder = PairFolder()
     questions = all_questions(folder.places, "validation")
-    knew = is_right(ask_all(Single("receiver", folder.receiver), questions), questions)
+    knew = is_right(ask_all(Single("receiver", folder.receiver), questions))
     typer.echo(
         f"{len(questions)} questions about validation places, of which the receiver alone has {int(knew.sum())} right; {steps} steps"
     )

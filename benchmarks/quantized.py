@@ -52,8 +52,8 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
     setting = f"{fusers[0]['full'].config.model_type.removeprefix('kvfuse-')}, {len(fusers)} fusers, {len(questions)} questions"
     sizes = {name: size_of(fuser) for name, fuser in fusers[0].items()}
     asked = {name: [_ask(pair, one[name], questions) for one in fusers] for name in fusers[0]}
-    right = {name: np.array([is_right(answers, questions) for answers in runs]) for name, runs in asked.items()}
-    texts = {name: np.array([[answer.text for answer in answers] for answers in runs]) for name, runs in asked.items()}
+    right = {name: np.array([is_right(answers) for answers in runs]) for name, runs in asked.items()}
+    texts = {name: np.array([[row.answer for row in answers] for answers in runs]) for name, runs in asked.items()}
     for name in asked:
         yield row(f"{name}: size", setting, sizes[name] / 1e6, None, "MB")
         yield _with_interval(f"{name}: right", setting, bootstrap_mean(right[name].mean(0), places))
