@@ -54,7 +54,7 @@ class PhasedAnswer:
 
     def __call__(self) -> float:
         with measured() as stopwatch:
-            taken = timed(self.case.pair.answer, self.case.prompt, [self.fuser], **greedy(1))
+            taken = timed(self.case.pair.answer, self.case.prompt, fusers=[self.fuser], **greedy(1))
         for name in PHASES:
             self.phases[name].append(stopwatch.seconds[name])
         return taken
@@ -106,7 +106,7 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
         "receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW),
         "C2C": partial(timed, pair.answer, prompt, **greedy(NEW)),
         **{
-            f"C2C, {name}": partial(timed, pair.answer, prompt, [fuser], **greedy(NEW))
+            f"C2C, {name}": partial(timed, pair.answer, prompt, fusers=[fuser], **greedy(NEW))
             for name, fuser in smaller.items()
         },
         "text-to-text": partial(timed, _text_to_text, case),

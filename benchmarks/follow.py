@@ -43,7 +43,7 @@ def pairs(own_tokenizer: bool) -> tuple[CacheToCache, CacheToCache]:
 @torch.no_grad()
 def seconds_per_token(pair: CacheToCache, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> float:
     """What all tokens but the first take, each; ``fusers`` as in :meth:`CacheToCache.answer`."""
-    first, all_of_them = (timed(pair.answer, prompt, fusers, **greedy(new)) for new in (1, 1 + NEW))
+    first, all_of_them = (timed(pair.answer, prompt, fusers=fusers, **greedy(new)) for new in (1, 1 + NEW))
     return (all_of_them - first) / NEW
 
 

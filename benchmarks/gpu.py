@@ -99,7 +99,7 @@ def gpu_first_token_rows(case: Case) -> Iterator[Row]:
         "receiver": partial(timed, generate, pair.receiver, case.prompt.ids, 1),
         "C2C": partial(timed, pair.answer, case.prompt, **greedy(1)),
         "C2C, captured": partial(timed, captured.answer, case.prompt, **greedy(1)),
-        "low-rank, captured": partial(timed, captured.answer, case.prompt, [case.low_rank], **greedy(1)),
+        "low-rank, captured": partial(timed, captured.answer, case.prompt, fusers=[case.low_rank], **greedy(1)),
     }
     taken = _warm_turns(case, runs)
     for name, seconds in taken.items():

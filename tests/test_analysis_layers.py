@@ -16,7 +16,7 @@ def study():
 @torch.no_grad()
 def cache(study, fusers):
     prompt = stack([study.pair.align(one.prompt) for one in study.questions])
-    return read_cache(study.pair.prefill(prompt, fusers))
+    return read_cache(study.pair.prefill(prompt, fusers=fusers))
 
 
 def test_each_layer_is_fused_or_the_receivers(study):

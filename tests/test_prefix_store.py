@@ -193,7 +193,10 @@ def test_controls_and_the_pair_never_get_each_others_caches(options, order):
             for prompt in (PROMPTS[0], PROMPTS[2]):
                 own, known = control(pair), control(kept)
                 batch = stack([own.align(prompt)])
-                assert_close(read_cache(kept.prefill(batch, known.fusers)), read_cache(pair.prefill(batch, own.fusers)))
+                assert_close(
+                    read_cache(kept.prefill(batch, fusers=known.fusers)),
+                    read_cache(pair.prefill(batch, fusers=own.fusers)),
+                )
     assert kept.store.stats.positions_saved > 0
 
 
@@ -242,7 +245,8 @@ def test_one_model_in_two_precisions_is_two(pair, saved_models):
             )
     one.receiver.model.to(torch.bfloat16)
     assert torch.equal(
-        read_cache(with_store(one, store).prefill(prompt, [])).key, read_cache(one.prefill(prompt, [])).key
+        read_cache(with_store(one, store).prefill(prompt, fusers=[])).key,
+        read_cache(one.prefill(prompt, fusers=[])).key,
     )
 
 
