@@ -231,7 +231,7 @@ def align(
     prompt = load_chat(chat) if chat else text or ""
     tokenizers = load_tokenizer(receiver), load_tokenizer(sharer)
     same = tokenizer_hash(tokenizers[0]) == tokenizer_hash(tokenizers[1])
-    seen = view(prompt, *tokenizers, how=default_token_alignment(same) if how is None else how, fuse=fuse)
+    seen = view(prompt, *tokenizers, default_token_alignment(same) if how is None else how, fuse)
     if html:
         write_file(html, page(seen))
     typer.echo(summary(seen) if html else "\n".join(lines(seen)))

@@ -1,39 +1,55 @@
-"""Chat templates in the manner of many families, each with what it keeps of a message."""
+"""Chat templates like those of many families, each with what it keeps of a message; chats and tokenizers for them."""
 
-ALTERNATE = "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must take turns') }}{% endif %}"
+from functools import cache
+
+from transformers import AutoTokenizer
+
+from kvfuse.testing import tiny_tokenizer
+
+ALTERNATE = (
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must take turns') }}{% endif %}"
+)
 
 VERBATIM = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] + eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<system>You are a helpful assistant. Today is {{ strftime_now('%d %B %Y') }}.</system>{% endif %}"
+    "{% if messages[0].role != 'system' %}<system>You are a helpful assistant. "
+    "Today is {{ strftime_now('%d %B %Y') }}.</system>{% endif %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content | trim }}</{{ message.role }}>{% endfor %}"
     "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}<assistant>"
 )
 SYSTEM_IN_USER = (
     "{% set first = '' %}{% if messages[0].role == 'system' %}{% set first = messages[0].content.strip() ~ '\\n\\n' %}"
     "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}" + ALTERNATE + "<turn>"
-    "{{ 'model' if message.role == 'assistant' else message.role }}\n{{ first if loop.first else '' }}{{ message.content | trim }}</turn>\n"
+    "{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ first if loop.first else '' }}{{ message.content | trim }}</turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 SYSTEM_IN_LAST_USER = (
-    "{% set ns = namespace(system='') %}{% for message in messages %}{% if message.role == 'system' %}{% set ns.system = message.content %}"
+    "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message.role == 'system' %}{% set ns.system = message.content %}"
     "{% elif message.role == 'user' %}[INST] {% if loop.last and ns.system %}"
     "{{ ns.system + '\\n\\n' }}{% endif %}{{ message.content }}[/INST]"
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 THOUGHTS_DROPPED = (
-    "{%- macro said(content) -%}{{ content.split('</think>')[-1].lstrip('\\n') if '</think>' in content else content }}{%- endmacro -%}"
-    "{% for message in messages %}{% if message.role == 'assistant' %}Assistant: {{ said(message.content) }}{{ eos_token }}"
+    "{%- macro said(content) -%}"
+    "{{ content.split('</think>')[-1].lstrip('\\n') if '</think>' in content else content }}{%- endmacro -%}"
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}Assistant: {{ said(message.content) }}{{ eos_token }}"
     "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endif %}{% endfor %}Assistant:"
 )
 FLAGS_REMOVED = (
     "{% set ns = namespace(think=true) %}{% for message in messages %}{% set content = message.content %}"
     "{% if message.role == 'system' %}{% if '/no_think' in content %}{% set ns.think = false %}{% endif %}"
     "{% set content = content.replace('/no_think', '').rstrip() %}{% endif %}"
-    "<|{{ message.role }}|>{% if message.role == 'assistant' %}<think>\n\n</think>\n{{ content.lstrip('\\n') }}{% else %}{{ content }}"
-    "{% endif %}<|end|>{% endfor %}<|assistant|>{% if not ns.think %}<think></think>{% endif %}"
+    "<|{{ message.role }}|>"
+    "{% if message.role == 'assistant' %}<think>\n\n</think>\n{{ content.lstrip('\\n') }}"
+    "{% else %}{{ content }}{% endif %}"
+    "<|end|>{% endfor %}<|assistant|>{% if not ns.think %}<think></think>{% endif %}"
 )
 CHANNELS = (
     "<|start|>system<|message|>Knowledge: 2024. user, assistant.<|end|>{% for message in messages %}"
@@ -43,8 +59,14 @@ CHANNELS = (
     "{% elif message.role == 'tool' %}<|start|>tool<|message|>{{ message.content | tojson }}<|end|>"
     "{% else %}<|start|>user<|message|>{{ message.content }}<|end|>{% endif %}{% endfor %}<|start|>assistant"
 )
-ONE_SPACE = "{% for message in messages %}({{ message.role }}) {{ message.content.split() | join(' ') }}\n{% endfor %}(assistant)"
-TWICE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}Again: {{ messages[-1].content }}\n"
+ONE_SPACE = (
+    "{% for message in messages %}({{ message.role }}) {{ message.content.split() | join(' ') }}\n{% endfor %}"
+    "(assistant)"
+)
+TWICE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "Again: {{ messages[-1].content }}\n"
+)
 
 
 def verbatim(role, content):
@@ -74,3 +96,26 @@ TEMPLATES = {
     "one space": (ONE_SPACE, trimmed),
     "twice": (TWICE, verbatim),
 }
+
+
+def chat(*contents, system=None):
+    """A chat of user and assistant by turns."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def tokenizer_with(template, vocab_size=320):
+    """A new tiny tokenizer with a chat template of its own."""
+    tokenizer = tiny_tokenizer(vocab_size)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def tokenizer_like(name):
+    return tokenizer_with(TEMPLATES[name][0])
+
+
+@cache
+def real_tokenizer(shared, name):
+    return AutoTokenizer.from_pretrained(shared / "tokenizers" / name)

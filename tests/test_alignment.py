@@ -5,22 +5,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import chat
 from transformers import AutoTokenizer
 
 from kvfuse.errors import PairError
 from kvfuse.prompts import message_axis
 from kvfuse.prompts.alignment import align, align_spans, stack
 from kvfuse.prompts.chat import render
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import tiny_tokenizer
 
 FINE, COARSE, PLAIN = tiny_tokenizer(265), tiny_tokenizer(340, "lines"), tiny_tokenizer(300, None)
 texts = st.text(min_size=1, max_size=60).filter(str.strip)
 pairs = st.permutations([FINE, COARSE, PLAIN])
-
-
-def chat(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def covered(reading, token):
@@ -35,8 +32,10 @@ def covered(reading, token):
 @settings(deadline=None)
 @given(contents=st.lists(texts, min_size=1, max_size=3), tokenizers=pairs)
 def test_each_token_reads_the_one_that_overlaps_it_most(contents, tokenizers):
-    receiver, sharer = (read(chat(*contents), tokenizer) for tokenizer in tokenizers[:2])  # always two different ones
-    index = align_spans(receiver, sharer)
+    receiver, sharer = (
+        tokenize(chat(*contents), tokenizer) for tokenizer in tokenizers[:2]
+    )  # always two different ones
+    index = align_spans(receiver=receiver, sharer=sharer)
     theirs = [covered(sharer, token) for token in range(len(sharer.ids))]
     for token, position in enumerate(index):
         mine = covered(receiver, token)
@@ -49,8 +48,8 @@ def test_each_token_reads_the_one_that_overlaps_it_most(contents, tokenizers):
 @settings(deadline=None)
 @given(contents=st.lists(texts, min_size=1, max_size=3), tokenizers=pairs)
 def test_alignment_never_goes_back(contents, tokenizers):
-    receiver, sharer = (read(chat(*contents), tokenizer) for tokenizer in tokenizers[:2])
-    index = align_spans(receiver, sharer)
+    receiver, sharer = (tokenize(chat(*contents), tokenizer) for tokenizer in tokenizers[:2])
+    index = align_spans(receiver=receiver, sharer=sharer)
     assert (np.diff(index) >= 0).all()
     assert (index >= -1).all()
     assert (index < len(sharer.ids)).all()
@@ -59,27 +58,33 @@ def test_alignment_never_goes_back(contents, tokenizers):
 @settings(deadline=None)
 @given(contents=st.lists(texts, min_size=1, max_size=3), tokenizer=st.sampled_from([FINE, COARSE, PLAIN]))
 def test_identical_tokenizers_align_by_identity(contents, tokenizer):
-    reading = read(chat(*contents), tokenizer)
-    assert align_spans(reading, read(chat(*contents), tokenizer)).tolist() == list(range(len(reading.ids)))
+    reading = tokenize(chat(*contents), tokenizer)
+    assert align_spans(receiver=reading, sharer=tokenize(chat(*contents), tokenizer)).tolist() == list(
+        range(len(reading.ids))
+    )
     identity = align(chat(*contents), tokenizer, [(COARSE, "identity")])
     assert identity.sharers[0][0] is identity.receiver, "the sharer reads the receiver's ids"
     assert identity.sharers[0][1].tolist() == list(range(len(reading.ids)))
 
 
 def test_template_reads_the_end_of_the_sharers_template():
-    receiver, sharer = read(chat("What is it?"), FINE), read(chat("What is it?"), COARSE)
-    index = align_spans(receiver, sharer)
+    receiver, sharer = tokenize(chat("What is it?"), FINE), tokenize(chat("What is it?"), COARSE)
+    index = align_spans(receiver=receiver, sharer=sharer)
     assert index[-1] == len(sharer.ids) - 1
     assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start
 
 
 ORDERS = {
     "in order": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
-    "system late": "{% for m in messages if m.role != 'system' %}{% if loop.last %}<|system|>{{ messages[0].content }}{% endif %}"
+    "system late": "{% for m in messages if m.role != 'system' %}"
+    "{% if loop.last %}<|system|>{{ messages[0].content }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
-    "no system": "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
-    "thoughts dropped": "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}[assistant]",
-    "twice": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}again{{ messages[-1].content }}<|assistant|>",
+    "no system": "{% for m in messages if m.role != 'system' %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "thoughts dropped": "{% for m in messages %}"
+    "[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}[assistant]",
+    "twice": "{% for m in messages %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}again{{ messages[-1].content }}<|assistant|>",
 }
 LONG = [
     {"role": "system", "content": "Be brief."},
@@ -93,14 +98,14 @@ LONG = [
 
 def read_like(order, tokenizer):
     tokenizer.chat_template = ORDERS[order]
-    return read(LONG, tokenizer)
+    return tokenize(LONG, tokenizer)
 
 
 @pytest.mark.parametrize("theirs", ORDERS)
 @pytest.mark.parametrize("mine", ORDERS)
 def test_templates_may_move_repeat_or_leave_out_messages(mine, theirs):
     receiver, sharer = read_like(mine, tiny_tokenizer(265)), read_like(theirs, tiny_tokenizer(340))
-    index = align_spans(receiver, sharer)
+    index = align_spans(receiver=receiver, sharer=sharer)
     assert (np.diff(index) >= 0).all()
     assert index[-1] == len(sharer.ids) - 1
     met = [token for token in range(len(index)) if covered(receiver, token) & covered(sharer, index[token])]
@@ -121,8 +126,8 @@ def test_template_inside_a_message_reads_on_from_the_message():
     tokenizer.chat_template = (
         "{% for m in messages %}<|user|>{{ m.content.split('#') | join('<|end|>') }}{% endfor %}<|assistant|>"
     )
-    receiver, sharer = read(chat("one#two"), tokenizer), read(chat("one#two"), COARSE)
-    index = align_spans(receiver, sharer)
+    receiver, sharer = tokenize(chat("one#two"), tokenizer), tokenize(chat("one#two"), COARSE)
+    index = align_spans(receiver=receiver, sharer=sharer)
     inside = receiver.prompt.text.index("<|end|>")
     token = receiver.offsets[:, 0].tolist().index(inside)
     assert index[token] == index[token - 1]
@@ -130,8 +135,8 @@ def test_template_inside_a_message_reads_on_from_the_message():
 
 
 def test_what_the_sharers_template_trims_reads_the_token_before_it():
-    receiver, sharer = read(chat(" \n Oslo"), PLAIN), read(chat(" \n Oslo"), COARSE)
-    index = align_spans(receiver, sharer)
+    receiver, sharer = tokenize(chat(" \n Oslo"), PLAIN), tokenize(chat(" \n Oslo"), COARSE)
+    index = align_spans(receiver=receiver, sharer=sharer)
     assert sharer.offsets[index[0]][1] == sharer.prompt.spans[0].start, (
         "not nothing, though the receiver has no template"
     )
@@ -213,7 +218,7 @@ def real(shared):
 
 def check_pair(receiver, sharer):
     """What holds for every alignment: best overlap, ties to the later, nothing left out, never back."""
-    index = align_spans(receiver, sharer)
+    index = align_spans(receiver=receiver, sharer=sharer)
     assert (np.diff(index) >= 0).all()
     theirs = [covered(sharer, token) for token in range(len(sharer.ids))]
     same = receiver.prompt == sharer.prompt and receiver.ids.tolist() == sharer.ids.tolist()
@@ -236,13 +241,15 @@ def simple(text, name):
 @settings(deadline=None, max_examples=40)
 @given(text=mixed)
 def test_real_tokenizers_align_plain_text(real, text):
-    readings = {name: read(text, tokenizer) for name, tokenizer in real.items()}
+    readings = {name: tokenize(text, tokenizer) for name, tokenizer in real.items()}
     for name, reading in readings.items():
         inside = reading.offsets[:, 1] > reading.offsets[:, 0]
         assert simple(real[name].decode(reading.ids[inside]), name) == simple(text, name)
         assert message_axis.covered(reading).all(), f"{name}: every character is some token's"
         assert (np.diff(reading.offsets[inside], axis=0) >= 0).all(), "in reading order"
-        assert align_spans(reading, read(text, real[name])).tolist() == list(range(len(reading.ids)))
+        assert align_spans(receiver=reading, sharer=tokenize(text, real[name])).tolist() == list(
+            range(len(reading.ids))
+        )
     for one, other in product(readings.values(), repeat=2):
         check_pair(one, other)
 
@@ -250,24 +257,24 @@ def test_real_tokenizers_align_plain_text(real, text):
 @settings(deadline=None, max_examples=20)
 @given(first=mixed, second=mixed)
 def test_real_tokenizers_align_chats(real, first, second):
-    readings = {name: read(chat(first, "Yes. ", second), tokenizer) for name, tokenizer in real.items()}
+    readings = {name: tokenize(chat(first, "Yes. ", second), tokenizer) for name, tokenizer in real.items()}
     for one, other in product(readings.values(), repeat=2):
         check_pair(one, other)
         if one.prompt.templated and other.prompt.templated:
-            assert align_spans(one, other)[-1] == len(other.ids) - 1
+            assert align_spans(receiver=one, sharer=other)[-1] == len(other.ids) - 1
 
 
 @pytest.mark.parametrize("character", ["你", "𠮷", "👩", "é", "𒀀"])
 def test_pieces_of_a_character_read_its_last_piece(real, character):
-    readings = [read(f"a{character}b", tokenizer) for tokenizer in real.values()]
+    readings = [tokenize(f"a{character}b", tokenizer) for tokenizer in real.values()]
     for receiver, sharer in product(readings, repeat=2):
         if receiver.ids.tolist() != sharer.ids.tolist():
             mine, theirs = (np.flatnonzero((one.offsets == [1, 2]).all(axis=1)) for one in (receiver, sharer))
-            assert set(align_spans(receiver, sharer)[mine]) <= {theirs[-1]} if len(theirs) else True
+            assert set(align_spans(receiver=receiver, sharer=sharer)[mine]) <= {theirs[-1]} if len(theirs) else True
 
 
 def test_composed_accents_belong_to_their_letter(real):
-    reading = read("cafe\u0301s a\u0323\u0301", real["qwen3"])
+    reading = tokenize("cafe\u0301s a\u0323\u0301", real["qwen3"])
     words = [reading.prompt.text[start:end] for start, end in reading.offsets]
     assert "".join(words) == reading.prompt.text
     assert all(not unicodedata.combining(word[0]) for word in words[:-1])

@@ -12,7 +12,7 @@ from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import tiny_fuser
 
 
@@ -47,8 +47,8 @@ def test_a_shift_is_one_of_all_models():
 def test_filler_is_as_long_as_asked_for():
     study = Study.tiny()
     receiver, question = study.pair.receiver, study.questions[0]
-    before = len(read(question.prompt, receiver.tokenizer).ids)
-    after = len(read(_fill(receiver, question, FILLER, 60).prompt, receiver.tokenizer).ids)
+    before = len(tokenize(question.prompt, receiver.tokenizer).ids)
+    after = len(tokenize(_fill(receiver, question, FILLER, 60).prompt, receiver.tokenizer).ids)
     assert 56 <= after - before <= 62
     assert _fill(receiver, question, FILLER, 0) == question
 

@@ -1,11 +1,19 @@
 import re
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import TEMPLATES, trimmed, verbatim, without_flags, without_thoughts
-from transformers import AutoTokenizer
+from templates import (
+    TEMPLATES,
+    chat,
+    real_tokenizer,
+    tokenizer_like,
+    tokenizer_with,
+    trimmed,
+    verbatim,
+    without_flags,
+    without_thoughts,
+)
 
 from kvfuse.errors import PromptError
 from kvfuse.prompts.chat import render
@@ -26,11 +34,6 @@ TOOL = {
 }
 
 
-def chat(*contents, system=None):
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
 CHATS = {
     "one": chat("hi"),
     "roles": chat("user", "assistant", "system", system="user"),
@@ -49,18 +52,6 @@ CHATS = {
     "json": chat('{"a": "\\n<b>&\'"}', "\\", '"'),
     "flags": chat("go /no_think", "ok", "/no_think", system="Be brief. /no_think"),
 }
-
-
-@cache
-def tokenizer_like(name):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATES[name][0]
-    return tokenizer
-
-
-@cache
-def real_tokenizer(shared, name):
-    return AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
 
 
 def visible(text):
@@ -106,7 +97,7 @@ def read_by_model(messages, tokenizer, **options):
 
 
 def check_messages(messages, tokenizer, keep):
-    """The text is the template's own; each message is in it as far as it is kept; the rest is the same whatever is said."""
+    """The text is the template's own; each message is in it as far as it is kept; the rest depends on no message."""
     rendered = render(messages, tokenizer)
     check_spans(rendered)
     assert rendered.text == read_by_model(messages, tokenizer)
@@ -214,8 +205,7 @@ def test_repeated_message_is_found_twice():
 
 @pytest.mark.parametrize("system", ["Be brief. /no_think", "/no_think Be brief.", "Be /no_think brief."])
 def test_word_that_the_template_looks_for_is_message(system):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = tokenizer_with(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
         "{% if '/no_think' in messages[0].content %}!{% endif %}"
     )
@@ -225,8 +215,7 @@ def test_word_that_the_template_looks_for_is_message(system):
 
 
 def test_marks_of_the_template_are_not_ours():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "\U00040000{% for m in messages %}{{ m.content }}{% endfor %}\U00040001"
+    tokenizer = tokenizer_with("\U00040000{% for m in messages %}{{ m.content }}{% endfor %}\U00040001")
     rendered = render(chat("hi", "\U00040001you", "all"), tokenizer)
     assert [(span.message, span.start) for span in rendered.spans] == [(0, 1), (1, 3), (2, 7)]
 
@@ -241,8 +230,7 @@ def parts_of(*texts):
 
 
 def test_content_in_parts_is_one_message():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = tokenizer_with(
         "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text | trim }};{% endfor %}{% endfor %}"
     )
     rendered = render(parts_of("text", " more "), tokenizer)
@@ -297,8 +285,7 @@ def test_message_without_text_is_refused(content):
     ["{{ message.content | upper }}", "{{ message.content | length }}", "{{ message.content[::2] | lower }}", ""],
 )
 def test_template_that_hides_the_messages_is_refused(body):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}<|user|>" + body + "{% endfor %}"
+    tokenizer = tokenizer_with("{% for message in messages %}<|user|>" + body + "{% endfor %}")
     with pytest.raises(PromptError, match=r"^expected a chat template that .*, got .*; .*$"):
         render(chat("Word", "oTHER"), tokenizer)
 

@@ -56,15 +56,15 @@ def test_lines_show_every_token_in_order(how):
     assert shown[0].split() == ["receiver", "sharer"]
     fused = [line for line in shown[1:-1] if re.search(r" < \S", line)]
     assert len(fused) == (seen.reads >= 0).sum()
-    unread = len(seen.sharer) - len(set(seen.reads.tolist()) - {-1})
-    assert len(shown) == len(seen.receiver) + unread + 2
+    unread = len(seen.sharer.texts) - len(set(seen.reads.tolist()) - {-1})
+    assert len(shown) == len(seen.receiver.texts) + unread + 2
     assert shown[-1] == summary(seen)
     assert not any("\x1b" in line for line in shown), "what could steer a terminal is escaped"
 
 
 def test_summary_counts():
     seen = view("Oslo", FINE, FINE, "identity")
-    count = len(seen.receiver)
+    count = len(seen.receiver.texts)
     shares = f"{count} receiver tokens, {count - 1} fused ({1 - 1 / count:.1%}); {count} sharer tokens"
     assert summary(seen) == f"identity: {shares}; 100.0% of the message characters are read by both"
 
@@ -83,14 +83,14 @@ def test_what_reencoding_loses_is_not_read():
 def test_the_page_colours_partners_alike(how, fuse):
     seen = view(CHAT, FINE, COARSE, how, fuse)
     tokens = Page(page(seen)).tokens
-    assert sorted(text for text, *_ in tokens) == sorted(seen.receiver + seen.sharer)
+    assert sorted(text for text, *_ in tokens) == sorted(seen.receiver.texts + seen.sharer.texts)
     mine = [token for token in tokens if re.search(r": (reads the sharer|not fused)", token[2])]
     theirs = [token for token in tokens if token not in mine]
-    assert tuple(text for text, *_ in mine) == seen.receiver
-    assert tuple(text for text, *_ in theirs) == seen.sharer
+    assert tuple(text for text, *_ in mine) == seen.receiver.texts
+    assert tuple(text for text, *_ in theirs) == seen.sharer.texts
     for (_, colour, title), position in zip(mine, seen.reads, strict=True):
         assert colour == ("off" if position < 0 else theirs[position][1])
-        assert title.endswith("not fused" if position < 0 else f"id {seen.aligned.sharers[0][0].ids[position]})")
+        assert title.endswith("not fused" if position < 0 else f"id {seen.sharer.tokenized.ids[position]})")
     unread = np.setdiff1d(np.arange(len(theirs)), seen.reads)
     assert {theirs[position][1] for position in unread} <= {"off"}
 

@@ -6,25 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import chat
 from transformers import AutoTokenizer
 
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, stack
-from kvfuse.prompts.message_axis import own_spans, places
+from kvfuse.prompts.message_axis import locate
 from kvfuse.prompts.reencode import REENCODINGS, common_positions, reencoding, splice
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import tiny_fuser, tiny_tokenizer
 
 FINE, COARSE = tiny_tokenizer(265), tiny_tokenizer(340, "lines")
 texts = st.text(min_size=1, max_size=40).filter(str.strip)
-
-
-def places_of(reading):
-    return places(reading, own_spans(reading.prompt))
-
-
-def chat(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def one_by_one(token, receiver, sharer, how):
@@ -37,7 +30,7 @@ def one_by_one(token, receiver, sharer, how):
 @pytest.mark.parametrize("how", REENCODINGS)
 @pytest.mark.parametrize(("receiver", "sharer"), [(FINE, COARSE), (COARSE, FINE)])
 def test_the_table_is_decoding_and_encoding_one_by_one(receiver, sharer, how):
-    table = reencoding(receiver, sharer, how)
+    table = reencoding(receiver=receiver, sharer=sharer, strategy=how)
     ordinary = sorted(set(range(len(receiver))) - set(receiver.all_special_ids))
     assert table[ordinary].tolist() == [one_by_one(token, receiver, sharer, how) for token in ordinary]
 
@@ -48,7 +41,8 @@ def test_first_and_longest_differ_where_they_should():
     receiver = tiny_tokenizer(265)
     receiver.add_tokens(["qresx"])
     token = receiver.convert_tokens_to_ids("qresx")
-    first, longest = (sharer.decode([reencoding(receiver, sharer, how)[token]]) for how in REENCODINGS)
+    tables = [reencoding(receiver=receiver, sharer=sharer, strategy=how) for how in REENCODINGS]
+    first, longest = (sharer.decode([table[token]]) for table in tables)
     assert (first, longest) == ("q", "resx")
 
 
@@ -58,7 +52,7 @@ def test_special_tokens_keep_their_role_else_their_name():
         {"bos_token": "<|user|>", "unk_token": "<unknown>", "extra_special_tokens": ["<|system|>", "<nowhere>"]}
     )
     sharer.add_special_tokens({"bos_token": "<|assistant|>", "pad_token": "<|system|>"})
-    table = reencoding(receiver, sharer, "reencode-first")
+    table = reencoding(receiver=receiver, sharer=sharer, strategy="reencode-first")
     expected = {"<pad>": "<|system|>", "<|end|>": "<|end|>", "<|user|>": "<|assistant|>", "<|system|>": "<|system|>"}
     read_as = {
         name: sharer.convert_ids_to_tokens(int(table[receiver.convert_tokens_to_ids(name)])) for name in expected
@@ -69,16 +63,16 @@ def test_special_tokens_keep_their_role_else_their_name():
 
 def test_the_table_is_built_once_and_again_for_new_tokens():
     receiver = tiny_tokenizer(265)
-    table = reencoding(receiver, COARSE, "reencode-first")
-    assert reencoding(receiver, COARSE, "reencode-first") is table
+    table = reencoding(receiver=receiver, sharer=COARSE, strategy="reencode-first")
+    assert reencoding(receiver=receiver, sharer=COARSE, strategy="reencode-first") is table
     assert not table.flags.writeable
     receiver.add_tokens(["<new>"])
-    assert len(reencoding(receiver, COARSE, "reencode-first")) == len(table) + 1
+    assert len(reencoding(receiver=receiver, sharer=COARSE, strategy="reencode-first")) == len(table) + 1
 
 
 def test_the_table_goes_with_its_tokenizers():
     receiver = tiny_tokenizer(265)
-    table = weakref.ref(reencoding(receiver, receiver, "reencode-first"))
+    table = weakref.ref(reencoding(receiver=receiver, sharer=receiver, strategy="reencode-first"))
     del receiver
     gc.collect()
     assert table() is None
@@ -87,31 +81,37 @@ def test_the_table_goes_with_its_tokenizers():
 def test_padding_left_over_from_another_call_does_not_matter():
     padding = tiny_tokenizer(340)
     padding(["a", "longer"], padding="max_length", max_length=9, truncation=True)
-    expected = reencoding(FINE, tiny_tokenizer(340), "reencode-longest")
-    assert reencoding(FINE, padding, "reencode-longest").tolist() == expected.tolist()
+    expected = reencoding(receiver=FINE, sharer=tiny_tokenizer(340), strategy="reencode-longest")
+    assert reencoding(receiver=FINE, sharer=padding, strategy="reencode-longest").tolist() == expected.tolist()
 
 
 def test_splice_keeps_both_orders():
     table = np.arange(100) + 100
-    ids, places, index = splice(
-        np.array([1, 2, 3, 4, 5]), np.array([0, 1, 1, 2, 3]), np.array([7, 8, 9]), np.array([0, 0, 1]), table
+    ids, sections, index = splice(
+        receiver_ids=np.array([1, 2, 3, 4, 5]),
+        receiver_sections=np.array([0, 1, 1, 2, 3]),
+        sharer_ids=np.array([7, 8, 9]),
+        sharer_sections=np.array([0, 0, 1]),
+        table=table,
     )
     assert ids.tolist() == [7, 8, 102, 103, 105]
-    assert places.tolist() == [0, 0, 1, 1, 3]
+    assert sections.tolist() == [0, 0, 1, 1, 3]
     assert index.tolist() == [1, 2, 3, 3, 4], "no template between the messages: the last token before"
 
 
 def test_messages_have_the_same_positions_in_both_models():
     """A shorter template section is followed by a hole, as if it were padded to the longer one's length."""
-    mine, theirs = common_positions(np.array([0, 1, 1, 2, 2, 2, 3, 4]), np.array([0, 0, 0, 1, 1, 2, 3, 4, 4]))
-    assert mine.tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
-    assert theirs.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    receiver, sharer = common_positions(
+        receiver_sections=np.array([0, 1, 1, 2, 2, 2, 3, 4]), sharer_sections=np.array([0, 0, 0, 1, 1, 2, 3, 4, 4])
+    )
+    assert receiver.tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
+    assert sharer.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
 
 
 @pytest.mark.parametrize(("receiver", "sharer"), [(FINE, COARSE), (COARSE, FINE)])
 def test_both_models_are_told_the_positions(receiver, sharer):
     row = align(chat("What is it?", "No.", "Oslo"), receiver, [(sharer, "reencode-first")], fuse="messages")
-    (theirs, index), message = row.sharers[0], places_of(row.receiver) % 2 == 1
+    (theirs, index), message = row.sharers[0], locate(row.receiver).sections % 2 == 1
     assert row.receiver.positions[message].tolist() == theirs.positions[index[message]].tolist()
     assert max(np.diff(row.receiver.positions).max(), np.diff(theirs.positions).max()) > 1, (
         "the templates are of unlike length"
@@ -131,12 +131,13 @@ def test_both_models_are_told_the_positions(receiver, sharer):
 def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, tokenizers, how):
     receiver, sharer = tokenizers
     row = align(chat(*contents), receiver, [(sharer, how)], fuse="messages")
-    (theirs, index), own, turns = row.sharers[0], read(chat(*contents), sharer), places_of(row.receiver)
+    (theirs, index), own, turns = row.sharers[0], tokenize(chat(*contents), sharer), locate(row.receiver).sections
     message = turns % 2 == 1
-    assert theirs.ids[index[message]].tolist() == reencoding(receiver, sharer, how)[row.receiver.ids[message]].tolist()
+    table = reencoding(receiver=receiver, sharer=sharer, strategy=how)
+    assert theirs.ids[index[message]].tolist() == table[row.receiver.ids[message]].tolist()
     assert (np.diff(index[message]) > 0).all(), "one to one"
     template = np.setdiff1d(np.arange(len(theirs.ids)), index[message])
-    assert theirs.ids[template].tolist() == own.ids[places_of(own) % 2 == 0].tolist()
+    assert theirs.ids[template].tolist() == own.ids[locate(own).sections % 2 == 0].tolist()
     assert (np.diff(index) >= 0).all()
     assert index[-1] == len(theirs.ids) - 1, "the end of the prompt reads the end of the prompt"
     assert (message[row.fusable]).all()
@@ -169,7 +170,7 @@ def test_skipped_positions_reach_both_models_and_what_is_generated(receiver, sha
 
 def test_real_tokenizers(shared):
     receiver, sharer = (AutoTokenizer.from_pretrained(shared / "tokenizers" / name) for name in ("gpt2", "mistral-v3"))
-    table = reencoding(receiver, sharer, "reencode-longest")
+    table = reencoding(receiver=receiver, sharer=sharer, strategy="reencode-longest")
     for token in range(0, 50_000, 997):
         assert table[token] == one_by_one(token, receiver, sharer, "reencode-longest")
     assert table[receiver.eos_token_id] == sharer.eos_token_id

@@ -5,8 +5,8 @@ import torch
 
 from kvfuse.methods import Fused, Single
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.response import follow_on
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.response import tokenize_continuation
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
@@ -26,8 +26,8 @@ OPTIONS = [
 
 def whole(model, prompt, text):
     """The score of a text by one run over prompt and text, without a cache."""
-    reading = read(prompt, model.tokenizer)
-    ids = torch.from_numpy(follow_on(reading, text, model.tokenizer)[0])
+    reading = tokenize(prompt, model.tokenizer)
+    ids = torch.from_numpy(tokenize_continuation(reading, text, model.tokenizer)[0])
     logits = (
         model.model(torch.cat([torch.from_numpy(reading.ids), ids])[None]).logits[0, len(reading.ids) - 1 : -1].float()
     )

@@ -30,8 +30,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.methods import FewShot, Single, TextToText
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, from_ids, pad_left
 from kvfuse.prompts.chat import Message, as_chat
-from kvfuse.prompts.tokenized import TokenizedPrompt
-from kvfuse.prompts.tokenized import read as read_prompt
+from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 from kvfuse.stages.prefill import prefill
 from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, styled
 
@@ -153,7 +152,7 @@ def enrich(
         positions: See the module.
     """
     mine, theirs = (
-        [read_prompt(prompt, receiver.tokenizer) for prompt in prompts]
+        [tokenize(prompt, receiver.tokenizer) for prompt in prompts]
         for prompts in ([one.prompt for one in questions], contexts)
     )
     prompt, behind = _batch(mine), _batch(theirs)

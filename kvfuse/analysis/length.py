@@ -26,8 +26,8 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.chat import Prompt, as_chat
-from kvfuse.prompts.response import read_response
-from kvfuse.prompts.tokenized import read as read_prompt
+from kvfuse.prompts.response import tokenize_response
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _room(pair: CacheToCache, questions: Sequence[Question]) -> int:
     models = pair.receiver, *pair.sharers
     rooms = [
         model.context
-        - max(len(read_prompt(one.prompt, model.tokenizer).ids) + _answer_length(model, one) for one in questions)
+        - max(len(tokenize(one.prompt, model.tokenizer).ids) + _answer_length(model, one) for one in questions)
         for model in models
         if model.context is not None
     ]
@@ -240,7 +240,7 @@ def _by_response(
     """By tokens of the answer, everything at no added length."""
     receiver = study.pair.receiver.tokenizer
     lengths = np.array(
-        [len(read_response(study.pair.align(one.prompt), str(one.answer), receiver).ids) for one in asked]
+        [len(tokenize_response(study.pair.align(one.prompt), str(one.answer), receiver).ids) for one in asked]
     )
     groups = []
     for length in sorted(set(lengths.tolist())):

@@ -19,7 +19,7 @@ from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.message_axis import in_messages, own_spans
+from kvfuse.prompts.message_axis import locate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,8 +61,7 @@ def last(share: float) -> Chosen:
 
 def messages(aligned: AlignedRow) -> np.ndarray:
     """Positions that cover something of a message."""
-    starts, ends = in_messages(aligned.receiver, own_spans(aligned.receiver.prompt))
-    return ends > starts
+    return locate(aligned.receiver).in_message
 
 
 def template(aligned: AlignedRow) -> np.ndarray:

@@ -18,8 +18,8 @@ from kvfuse.errors import PairError
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, pad_left, stack
-from kvfuse.prompts.message_axis import own_spans, places
-from kvfuse.prompts.response import read_response, stack_responses
+from kvfuse.prompts.message_axis import locate
+from kvfuse.prompts.response import stack_responses, tokenize_response
 from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.stages.decode import score
 
@@ -118,7 +118,8 @@ def judge(
     """
     receiver = pair.receiver
     responses = [
-        read_response(one, answer, receiver.tokenizer, ends=True) for one, answer in zip(readings, answers, strict=True)
+        tokenize_response(one, answer, receiver.tokenizer, ends=True)
+        for one, answer in zip(readings, answers, strict=True)
     ]
     tail = stack_responses(prompt, responses)
     likely, greedy = score(receiver.model, prompt, tail, read_only_cache(prefilled, kv))
@@ -130,13 +131,13 @@ def answer_ids(pair: CacheToCache, seen: Read, questions: Sequence[Question]) ->
     wanted = first_run(pair.receiver.model, seen, seen.fused).logits[:, -1].argmax(-1).cpu()
     for row, (reading, one) in enumerate(zip(seen.readings, questions, strict=True)):
         if one.answer:
-            wanted[row] = int(read_response(reading, one.answer, pair.receiver.tokenizer).ids[0])
+            wanted[row] = int(tokenize_response(reading, one.answer, pair.receiver.tokenizer).ids[0])
     return wanted
 
 
 def roles(reading: TokenizedPrompt) -> np.ndarray:
     """``(n,)`` int64: the place in :data:`ROLES` of each token of a prompt."""
-    role = places(reading, own_spans(reading.prompt)) % 2
+    role = locate(reading).sections % 2
     role[-1] = 2
     return role
 

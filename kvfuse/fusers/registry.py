@@ -51,7 +51,7 @@ def fuser_class(kind: str) -> type[Any]:
     Raises:
         PairError: There is no such kind (the error names the nearest), or its package does not offer a fuser.
     """
-    return find_plugin(kind, "fuser.kind", GROUP, FUSERS, register_fuser, PairError)
+    return find_plugin(kind, option="fuser.kind", group=GROUP, known=FUSERS, register=register_fuser, error=PairError)
 
 
 def class_of(config: Mapping[str, Any]) -> type[Any]:

@@ -11,7 +11,7 @@ from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow, stack
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.response import read_response
+from kvfuse.prompts.response import tokenize_response
 from kvfuse.stages.decode import stream
 
 
@@ -47,7 +47,7 @@ class Fused(Method):
         rows = [self.align(prompt) for prompt in prompts]
         receiver, sharers = self.pair.receiver.tokenizer, self._response_readers()
         responses = [
-            [read_response(row, text, receiver, sharers) for text in texts]
+            [tokenize_response(row, text, receiver, sharers) for text in texts]
             for row, texts in zip(rows, options, strict=True)
         ]
         prompt = stack(rows)

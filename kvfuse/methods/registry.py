@@ -152,7 +152,7 @@ def find_method(name: str) -> MethodMaker:
     Raises:
         MethodError: The name is unknown.
     """
-    return find_plugin(name, "method", GROUP, METHODS, register_method, MethodError)
+    return find_plugin(name, option="method", group=GROUP, known=METHODS, register=register_method, error=MethodError)
 
 
 def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:

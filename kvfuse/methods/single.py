@@ -10,8 +10,8 @@ from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
 from kvfuse.prompts.chat import Prompt
-from kvfuse.prompts.response import Response, follow_on
-from kvfuse.prompts.tokenized import TokenizedPrompt, read
+from kvfuse.prompts.response import Response, tokenize_continuation
+from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.prefill import prefill
 
@@ -45,7 +45,7 @@ class Single(Method):
         tokenized = self.tokenize(prompts)
         prompt = self.batch(tokenized)
         responses = [
-            [Response(follow_on(row, text, tokenizer)[0]) for text in texts]
+            [Response(tokenize_continuation(row, text, tokenizer)[0]) for text in texts]
             for row, texts in zip(tokenized, options, strict=True)
         ]
         batch, cache = OptionBatch.of(prompt, responses), None
@@ -58,7 +58,7 @@ class Single(Method):
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
         """The prompts as the model's tokens."""
-        return [read(prompt, self.model.tokenizer) for prompt in prompts]
+        return [tokenize(prompt, self.model.tokenizer) for prompt in prompts]
 
     def batch(self, tokenized: Sequence[TokenizedPrompt]) -> AlignedPrompt:
         """The same padded left, ``(B, T)``, without sharers."""

@@ -1,6 +1,7 @@
-"""Where a tokenization stands in the messages, on one axis of characters that all models share.
+"""Positions of tokens in the messages of a chat, on one axis of characters that all models share.
 
-On the axis stand the messages alone, one after the other, each with its own length, however much of it a template writes.
+The messages alone stand on the axis, one after the other, each with its full length, however much of it a template
+writes.
 
 ```
 messages    "Oslo"  "is it"
@@ -10,7 +11,12 @@ section     0     1   2           3    4          even: the template before a me
 ```
 """
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,85 +24,120 @@ from kvfuse.prompts.chat import RenderedPrompt
 from kvfuse.prompts.tokenized import TokenizedPrompt
 
 
-def message_order(prompt: RenderedPrompt) -> np.ndarray:
-    """``(messages,)``: the rank of each message in the text; one that the template leaves out follows the one before it."""
-    first = np.full(len(prompt.messages), -1)
-    for span in reversed(prompt.spans):
-        first[span.message] = span.start
-    written = np.maximum.accumulate(np.where(first >= 0, np.arange(len(first)), 0))
-    return np.argsort(np.argsort(first[written], kind="stable"))
+class AxisSpan(NamedTuple):
+    """A span of a text, its position on the axis, and the rank of its message there."""
+
+    start: int
+    end: int
+    axis_start: int
+    axis_end: int
+    rank: int
 
 
-def on_axis(prompt: RenderedPrompt, rank: np.ndarray) -> np.ndarray:
-    """``(k, 4)``: start and end of each span, the rank of its message, and its start on an axis that all models share.
+@dataclass(frozen=True)
+class TokensOnAxis:
+    """The tokens of one prompt on the axis.
 
-    On the axis stand the messages alone, by rank, each with its own length, however much of it the template writes.
+    Attributes:
+        tokenized: The prompt.
+        spans: Its spans, in the order of its text.
+        starts: ``(n,)`` int64, the first character that each token covers; 0 for a token of the template.
+        ends: ``(n,)`` int64, one past the last; likewise.
     """
-    spans = np.array(
-        [(span.start, span.end, span.message, span.offset) for span in prompt.spans], dtype=np.int64
-    ).reshape(-1, 4)
-    lengths = np.zeros(len(rank) + 1, dtype=np.int64)
-    lengths[rank + 1] = [len(content) for content in prompt.messages]
-    spans[:, 2] = rank[spans[:, 2]]
-    spans[:, 3] += np.cumsum(lengths)[spans[:, 2]]
+
+    tokenized: TokenizedPrompt
+    spans: Sequence[AxisSpan]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def in_message(self) -> np.ndarray:
+        """``(n,)`` bool: the token covers characters of a message."""
+        return self.ends > self.starts
+
+    @property
+    def middle_sections(self) -> np.ndarray:
+        """``(n,)`` int64, never decreasing: the section in which each token's middle stands."""
+        first, last = self.tokenized.offsets.T
+        return self._sections(first + last)
+
+    @cached_property
+    def sections(self) -> np.ndarray:
+        """``(n,)`` int64, never decreasing: the section of each token; the message's if it covers both."""
+        # 1) The section of the first character, or of the message that a token covers
+        first, last = self.tokenized.offsets.T
+        section = self._sections(first + np.minimum(last, first + 1))
+        section = np.where(self.in_message, section | 1, section)
+        # 2) A token without characters, behind a message's last token, belongs to the template behind it
+        following = np.where(self.in_message, section, section.max(initial=0) + 1)[::-1]
+        ended = np.minimum.accumulate(following)[::-1] != section
+        return np.where((section % 2 == 1) & ended, section + 1, section)
+
+    def _sections(self, doubled: np.ndarray) -> np.ndarray:
+        """Sections of points of the text, given doubled; a point on an edge belongs to what comes before it."""
+        edges = [2 * edge for span in self.spans for edge in (span.start, span.end)]
+        sections = [2 * span.rank + inside for span in self.spans for inside in (0, 1)]
+        sections.append(2 * len(self.tokenized.prompt.messages))
+        found = np.array(sections)[np.array(edges, dtype=np.int64).searchsorted(doubled)]  # (n,)
+        return np.maximum.accumulate(found)  # what a template writes within a message belongs to the message
+
+
+def message_order(prompt: RenderedPrompt) -> list[int]:
+    """Numbers of the messages in the order of the text; one that the template leaves out follows the one before it."""
+    first = {span.message: span.start for span in reversed(prompt.spans)}
+    starts = [-1]
+    for message in range(len(prompt.messages)):
+        starts.append(first.get(message, starts[-1]))
+    return sorted(range(len(prompt.messages)), key=starts[1:].__getitem__)
+
+
+def locate(tokenized: TokenizedPrompt, order: Sequence[int] | None = None, drop_moved: bool = False) -> TokensOnAxis:
+    """Find the tokens of a prompt on the axis.
+
+    Args:
+        tokenized: The prompt.
+        order: Numbers of the messages in the order of the axis; by default that of the prompt's own text.
+        drop_moved: Leave to the template what it writes in another order than that of the axis, or again.
+    """
+    spans = _axis_spans(tokenized.prompt, message_order(tokenized.prompt) if order is None else order)
+    if drop_moved:
+        spans = _drop_moved(spans)
+    # 1) The last span that begins before the end of each token; before the first there is an empty one
+    table = np.array([(0, 0, 0), *((span.start, span.end, span.axis_start - span.start) for span in spans)])
+    first, last = tokenized.offsets.T
+    start, end, shift = table[table[1:, 0].searchsorted(last)].T  # (n,) each
+    # 2) The part of the token within it
+    first, last = np.maximum(first, start), np.minimum(last, end)
+    inside = last > first
+    return TokensOnAxis(tokenized, spans, (first + shift) * inside, (last + shift) * inside)
+
+
+def covered(tokenized: TokenizedPrompt, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """``(characters,)`` bool: the characters of the messages, in the order of the chat, that the tokens cover."""
+    located = locate(tokenized, range(len(tokenized.prompt.messages)))
+    size = sum(map(len, tokenized.prompt.messages)) + 1
+    opened, closed = (np.bincount(edges[tokens], minlength=size) for edges in (located.starts, located.ends))
+    return np.cumsum(opened - closed)[:-1] > 0
+
+
+def _axis_spans(prompt: RenderedPrompt, order: Sequence[int]) -> list[AxisSpan]:
+    """The spans of a prompt on an axis where its messages stand in this order."""
+    lengths = [len(prompt.messages[message]) for message in order]
+    ranks = {message: rank for rank, message in enumerate(order)}
+    origins = dict(zip(order, accumulate(lengths, initial=0), strict=False))
+    spans = []
+    for span in prompt.spans:
+        axis_start = origins[span.message] + span.offset
+        axis_end = axis_start + span.end - span.start
+        spans.append(AxisSpan(span.start, span.end, axis_start, axis_end, ranks[span.message]))
     return spans
 
 
-def own_spans(prompt: RenderedPrompt) -> np.ndarray:
-    """:func:`on_axis` in the order of the prompt's own text."""
-    return on_axis(prompt, message_order(prompt))
-
-
-def drop_moved(spans: np.ndarray) -> np.ndarray:
-    """The spans that stand in the text as on the axis. What this template writes elsewhere, or again, is left to it.
-
-    Either the spans that go back are dropped or those that run ahead, whichever are shorter.
-    """
-    sizes = spans[:, 1] - spans[:, 0]
-    starts, ends = spans[:, 3], spans[:, 3] + sizes
-    reached = np.maximum.accumulate(np.append(0, ends))[:-1]
-    ahead = np.minimum.accumulate(np.append(starts, ends.max(initial=0))[::-1])[::-1][1:]
-    return spans[max(starts >= reached, ends <= ahead, key=lambda kept: sizes[kept].sum())]
-
-
-def in_messages(reading: TokenizedPrompt, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's first and last character on the axis of :func:`on_axis`. A token of the template covers nothing."""
-    spans = np.vstack([np.zeros(4, dtype=np.int64), spans])  # before the first there is an empty one
-    start, end, _, axis = spans[
-        np.searchsorted(spans[:, 0], reading.offsets[:, 1]) - 1
-    ].T  # the last that begins before
-    first, last = np.clip(reading.offsets, start[:, None], end[:, None]).T
-    inside = last > first
-    return np.where(inside, first - start + axis, 0), np.where(inside, last - start + axis, 0)
-
-
-def sections(reading: TokenizedPrompt, spans: np.ndarray) -> np.ndarray:
-    """``(n,)``, never decreasing: 2k for a token of the template before the k-th message, 2k + 1 for all within that message."""
-    section = np.append(np.column_stack([2 * spans[:, 2], 2 * spans[:, 2] + 1]), 2 * len(reading.prompt.messages))
-    middles = reading.offsets.sum(axis=1)  # doubled; a token without characters belongs to what comes before it
-    places = np.searchsorted(2 * spans[:, :2].reshape(-1), middles, side="left")
-    return np.maximum.accumulate(section[places])  # what the template writes inside a message belongs to it
-
-
-def places(reading: TokenizedPrompt, spans: np.ndarray) -> np.ndarray:
-    """Where each token stands, ``(n,)`` int64, never decreasing: 2k in the template before message k, 2k + 1 in message k.
-
-    A token that covers both is the message's, and so is what a template writes within a message.
-    """
-    starts, ends = reading.offsets.T
-    section = sections(replace(reading, offsets=np.stack([starts, np.minimum(ends, starts + 1)], axis=1)), spans)
-    first, last = in_messages(reading, spans)
-    covers = last > first
-    section = np.where(covers, section | 1, section)
-    coming = np.minimum.accumulate(np.where(covers, section, section.max(initial=0) + 1)[::-1])[::-1]
-    return np.where(
-        (section % 2 == 1) & (coming != section), section + 1, section
-    )  # a token without characters, behind a message
-
-
-def covered(reading: TokenizedPrompt, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Which characters of the messages, in the order of the chat, the tokens cover, ``(characters,)`` bool."""
-    size = sum(map(len, reading.prompt.messages)) + 1
-    spans = on_axis(reading.prompt, np.arange(len(reading.prompt.messages)))
-    starts, ends = (edges[tokens] for edges in in_messages(reading, spans))
-    return np.cumsum(np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size))[:-1] > 0
+def _drop_moved(spans: Sequence[AxisSpan]) -> list[AxisSpan]:
+    """The spans without those that go back on the axis, or those that run ahead, whichever are shorter."""
+    reached = accumulate((span.axis_end for span in spans), max, initial=0)
+    forward = [span for span, limit in zip(spans, reached, strict=False) if span.axis_start >= limit]
+    # the same from the end
+    ahead = accumulate((span.axis_start for span in reversed(spans)), min, initial=math.inf)
+    waiting = [span for span, limit in zip(reversed(spans), ahead, strict=False) if span.axis_end <= limit][::-1]
+    return max(forward, waiting, key=lambda kept: sum(span.end - span.start for span in kept))

@@ -1,4 +1,4 @@
-"""A response as it follows its prompt: what each model reads of it, and a batch of them behind a batch of prompts."""
+"""Responses behind their prompts: what each model reads of one, and a batch of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
 from kvfuse.prompts.reencode import reencoding
-from kvfuse.prompts.tokenized import TokenizedPrompt
+from kvfuse.prompts.tokenized import TokenizedPrompt, encode
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Response:
 
     Attributes:
         ids: ``(R,)`` int64, the receiver's.
-        sharers: Where the response is fused too, per sharer: what it reads of it ``(R_s,)``, and for the last prompt token
-            and each response token how many of these it may see ``(1 + R,)``: those that say no more than has been said.
+        sharers: Where responses are fused too, per sharer its ids ``(R_s,)``, and for the last prompt token and each
+            response token the number of these that it may see ``(1 + R,)``: those that reveal no more text.
     """
 
     ids: np.ndarray
     sharers: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
 
-def read_response(
+def tokenize_response(
     prompt: AlignedRow,
     text: str,
     receiver: PreTrainedTokenizerBase,
@@ -37,69 +37,71 @@ def read_response(
     """Tokenize a response for every model that reads it.
 
     Args:
-        prompt: What it follows.
-        text: What it says.
+        prompt: The prompt before it.
+        text: The response.
         receiver: The receiver's tokenizer.
-        sharers: Where the response is fused too, each sharer's tokenizer and how it is aligned (:func:`kvfuse.prompts.alignment.align`).
-        ends: Whether an end-of-sequence token stands behind it.
+        sharers: Where responses are fused too, each sharer's tokenizer and alignment
+            (:func:`kvfuse.prompts.alignment.align`).
+        ends: Append an end-of-sequence token.
     """
-    ids, said = follow_on(prompt.receiver, text, receiver)
+    ids, reached = tokenize_continuation(prompt.receiver, text, receiver)
     if ends:
-        ids, said = np.append(ids, receiver.eos_token_id), np.append(said, len(text))
-    theirs = []
-    for (reading, _), (tokenizer, how) in zip(prompt.sharers, sharers, strict=False):  # none where it is not fused
-        if how == "span":
-            their_ids, their_said = follow_on(reading, text, tokenizer)
-            theirs.append((their_ids, np.searchsorted(their_said, np.append(0, said), side="right")))
-        else:  # token by token
-            their_ids = ids if how == "identity" else reencoding(receiver, tokenizer, how)[ids]
-            theirs.append((their_ids, np.arange(1 + len(ids))))
-    return Response(ids, tuple(theirs))
+        ids, reached = np.append(ids, receiver.eos_token_id), np.append(reached, len(text))
+    read = []
+    for (tokenized, _), (tokenizer, alignment) in zip(prompt.sharers, sharers, strict=False):  # no sharers: not fused
+        if alignment == "span":
+            sharer_ids, sharer_reached = tokenize_continuation(tokenized, text, tokenizer)
+            read.append((sharer_ids, np.searchsorted(sharer_reached, np.append(0, reached), side="right")))
+            continue
+        same = alignment == "identity"
+        table = None if same else reencoding(receiver=receiver, sharer=tokenizer, strategy=alignment)
+        read.append((ids if table is None else table[ids], np.arange(1 + len(ids))))  # token by token
+    return Response(ids, tuple(read))
 
 
-def follow_on(prompt: TokenizedPrompt, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize a text as it follows a prompt; alone, where the two would grow together.
+def tokenize_continuation(
+    prompt: TokenizedPrompt, text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize a text as it follows a prompt; separately, where a token would span both.
 
     Returns:
-        Ids ``(n,)`` int64, and how many characters of the text have been said after each ``(n,)`` int64.
+        Ids ``(n,)`` int64, and the number of characters of the text up to the end of each ``(n,)`` int64.
     """
     length, origin = len(prompt.ids), len(prompt.prompt.text)
-    encoded = tokenizer(
-        prompt.prompt.text + text, add_special_tokens=not prompt.prompt.templated, return_offsets_mapping=True
-    )
-    if encoded.input_ids[:length] != prompt.ids.tolist():
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        length, origin = 0, 0
-    starts, ends = np.array(encoded.offset_mapping[length:], dtype=np.int64).reshape(-1, 2).T - origin
-    ends[:-1] = np.minimum(ends[:-1], starts[1:])  # all pieces of a character but its last have not said it yet
-    return np.array(encoded.input_ids[length:], dtype=np.int64), ends
+    encoded = encode(prompt.prompt.text + text, tokenizer, add_special_tokens=not prompt.prompt.templated)
+    if encoded.ids[:length] != prompt.ids.tolist():
+        encoded, length, origin = encode(text, tokenizer, add_special_tokens=False), 0, 0
+    starts, ends = np.array(encoded.offsets[length:], dtype=np.int64).reshape(-1, 2).T - origin
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])  # only the last piece of a character completes it
+    return np.array(encoded.ids[length:], dtype=np.int64), ends
 
 
 def stack_responses(prompt: AlignedPrompt, responses: Sequence[Response]) -> AlignedPrompt:
-    """Pad responses on the right, so that one column parts all prompts from what follows them.
+    """Pad responses on the right, so that one column separates all prompts from them.
 
     Args:
-        prompt: As many prompts, padded left.
+        prompt: The prompts, padded left.
         responses: One per row.
 
     Returns:
-        ``(B, 1 + R)``: the last prompt token, then the response. Where the response is fused too, each sharer's last prompt
-        token and its reading of the response ``(B, 1 + R_s)``.
+        ``(B, 1 + R)``: the last prompt token, then the response. Where responses are fused too, each sharer's last
+        prompt token and its tokens of the response ``(B, 1 + R_s)``.
     """
-    ids, mask, positions = _go_on(prompt, [response.ids for response in responses])
+    ids, mask, positions = _append(prompt, [response.ids for response in responses])
     sharers = []
-    for place in range(len(responses[0].sharers)):
-        theirs, indices = zip(*(response.sharers[place] for response in responses), strict=True)
-        read = dict(zip(("ids", "mask", "positions"), _go_on(prompt.sharers[place], theirs), strict=True))
-        sharers.append(SharerPrompt(**read, index=_pad_right(indices, -1)[0]))
+    for before, rows in zip(
+        prompt.sharers, zip(*(response.sharers for response in responses), strict=True), strict=False
+    ):
+        sharer_ids, visible = zip(*rows, strict=True)
+        read = dict(zip(("ids", "mask", "positions"), _append(before, sharer_ids), strict=True))
+        sharers.append(SharerPrompt(**read, index=_pad_right(visible, -1)[0]))
     return AlignedPrompt(ids=ids, mask=mask, positions=positions, sharers=tuple(sharers), fuse_mask=mask.bool())
 
 
-def _go_on(prompt: AlignedPrompt | SharerPrompt, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions ``(B, k)`` of a batch from the last prompt token on."""
-    ids, mask = _pad_right(
-        [np.append(last, row) for last, row in zip(prompt.ids[:, -1:].numpy(), rows, strict=True)], 0
-    )
+def _append(prompt: AlignedPrompt | SharerPrompt, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and positions ``(B, 1 + R)`` of a batch from the last prompt token on."""
+    last = prompt.ids[:, -1:].numpy()  # (B, 1)
+    ids, mask = _pad_right([np.append(token, row) for token, row in zip(last, rows, strict=True)], 0)
     return ids, mask, prompt.positions[:, -1:] + torch.arange(ids.shape[1])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.reencode import REENCODINGS, reencoding
+from kvfuse.prompts.tokenized import encode
 
 CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change the tokens before it
 
@@ -43,7 +44,7 @@ def response_tokens(
     if alignment == "identity":
         return SameTokens()
     if alignment in REENCODINGS:
-        return ReencodedTokens(reencoding(receiver, sharer, alignment))
+        return ReencodedTokens(reencoding(receiver=receiver, sharer=sharer, strategy=alignment))
     ids = receiver_ids[-CONTEXT_TOKENS:]
     context = sharer.decode(sharer_ids[-CONTEXT_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return RetokenizedText(receiver, sharer, ids, _decode(receiver, ids), context)
@@ -96,7 +97,7 @@ class RetokenizedText:
             return 0, []
         # 1) Tokenize the last characters without and with the new ones.
         longer = self.context + text[len(self.text) :]
-        before, after = (self.sharer(part, add_special_tokens=False).input_ids for part in (self.context, longer))
+        before, after = (encode(part, self.sharer, add_special_tokens=False).ids for part in (self.context, longer))
         # 2) Ids from the first difference on are taken back and read anew.
         shared = min(len(before), len(after))
         same = next((i for i in range(shared) if before[i] != after[i]), shared)

@@ -1,8 +1,8 @@
 """Which characters of a rendered chat come from which message, for any chat template.
 
-A template is a program: it may trim, split, drop, repeat or move what a message says, so a message's own words are never
-looked for in the text. Instead the chat is rendered again with a mark, a code point that stands nowhere else, in place of
-every character; wherever it comes out, that character of that message stands in the real text.
+A template is a program: it may trim, split, drop, repeat or move the text of a message, so searching the output for the
+messages is not enough. Instead the chat is rendered again with a mark, a code point that occurs nowhere else, in place
+of every character. A mark in the output shows which character of which message stands there in the real text.
 
 ```
 messages     user "hi"    assistant " yes"     [user]hi[assistant]yes        a template that trims
@@ -10,13 +10,17 @@ all marked   user "①②"    assistant "③④⑤⑥"     [user]①②[assistan
 space left   user "①②"    assistant "␣④⑤⑥"     [user]①②[assistant]④⑤⑥       the same; ␣ is another kind of space
 ```
 
-What a template looks for in a message, it must find in the marked one too. So where the layouts differ, spaces and then the
-template's own words (``</think>``) are left for it to see: no more of them than it takes, in all messages of a role alike.
+A template must find in the marked messages what it looks for in the real ones. So where the layouts differ, spaces and
+then the template's own words (``</think>``) are left unmarked: as few as possible, and in all messages of a role alike.
+
+A layout that marks alone have shown is worth keeping: the next chat of the same shape is rendered only once
+(:class:`Layout`).
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -25,7 +29,7 @@ from kvfuse.errors import PromptError
 FIRST_MARK, LAST_MARK = 0x40000, 0x10FFFF  # unassigned and private planes: no letters, digits or spaces
 SPACES = [code for code in range(0x3001) if chr(code).isspace()]
 BREAKS = [code for code in SPACES if len(f"a{chr(code)}b".splitlines()) == 2]
-ESCAPED = r"""[\s\x00-\x1f"'\\&<>]"""  # what JSON and HTML write differently
+ESCAPED = r"""[\s\x00-\x1f"'\\&<>]"""  # characters that JSON and HTML escape
 NOT_A_WORD = r"[\W_]"
 
 
@@ -47,153 +51,211 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Rendering:
-    """A rendered chat. Characters are code points, those of all messages in one row.
+class Layout:
+    """The text that a template writes around whole messages, for all chats of one shape.
+
+    ```
+    text        [user]hi[assistant]yes[user]
+    literals    "[user]"  "[assistant]"  "[user]"
+    order             0              1
+    ```
+
+    A shape is all that a template is given but the characters of the messages. What it makes of marks depends on
+    nothing else, so every chat of the shape, marked, is ``literals`` with marks between them. :func:`find_spans`
+    accepts that where the real text has the same literals at the same positions, and between them the messages.
+    :meth:`find` makes the same test without rendering the marks: no separator is searched for, all positions follow
+    from lengths. (The exception would be a template that depends on the length of a message, beyond whether it is
+    empty.)
 
     Attributes:
-        text: ``(n,)``, what the template made of the messages.
-        said: ``(m,)``, what the messages say.
-        owner: ``(m,)``, the message that each character of ``said`` belongs to.
-        marks: Sorted code points that are in neither.
-        again: Renders the chat with other characters, as many, in place of ``said``.
+        literals: What the template writes before, between and after the messages.
+        order: Numbers of the messages in the order of the text, one fewer than literals.
+    """
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def measured(cls, text: str, contents: Sequence[str], spans: Sequence[Span]) -> Self | None:
+        """The layout of a measured text; None unless every span is a whole message, each at most once."""
+        order = tuple(span.message for span in spans)
+        if len(set(order)) < len(order) or any(span.end - span.start < len(contents[span.message]) for span in spans):
+            return None
+        starts, ends = [0, *(span.end for span in spans)], [*(span.start for span in spans), len(text)]
+        return cls(tuple(text[start:end] for start, end in zip(starts, ends, strict=True)), order)
+
+    def find(self, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
+        """Spans of the messages in a text of this layout; None where the text has another layout."""
+        spans, expected = [], self.literals[0]
+        for message, literal in zip(self.order, self.literals[1:], strict=True):
+            spans.append(Span(len(expected), len(expected) + len(contents[message]), message, 0))
+            expected += contents[message] + literal
+        return tuple(spans) if text == expected else None
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered chat. Characters are code points; those of all messages stand in one row.
+
+    Attributes:
+        text: ``(n,)`` int64, what the template made of the messages.
+        said: ``(m,)`` int64, the characters of the messages.
+        owner: ``(m,)`` int64, the number of the message that each character of ``said`` belongs to.
+        marks: Sorted code points that occur in neither.
+        render: Renders the chat with as many other characters in place of ``said``.
     """
 
     text: np.ndarray
     said: np.ndarray
     owner: np.ndarray
     marks: np.ndarray
-    again: Callable[[str], str]
+    render: Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Aid:
-    """What a template may see of marked messages: ``codes (m,)`` instead of marks where ``mask (m,)``."""
+class Hint:
+    """Characters of the messages that a template may see unmarked: ``codes (m,)`` where ``mask (m,)``."""
 
     mask: np.ndarray
     codes: np.ndarray
 
 
 def find_spans(
-    text: str, contents: Sequence[str], roles: Sequence[str], words: Iterable[str], again: Callable[[str], str]
-) -> tuple[Span, ...]:
-    """Find the messages in the text that a template made of them, in the order of the text.
-
-    A message has one span, several (the template leaves out its middle, or repeats it) or none.
+    *, text: str, contents: Sequence[str], roles: Sequence[str], words: Iterable[str], render: Callable[[str], str]
+) -> tuple[tuple[Span, ...], Layout | None]:
+    """Find the messages in the text that a template made of them.
 
     Args:
         text: The rendered chat.
-        contents: What each message says.
-        roles: Who says it.
-        words: What the template may look for in a message.
-        again: Renders the chat with other characters, as many, in place of ``"".join(contents)``.
+        contents: The text of each message.
+        roles: The role of each message.
+        words: Strings that the template may look for in a message.
+        render: Renders the chat with as many other characters in place of ``"".join(contents)``.
+
+    Returns:
+        The spans in the order of the text: one of each message, several (the template leaves out its middle, or repeats
+        it) or none. The layout, where marks alone have shown whole messages.
 
     Raises:
-        PromptError: The template writes other characters than the messages have, or leaves all messages out.
+        PromptError: The template writes other characters than the messages have.
     """
     written, said = _codes(text), _codes("".join(contents))
     owner = np.repeat(np.arange(len(contents)), [len(content) for content in contents])
-    rendering = Rendering(written, said, owner, _marks(np.concatenate([written, said]), len(said)), again)
-    for aids in _choices(rendering, roles, words):
-        source = _trace(rendering, aids)
+    rendering = Rendering(written, said, owner, _marks(np.concatenate([written, said]), len(said)), render)
+    for hints in _hint_sets(rendering, roles, words):
+        source = _trace(rendering, hints)
         if source is not None:
-            return _spans(rendering, _with_fewer(rendering, aids, source))
+            spans = _spans(rendering, _drop_hints(rendering, hints, source))
+            return spans, None if hints else Layout.measured(text, contents, spans)
     raise PromptError(
-        "expected a chat template that keeps the characters of messages, got one that rewrites them; give plain strings, or use another"
+        "expected a chat template that keeps the characters of messages, got one that rewrites them; "
+        "give plain strings, or use another"
     )
 
 
-def _choices(rendering: Rendering, roles: Sequence[str], words: Iterable[str]) -> Iterator[list[Aid]]:
-    """What to leave for a template to see, from nothing to all that might matter."""
+def _hint_sets(rendering: Rendering, roles: Sequence[str], words: Iterable[str]) -> Iterator[list[Hint]]:
+    """Hints to try, from none to all that might matter."""
     yield []
-    spaces = list(_aids(rendering, roles, [r"\s"], _swap_spaces(rendering.said)))
+    spaces = list(_hints(rendering, roles, [r"\s"], _swap_spaces(rendering.said)))
     yield spaces
     longest_first = sorted(filter(None, words), key=len, reverse=True)
-    yield [*spaces, *_aids(rendering, roles, [*map(re.escape, longest_first), ESCAPED, NOT_A_WORD], rendering.said)]
+    patterns = [*map(re.escape, longest_first), ESCAPED, NOT_A_WORD]
+    yield [*spaces, *_hints(rendering, roles, patterns, rendering.said)]
 
 
-def _aids(rendering: Rendering, roles: Sequence[str], patterns: Sequence[str], codes: np.ndarray) -> Iterator[Aid]:
-    """One for every role and every pattern that is found in its messages."""
+def _hints(rendering: Rendering, roles: Sequence[str], patterns: Sequence[str], codes: np.ndarray) -> Iterator[Hint]:
+    """One hint for every pattern and role in whose messages it is found."""
     said = _text(rendering.said)
     spoken = {role: np.array([other == role for other in roles])[rendering.owner] for role in roles}
     for pattern in dict.fromkeys(patterns):
         found = np.zeros(len(said), dtype=bool)
         for match in re.finditer(pattern, said, re.IGNORECASE):
             found[match.start() : match.end()] = True
-        yield from (Aid(found & mask, codes) for mask in spoken.values() if (found & mask).any())
+        yield from (Hint(found & mask, codes) for mask in spoken.values() if (found & mask).any())
 
 
-def _with_fewer(rendering: Rendering, aids: list[Aid], source: np.ndarray) -> np.ndarray:
-    """The trace without the aids that the template does not need: what is marked is known, the rest is inferred."""
-    needed = aids
-    for aid in reversed(aids):
-        fewer = [other for other in needed if other is not aid]
+def _drop_hints(rendering: Rendering, hints: list[Hint], source: np.ndarray) -> np.ndarray:
+    """The trace without the hints that the template does not need: marks are proof, the rest is inferred."""
+    for hint in reversed(hints):
+        fewer = [other for other in hints if other is not hint]
         found = _trace(rendering, fewer)
         if found is not None:
-            needed, source = fewer, found
+            hints, source = fewer, found
     return source
 
 
-def _trace(rendering: Rendering, aids: Sequence[Aid]) -> np.ndarray | None:
-    """``(n,)``, for each character of the text its place in ``said``, -1: the template's; None: the layout is another."""
+def _trace(rendering: Rendering, hints: Sequence[Hint]) -> np.ndarray | None:
+    """Render the chat with marks, and see where they come out.
+
+    Returns:
+        ``(n,)`` int64, for each character of the text its index in ``said``, or -1 for the template's; None where the
+        layout is another.
+    """
+    # 1) Marks in place of all characters but those that a hint shows
     text, said = rendering.text, rendering.said
-    shown = rendering.marks[np.arange(len(said)) % len(rendering.marks)]
-    for aid in aids:
-        shown = np.where(aid.mask, aid.codes, shown)
+    shown = rendering.marks[np.arange(len(said)) % len(rendering.marks)]  # (m,)
+    for hint in hints:
+        shown = np.where(hint.mask, hint.codes, shown)
     try:
-        marked = _codes(rendering.again(_text(shown)))
+        marked = _codes(rendering.render(_text(shown)))
     except PromptError:  # the template refuses marked messages
         return None
     if len(marked) != len(text):
         return None
+    # 2) The layout is the same where each mark stands for the character of the real text, and all else is equal
     source = _read_marks(rendering, marked)
-    swapped = (marked != text) & (marked == _swap_spaces(text)) if aids else np.zeros(len(text), dtype=bool)
+    swapped = (marked != text) & (marked == _swap_spaces(text)) if hints else np.zeros(len(text), dtype=bool)
     if not np.where(source >= 0, said[source] == text, (marked == text) | swapped).all():
         return None
-    return _fill(rendering, source, swapped, shown == said) if aids else source
+    # 3) Unmarked characters of messages are inferred from their neighbours
+    return _fill(rendering, source, swapped, shown == said) if hints else source
 
 
 def _read_marks(rendering: Rendering, marked: np.ndarray) -> np.ndarray:
-    """``(n,)``: the place that each mark stands for, -1 for other characters.
+    """``(n,)`` int64: the index in ``said`` that each mark stands for, -1 for other characters.
 
-    Messages longer than there are marks use them again; then the place nearest to the previous mark's is meant.
+    Messages longer than there are marks use them again; then the index nearest to the previous mark's is meant.
     """
     nearest = np.minimum(np.searchsorted(rendering.marks, marked), len(rendering.marks) - 1)
     is_mark = (rendering.marks[nearest] == marked) & (nearest < len(rendering.said))
     source = np.full(len(marked), -1)
     if is_mark.any():
-        places = nearest[is_mark]
+        indices = nearest[is_mark]
         if len(rendering.marks) < len(rendering.said):
-            places = np.clip(np.unwrap(places, period=len(rendering.marks)), 0, len(rendering.said) - 1)
-        source[is_mark] = places
+            indices = np.clip(np.unwrap(indices, period=len(rendering.marks)), 0, len(rendering.said) - 1)
+        source[is_mark] = indices
     return source
 
 
 def _fill(rendering: Rendering, source: np.ndarray, swapped: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Add the unmarked characters of messages: those between two marks, and those that go on from one.
+    """Add the unmarked characters of messages: those between two marks, and those that continue from one.
 
     Args:
         rendering: The chat.
-        source: ``(n,)``, the place of each marked character, or -1.
-        swapped: ``(n,)`` bool, spaces that change with the messages.
-        kept: ``(m,)`` bool, characters that stayed as they are.
+        source: ``(n,)``, the index of each marked character in ``said``, or -1.
+        swapped: ``(n,)`` bool, spaces of the text that change with the messages.
+        kept: ``(m,)`` bool, characters that are shown as they are.
     """
     text, said, owner, last = rendering.text, rendering.said, rendering.owner, len(rendering.said) - 1
-    sure = swapped | ~np.isin(text, SPACES)  # a space that stayed may as well be the template's
+    sure = swapped | ~np.isin(text, SPACES)  # a space that did not change may be the template's
     mirrored = _mirror(source, last)
+    # 1) The message read on from the mark before, and backwards from the mark behind
     after = _continue(text, said, owner, source)
     before = _mirror(_continue(text[::-1], said[::-1], owner[::-1], mirrored), last)
+    # 2) Both agree between two marks of one message; beyond its outer marks, only an unbroken run is believed
     between = np.where(after == before, after, -1)
     following = _unbroken(after, source, swapped | kept[after], sure)
     leading = _mirror(_unbroken(_mirror(before, last), mirrored, (swapped | kept[before])[::-1], sure[::-1]), last)
     for found in (between, following):
         source = np.where(source >= 0, source, found)
+    # 3) Characters that lead up to a mark must not be found a second time
     previous = source[_latest(source >= 0)]
     twice = (previous >= 0) & (owner[previous] == owner[leading]) & (previous >= leading)
     return np.where((source >= 0) | twice, source, leading)
 
 
 def _continue(text: np.ndarray, said: np.ndarray, owner: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """``(n,)``: the place in ``said`` if the message went on from the mark before; -1 where it says something else."""
+    """``(n,)``: the index in ``said`` if the message continued from the mark before; -1 where its characters differ."""
     mark = _latest(source >= 0)
     onward = source[mark] + np.arange(len(text)) - mark
     exists = (mark >= 0) & (onward < len(said))
@@ -202,7 +264,7 @@ def _continue(text: np.ndarray, said: np.ndarray, owner: np.ndarray, source: np.
 
 
 def _unbroken(found: np.ndarray, source: np.ndarray, allowed: np.ndarray, sure: np.ndarray) -> np.ndarray:
-    """``found`` where all from the mark before is allowed, up to the last that is sure; else -1."""
+    """``found`` where all characters since the mark before are allowed, up to the last sure one; else -1."""
     good = (found >= 0) & allowed & (source < 0)
     good &= _latest(source >= 0) > _latest(~good & (source < 0))
     sure_from_end, break_from_end = _latest((good & sure)[::-1]), _latest(~good[::-1])
@@ -210,11 +272,12 @@ def _unbroken(found: np.ndarray, source: np.ndarray, allowed: np.ndarray, sure: 
 
 
 def _latest(condition: np.ndarray) -> np.ndarray:
-    """For each place the last one up to it where the condition holds, or -1."""
+    """For each index the last one up to it where the condition holds, or -1."""
     return np.maximum.accumulate(np.where(condition, np.arange(len(condition)), -1))
 
 
 def _mirror(source: np.ndarray, last: int) -> np.ndarray:
+    """The same trace with text and messages read backwards."""
     return np.where(source >= 0, last - source, -1)[::-1]
 
 
@@ -229,9 +292,7 @@ def _spans(rendering: Rendering, source: np.ndarray) -> tuple[Span, ...]:
 
 
 def _marks(used: np.ndarray, count: int) -> np.ndarray:
-    """Unused code points, twice as many as asked for where there are so many: a jump then cannot be read as one back."""
-    if used.max(initial=0) < FIRST_MARK:
-        return np.arange(FIRST_MARK, min(FIRST_MARK + 2 * count, LAST_MARK + 1))
+    """Unused code points, twice ``count`` where there are as many: then a jump cannot be mistaken for one back."""
     taken = np.unique(used[used >= FIRST_MARK])
     most = np.arange(FIRST_MARK, min(FIRST_MARK + 2 * count + len(taken), LAST_MARK + 1))
     return np.setdiff1d(most, taken, assume_unique=True)

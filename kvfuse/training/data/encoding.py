@@ -17,7 +17,7 @@ from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, default_token_alignment
-from kvfuse.prompts.response import read_response
+from kvfuse.prompts.response import tokenize_response
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -124,7 +124,7 @@ class Encoder:
         prompt = align(example.prompt, self.receiver.tokenizer, sharers, self.fuse)
         # 2) The response for the receiver, and for the sharers where it is fused too
         readers = sharers if self.fuse_response else []
-        response = read_response(prompt, example.response, self.receiver.tokenizer, readers, example.ends)
+        response = tokenize_response(prompt, example.response, self.receiver.tokenizer, readers, example.ends)
         # 3) Both must fit
         encoded = EncodedExample(prompt, response)
         self._require_room(encoded)

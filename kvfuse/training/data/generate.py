@@ -12,7 +12,7 @@ from kvfuse.errors import RecipeError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
 from kvfuse.prompts.chat import Message
-from kvfuse.prompts.tokenized import read
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.support.rows import decode
 from kvfuse.training.data.encoding import Reader
 from kvfuse.training.data.shapes import to_messages
@@ -99,7 +99,7 @@ def _prompts(
             # A prompt must leave room for the response
             source, _, content = parse(row, number, data)
             chat = _prompt(to_messages(decode(source, content), data.format))
-            length = len(read(chat, model.tokenizer).ids) + sampling.max_new_tokens
+            length = len(tokenize(chat, model.tokenizer).ids) + sampling.max_new_tokens
             Reader.of(model).require_room(length, "prompt and response")
         except ValueError:  # also PromptError
             unusable += 1
