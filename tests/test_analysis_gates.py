@@ -5,7 +5,8 @@ from kvfuse.analysis.gates import draw, run
 from kvfuse.analysis.study import Study
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import AnalysisError
-from kvfuse.fusers.layers import HeadWeights, to_groups
+from kvfuse.fusers.groups import to_groups
+from kvfuse.fusers.layers import HeadWeights
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 

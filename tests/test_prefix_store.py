@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvfuse.cache.kv import KV
-from kvfuse.cache.prefix_cache import USEFUL
+from kvfuse.cache.prefix_cache import MIN_REUSED_TOKENS
 from kvfuse.cache.transformers_cache import read_cache, supports_prefix_reuse
 from kvfuse.checkpoint import save_fuser
 from kvfuse.language_model import LanguageModel
@@ -399,7 +399,7 @@ def test_a_sharer_that_reads_something_else_in_the_same_places(place):
     ids[0, place] += 1
     other = replace(prompt, sharers=(replace(prompt.sharers[0], ids=ids),))
     assert_close(read_cache(kept.prefill(other)), read_cache(pair.prefill(other)))
-    assert kept.store.stats.positions_saved == (place if place > USEFUL else 0)
+    assert kept.store.stats.positions_saved == (place if place > MIN_REUSED_TOKENS else 0)
 
 
 @torch.no_grad()

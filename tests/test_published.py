@@ -108,7 +108,7 @@ REFERENCES = {"c2c": reference_c2c, "c2c-complex": reference_complex}
 
 def test_it_computes_what_the_published_weights_say(fuser, folder):
     mine, theirs = random_kv(fuser)
-    residual = load_fuser(folder)(mine, theirs)
+    residual = load_fuser(folder)(receiver=mine, sharer=theirs)
     reference = REFERENCES[next(kind for kind in KINDS if type(fuser) is FUSERS[kind])]
     for layer, sharer_layer in enumerate(fuser.config.layers):
         state = torch.load(folder / "final" / f"projector_{layer}.pt", weights_only=True)
@@ -145,7 +145,7 @@ def test_a_shared_projector_and_a_checkpoint_folder(fuser, folder):
     assert read.config.layers == [0, 0, 3]
     mine, theirs = random_kv(fuser)
     same = KV(mine.key[:1].expand_as(mine.key), mine.value[:1].expand_as(mine.value))
-    residual = read(same, theirs)
+    residual = read(receiver=same, sharer=theirs)
     assert torch.equal(residual.key[0], residual.key[1]), "both are served by projector 1 and sharer layer 0"
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvfuse.errors import CheckpointError
-from kvfuse.fusers import FUSERS, Fuser
+from kvfuse.fusers import Fuser
+from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
 
@@ -19,7 +20,7 @@ def write_published(fuser: Fuser, folder: Path) -> None:
         CheckpointError: The published format has no such fuser: another kind, or another way to align tokens.
     """
     config = fuser.config
-    cls = next((cls for cls in CLASSES if type(fuser) is FUSERS[cls.kind]), None)
+    cls = next((cls for cls in CLASSES if fuser.config.model_type == PREFIX + cls.kind), None)
     fused = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}.get(
         config.token_alignment
     )
