@@ -1,145 +1,130 @@
 """Who answers what: which knowledge does fusing keep, which does it lose, and what is new?
 
-As in the paper's figures 7 to 10: questions by which of receiver, sharer and Cache-to-Cache are right, and accuracy by category. From the
-predictions of a saved evaluation, or asked live.
+As in the paper's figures 7 to 10: questions by which of receiver, sharer and Cache-to-Cache are right, and accuracy by
+category, from the predictions of a saved evaluation or from the study's own questions.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvfuse.analysis.answering import ask
 from kvfuse.analysis.finding import Finding
+from kvfuse.analysis.saved_runs import read_task
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
-from kvfuse.evaluation.predictions import Prediction, read_run
+from kvfuse.evaluation.predictions import Prediction
 from kvfuse.evaluation.report.figures import categories_height, draw_categories, draw_venn, shares
 from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER
 from kvfuse.evaluation.scoring.metrics import task_figures
-from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
+from kvfuse.evaluation.scoring.task_scores import TaskScores
 from kvfuse.methods import make_method
-from kvfuse.support.plots import COLOURS, name_lines, new_panels, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from kvfuse.support.plots import COLOURS, Axes, Figure, legend_on_top, name_lines, new_panels, stack_bars, styled
 
 KNEW = {RECEIVER: "only the receiver", SHARER: "only the sharer", f"{RECEIVER}+{SHARER}": "both", "": "neither"}
-"""Who has a question right without fusing."""
+"""The models that are right without fusing, in words."""
 
 
 def run(study: Study, predictions: str | None = None, task: str | None = None) -> Finding:
-    """Sort questions by who has them right.
+    """Sort questions by who answers them right.
 
     Args:
         study: A pair with questions and answers, asked where there are no predictions.
-        predictions: The folder of a saved evaluation.
-        task: Which of its tasks to look at; by default the first.
+        predictions: Folder of a saved evaluation.
+        task: Its task to look at; by default the first.
 
     Raises:
-        AnalysisError: There is no such task, or one of the methods has not answered.
+        AnalysisError: There is no such task, or a method has not answered.
         EvaluationError: The folder has no predictions, or damaged ones.
     """
-    scores = _choose(by_task(read_run(predictions).predictions), task) if predictions else _asked(study)
+    scores = read_task(predictions, task) if predictions else _ask(study)
     found = task_figures(scores)
-    if found["overlap"] is None or RECEIVER not in found["overlap"]["methods"]:
+    overlap = found["overlap"]
+    if overlap is None or RECEIVER not in overlap["methods"]:
         raise AnalysisError(
             f"expected answers of {RECEIVER} and {FUSED} to the same items, got {', '.join(found['methods'])}; ask both"
         )
-    methods, regions = found["overlap"]["methods"], found["overlap"]["regions"]
     figures = {
         "task": scores.rows[0].task,
-        "overlap": found["overlap"],
-        "knowledge": knowledge(methods, regions),
-        "methods": {name: found["methods"][name] for name in methods},
+        "overlap": overlap,
+        "knowledge": knowledge(overlap["methods"], overlap["regions"]),
+        "methods": {name: found["methods"][name] for name in overlap["methods"]},
         "categories": found["categories"],
     }
     return Finding(figures, reading(figures), lambda: draw(figures))
 
 
 def knowledge(methods: list[str], regions: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """By who has them right without fusing (keys of :data:`KNEW`), how many questions are right and wrong with it."""
-    kept = [name for name in KNEW if SHARER in methods or SHARER not in name]
-    return {name: {"right": regions[f"{name}+{FUSED}" if name else FUSED], "wrong": regions[name]} for name in kept}
+    """Number of questions that are right and wrong when fused, by who is right without (keys of :data:`KNEW`)."""
+    knowers = [name for name in KNEW if SHARER in methods or SHARER not in name]
+    return {name: {"right": regions[f"{name}+{FUSED}" if name else FUSED], "wrong": regions[name]} for name in knowers}
 
 
-def _choose(tasks: Mapping[str, TaskScores], task: str | None) -> TaskScores:
-    if task is not None and task not in tasks:
-        raise AnalysisError(f"expected a task of {', '.join(tasks)}, got {task!r}; choose one of them")
-    return tasks[task] if task else next(iter(tasks.values()))
-
-
-def _asked(study: Study) -> TaskScores:
-    """The study's questions, answered by all three."""
+def _ask(study: Study) -> TaskScores:
+    """The study's questions, answered by all three methods."""
     answers = {name: ask(study, make_method(name, study.pair)) for name in (RECEIVER, SHARER, FUSED)}
     return TaskScores(
         [
             Prediction(
                 task="questions",
-                item=str(place),
+                item=str(index),
                 method=name,
                 prompt_hash="",
-                answer=some.replies[place],
-                target=str(one.answer),
-                score=float(some.right[place]),
-                group=str(some.groups[place]),
-                category=one.category,
+                answer=answered.replies[index],
+                target=str(question.answer),
+                score=float(answered.right[index]),
+                group=str(answered.groups[index]),
+                category=question.category,
             )
-            for name, some in answers.items()
-            for place, one in enumerate(study.questions)
+            for name, answered in answers.items()
+            for index, question in enumerate(study.questions)
         ]
     )
 
 
 def reading(figures: dict[str, Any]) -> str:
-    """Two sentences: what is kept of each, and what nobody knew."""
-    known = {name: one for name, one in figures["knowledge"].items() if sum(one.values())}
-    told = [f"what {KNEW[name]} had right, {_share(one)}" for name, one in known.items() if name]
-    kept = (
-        f"Fused, the receiver still has right: of {'; of '.join(told)}."
-        if told
-        else "Without fusing, nobody had anything right."
+    """Two sentences: the share kept of each model's knowledge, and the share of new answers."""
+    known = {name: counts for name, counts in figures["knowledge"].items() if sum(counts.values())}
+    kept = [f"what {KNEW[name]} had right, {_share(counts)}" for name, counts in known.items() if name]
+    first = (
+        f"Fused, the receiver still has right: of {'; of '.join(kept)}."
+        if kept
+        else "Without fusing, no answer was right."
     )
-    nobody = known.get("")
-    new = (
-        f"{_share(nobody)} of the {sum(nobody.values()):,.0f} questions that nobody had right"
-        if nobody
-        else "nothing, as nothing was left"
-    )
-    return f"{kept} New is {new}."
+    unknown = known.get("")
+    if unknown is None:
+        return f"{first} New is nothing, as nothing was left."
+    return f"{first} New is {_share(unknown)} of the {sum(unknown.values()):,.0f} questions that no model had right."
 
 
-def _share(one: Mapping[str, float]) -> str:
-    return f"{100 * one['right'] / sum(one.values()):.1f}%"
+def _share(counts: Mapping[str, float]) -> str:
+    return f"{100 * counts['right'] / sum(counts.values()):.1f}%"
 
 
 @styled
-def draw(figures: dict[str, Any]) -> "Figure":
-    """Circles, below them what is kept and lost, below that accuracy by category where there are several."""
+def draw(figures: dict[str, Any]) -> Figure:
+    """Circles; below them what is kept and lost; below that accuracy by category, where there are several."""
     methods = figures["overlap"]["methods"]
     categories = shares(figures["categories"], methods)
-    heights = [
-        3.3,
-        0.6 + 0.4 * len(figures["knowledge"]),
-        *([0.6 + categories_height(categories)] if categories else []),
-    ]
+    heights = [3.3, 0.6 + 0.4 * len(figures["knowledge"])]
+    if categories:
+        heights.append(0.6 + categories_height(categories))
     figure, panels = new_panels(sum(heights) + 0.4, 1, len(heights), height_ratios=heights)
     draw_venn(panels[0], methods, figures["overlap"]["regions"])
     _draw_knowledge(panels[1], figures["knowledge"])
     if categories:
         draw_categories(panels[2], categories, "right answers (%), 95% interval")
-        panels[2].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        legend_on_top(panels[2], 3)
     return figure
 
 
-def _draw_knowledge(axes: "Axes", known: Mapping[str, Mapping[str, float]]) -> None:
-    left = [0.0] * len(known)
-    for how, colour in (("right", COLOURS[2]), ("wrong", COLOURS[5])):
-        counts = [one[how] for one in known.values()]
-        axes.barh(range(len(known)), counts, 0.6, left, color=colour, label=f"{how} when fused")
-        left = [so_far + count for so_far, count in zip(left, counts, strict=True)]
-    for line, one in enumerate(known.values()):
-        axes.text(sum(one.values()), line, f" {_share(one)}" if sum(one.values()) else " none", va="center")
+def _draw_knowledge(axes: Axes, known: Mapping[str, Mapping[str, float]]) -> None:
+    """A bar per group of models, and the share of it that is right when fused."""
+    parts = {f"{outcome} when fused": [counts[outcome] for counts in known.values()] for outcome in ("right", "wrong")}
+    stack_bars(axes, parts, 0.6, (COLOURS[2], COLOURS[5]))
+    totals = [sum(counts.values()) for counts in known.values()]
+    for line, (counts, total) in enumerate(zip(known.values(), totals, strict=True)):
+        axes.text(total, line, f" {_share(counts)}" if total else " none", va="center")
     name_lines(axes, [KNEW[name] for name in known])
-    axes.set_xlim(0, 1.2 * max(*left, 1))
+    axes.set_xlim(0, 1.2 * max(*totals, 1))
     axes.set_xlabel("questions, by who has them right without fusing")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    legend_on_top(axes, 2)
