@@ -68,6 +68,7 @@ def mixed_text(size: int, seed: int = 0) -> str:
 def alignment_rows(text: str, receiver: Any, sharer: Any, strategy: str, repeats: int) -> Iterator[Row]:
     """The quickest of ``repeats`` runs: seconds within the tokenizers, and in alignment besides."""
     align(text[:100], receiver, [(sharer, strategy)])  # builds the table of re-encoding
+    # alignment tokenizes too: its own time is the rest
     tokenizing, aligning = [], []
     for _ in range(repeats):
         receiver.seconds = sharer.seconds = 0.0

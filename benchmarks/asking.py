@@ -38,7 +38,7 @@ def greedy(new: int) -> dict[str, Any]:
 @torch.no_grad()
 def generate(model: LanguageModel, ids: Tensor, new: int, **options: Any) -> Tensor:
     """Run transformers' own ``generate`` as its users call it."""
-    ids = ids.to(model.model.device)
+    ids = ids.to(model.model.device)  # (B, T)
     return model.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **greedy(new), **options)
 
 
@@ -56,6 +56,7 @@ class PhasedAnswer:
     def __call__(self) -> float:
         with measured() as stopwatch:
             taken = timed(self.case.pair.answer, self.case.prompt, [self.fuser], **greedy(1))
+        # the stopwatch has more phases; an answer of one token has no decode
         for name in PHASES:
             self.phases[name].append(stopwatch.seconds[name])
         return taken
@@ -97,11 +98,13 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
     and the receiver reads this request and the hint as two turns before the question.
     """
     pair, prompt = case.pair, case.prompt
+    # 1) All candidates take turns.
     fusers = {"C2C": pair.fusers[0], "C2C, low-rank": case.low_rank, "C2C, int8": quantize(pair.fusers[0], "int8")}
     runs = {"receiver alone": partial(timed, generate, pair.receiver, prompt.ids, NEW_TOKENS)}
     runs |= {name: partial(timed, pair.answer, prompt, [fuser], **greedy(NEW_TOKENS)) for name, fuser in fusers.items()}
     runs["text-to-text"] = partial(timed, _text_to_text, case)
     taken = in_turns(runs, case.repeats)
+    # 2) Seconds, and ratios to text-to-text and to the receiver alone.
     for name, seconds in taken.items():
         yield case.timed_row(f"{NEW_TOKENS} tokens, {name}", seconds, "s")
     figure = f"C2C to {NEW_TOKENS} tokens"
@@ -112,7 +115,7 @@ def end_to_end_rows(case: Case) -> Iterator[Row]:
 
 
 def _text_to_text(case: Case) -> Tensor:
-    question = case.prompt.ids
+    question = case.prompt.ids  # (B, T); its first ids stand for the words of the request
     asked = torch.cat([question[:, :REQUEST_TOKENS], question], dim=1)
     with_hint = generate(case.pair.sharers[0], asked, HINT_TOKENS).cpu()
     return generate(case.pair.receiver, torch.cat([with_hint, question], dim=1), NEW_TOKENS)

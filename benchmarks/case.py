@@ -88,5 +88,6 @@ class Case:
         return spread_row(figure, str(self), values, self._bar(figure), unit)
 
     def _bar(self, figure: str) -> float | None:
+        # bars hold for one prompt at true shapes only
         bars = BARS if self.pair.receiver.model.device.type == "cpu" else GPU_BARS
         return bars.get(figure, {}).get(self.tokens) if (self.shapes, self.batch) == ("true", 1) else None

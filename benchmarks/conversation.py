@@ -35,11 +35,13 @@ def conversation_rows(shapes: str, turns: int, repeats: int) -> Iterator[Row]:
     pair = random_pair(shapes)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 300, (1, FIRST_TOKENS + TOKENS_PER_TURN * (turns - 1)), generator=generator)
+    # every turn, then the last one again
     lengths = [*range(FIRST_TOKENS, ids.shape[1] + 1, TOKENS_PER_TURN), ids.shape[1]]
     stores = [PrefixStore() for _ in range(repeats)]
     seconds_to_first_token(pair, ids)  # warm-up
     for turn, length in enumerate(lengths):
         without, kept = [], []
+        # each round is one conversation: its store fills up turn by turn
         for store in stores:
             pair.store = None
             without.append(seconds_to_first_token(pair, ids[:, :length]))

@@ -59,6 +59,7 @@ def decode_rows(case: Case) -> Iterator[Row]:
 
 def _seconds_per_token(decode: Callable[..., Any], cache: Cache) -> float:
     """Median over the tokens of a turn without the first, which copies the whole cache."""
+    # the cache is copied, since decoding appends to it
     clock = TokenClock()
     decode(copy.deepcopy(cache), stopping_criteria=StoppingCriteriaList([clock]))
     return statistics.median(end - start for start, end in pairwise(clock.ends))

@@ -29,12 +29,13 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def _draw_ratios(axes: Axes, ratios: Sequence[Row]) -> None:
     """One line per ratio: blue within its bar, orange beyond it, with the least and the most of all rounds."""
-    for line, found in enumerate(ratios):
+    for line, found in enumerate(ratios):  # line 0 is on top
         value, bar = float(found["value"]), float(found["bar"])
         low, high = (float(found.get(end, value)) for end in ("low", "high"))
         axes.barh(line, value, 0.6, color=COLOURS[0] if value <= bar else COLOURS[1])
         axes.plot([low, high], [line, line], color=INK, linewidth=1)
         axes.plot([bar, bar], [line - 0.4, line + 0.4], color=INK, linewidth=2.5)
+        # the number, to the right of everything else on its line
         end = max(high, bar), line
         axes.annotate(f"{value:.2f}", end, (6, 0), textcoords="offset points", va="center", fontsize=9)
     name_lines(axes, [f"{found['figure']}\n{found['setting']}" for found in ratios])
@@ -47,6 +48,7 @@ def _draw_ratios(axes: Axes, ratios: Sequence[Row]) -> None:
 def _draw_stacks(axes: Axes, shapes: str, stacks: Stacks) -> None:
     """One line per length of prompt, with a mark where the receiver alone has its first token."""
     stack_bars(axes, {figure: [stack[figure] for stack in stacks.values()] for figure in PHASES.values()}, 0.5)
+    # the receiver alone is a mark, not a phase
     alone = [stack[RECEIVER] for stack in stacks.values()]
     axes.plot(alone, range(len(alone)), "|", color=INK, markersize=24, markeredgewidth=2.5, label="receiver alone")
     name_lines(axes, [f"{shapes}, {tokens:,} tokens" for tokens in stacks])
@@ -70,7 +72,7 @@ def _stacks(rows: Sequence[Row]) -> tuple[str, Stacks]:
     pairs: dict[str, Stacks] = {"": {}}
     for found in rows:
         if found["figure"] in wanted and (case := SETTING.fullmatch(found["setting"])):
-            tokens = int(case[2])
+            tokens = int(case[2])  # prompts of all lengths share the axis
             pairs.setdefault(case[1], {}).setdefault(tokens, {})[found["figure"]] = 1e3 * found["value"] / tokens
     shapes, stacks = list(pairs.items())[-1]
     return shapes, dict(sorted(stacks.items()))

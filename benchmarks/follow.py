@@ -38,12 +38,14 @@ def pairs(own_tokenizer: bool) -> list[CacheToCache]:
 @torch.no_grad()
 def seconds_per_token(pair: CacheToCache, prompt: AlignedPrompt, fusers: Sequence[nn.Module] | None = None) -> float:
     """Returns the mean time of all tokens but the first; ``fusers`` as in :meth:`CacheToCache.answer`."""
+    # the first token includes the prefill
     first, all_of_them = (timed(pair.answer, prompt, fusers, **greedy(new)) for new in (1, 1 + NEW_TOKENS))
     return (all_of_them - first) / NEW_TOKENS
 
 
 def follow_rows(length: int, own_tokenizer: bool) -> Iterator[Row]:
     """The receiver alone, over a fused prompt, and with its response fused."""
+    # the same prompt for all: alignment does not depend on the fuser
     prompt_only, with_response = pairs(own_tokenizer)
     prompt = stack([prompt_only.align(text_of(prompt_only.receiver.tokenizer, length))])
     setting = f"{'two tokenizers' if own_tokenizer else 'one tokenizer'}, {length} tokens"

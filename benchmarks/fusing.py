@@ -33,7 +33,8 @@ def bare_products(case: Case) -> Runs:
     """Returns the matrix products of the pair's fuser and nothing else, in two ways; the quicker one counts."""
     weights = grouped_weights(case.pair.fusers[0])
     groups, inputs, _ = weights[0].shape
-    x = torch.randn(groups, case.fused_tokens, inputs).to(weights[0])
+    # all fused tokens in one batch, as the fuser sees them
+    x = torch.randn(groups, case.fused_tokens, inputs).to(weights[0])  # (G, N, in)
     return {
         "bare products, F.linear": partial(timed, _by_group, x, weights),
         "bare products, bmm": partial(timed, _chain, x, weights, torch.bmm),
@@ -72,6 +73,7 @@ def fuse_rows(case: Case) -> Iterator[Row]:
 @torch.no_grad()
 def growth_rows(case: Case) -> Iterator[Row]:
     """Time to fuse a token of a long prompt against a token of a short one."""
+    # both lengths take turns, so that they meet the same machine
     cases = {str(tokens): replace(case, tokens=tokens) for tokens in (SHORT_TOKENS, case.tokens)}
     taken = in_turns({tokens: partial(_seconds_per_token, one) for tokens, one in cases.items()}, case.repeats)
     for tokens, seconds in taken.items():

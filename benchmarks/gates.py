@@ -107,6 +107,7 @@ def run(recipe: Recipe, questions: list[Question], knew: Any) -> dict[str, Any]:
 
 def summary(name: str, runs: list[dict[str, Any]]) -> str:
     """Returns a variant's row of the table: mean and range over seeds."""
+    # losses at three of the measured steps, then accuracies, then open gates
     points = list(runs[0]["bits"])
     half, end = points[len(points) // 2 - 1], points[-1]
     gates = [sum(map(sum, one["open"].values())) for one in runs]
@@ -135,6 +136,7 @@ def main(
     known = f"of which the receiver alone has {int(knew.sum())} right"
     typer.echo(f"{len(questions)} questions about validation places, {known}; {steps} steps")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants or VARIANTS}
+    # seed by seed, so that an early end leaves all variants equally often measured
     for seed in seeds or SEEDS:
         for name in runs:
             words = [f"train.steps={steps}", f"train.save_steps={steps}", f"train.seed={seed}", *VARIANTS[name]]

@@ -34,10 +34,12 @@ def gpu_fuse_rows(case: Case) -> Iterator[Row]:
         "fuse, queued behind other work": partial(_seconds_queued, case),
     }
     taken = _warm_turns(case, runs)
+    # 1) Times, and the first and last of them over the least possible.
     for name, seconds in taken.items():
         yield case.timed_row(name, milliseconds(seconds), "ms")
     for name in ("fuse", "fuse, queued behind other work"):
         yield case.timed_row(f"{name} / roofline", _over_roofline(case, taken[name]), "x")
+    # 2) Launches and copies, which bound short prompts.
     names = _event_names(case)
     yield case.row("kernel launches of a fuse", sum(name.startswith(LAUNCHES) for name in names), "launches")
     yield case.row("device-to-host copies of a fuse", sum(COPY in name for name in names), "copies")
@@ -49,6 +51,7 @@ def _seconds_queued(case: Case) -> float:
     caches = case.new_caches()
     busy = torch.empty(BUSY_SIDE, BUSY_SIDE, dtype=model.dtype, device=model.device).normal_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # the device is busy while the host queues the fuse
     for _ in range(BUSY_PRODUCTS):
         torch.mm(busy, busy)
     start.record()
@@ -66,6 +69,7 @@ def _over_roofline(case: Case, taken: list[float]) -> list[float]:
 def _event_names(case: Case) -> list[str]:
     """Names of all host calls and device activities in one fuse."""
     caches = case.new_caches()
+    # nothing older may still be running
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         fuse(case, caches)
@@ -108,6 +112,7 @@ def _prefill_rows(case: Case) -> Iterator[Row]:
         ("receiver", case.pair.receiver.model, prompt.ids, prompt.positions),
         ("sharer", case.pair.sharers[0].model, reads.ids, reads.positions),
     ):
+        # the first call records the graph
         inputs = model, ids, torch.ones_like(ids), positions
         runs = {"": partial(timed, case.pair.prefiller, *inputs), ", captured": partial(timed, captured, *inputs)}
         yield case.row(f"{name} prefill, captured, recording", 1e3 * runs[", captured"](), "ms")
@@ -127,6 +132,7 @@ def static_rows(case: Case) -> Iterator[Row]:
         "C2C, static": partial(timed, pair.answer, case.prompt, **options, **static),
         "C2C, static, captured": partial(timed, _captured(pair).answer, case.prompt, **options, **static),
     }
+    # the first answer compiles the receiver
     for name in ("receiver, static", "C2C, static"):
         yield case.row(f"{ANSWER_TOKENS} tokens, {name}, first time", runs[name](), "s")
     for name, seconds in _warm_turns(case, runs).items():

@@ -18,7 +18,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt
 
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-COPIED_BYTES, TRIES = 2**28, 5  # more than any processor's cache holds
+COPIED_BYTES, TRIES = 2**28, 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Work:
     def of_fusing(cls, pair: CacheToCache, prompt: AlignedPrompt) -> Self:
         """Returns the work of one fuse of a batch by the pair's first fuser."""
         tokens = prompt.ids.numel() - len(prompt.ids)  # the last of each row is not fused
+        # bytes: the receiver's tokens both ways, the sharer's one way, weights once
         read_and_written = 2 * tokens * token_bytes(pair.receiver)
         read = prompt.sharers[0].ids.numel() * token_bytes(pair.sharers[0])
         flops = sum(2 * tokens * weight.numel() for weight in grouped_weights(pair.fusers[0]))
@@ -59,6 +60,7 @@ class Machine:
     def measured(cls, like: Tensor) -> Self:
         """Returns the speeds on a tensor's device, in its dtype."""
         products = [found for side in SIDES[like.device.type] for found in _products(like, side)]
+        # a copy too large for any processor's cache
         source = like.new_empty(COPIED_BYTES // like.itemsize).zero_()
         target = torch.empty_like(source)
         seconds = min(timed(target.copy_, source) for _ in range(TRIES))

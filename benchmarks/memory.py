@@ -30,9 +30,11 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # what comes in is older, also where an operation returns it
         before = {
             tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs or {})) if isinstance(tensor, Tensor)
         }
+        # count what is new in the result
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
@@ -68,6 +70,7 @@ def memory_rows(case: Case) -> Iterator[Row]:
     caches = case.fused_tokens * token_bytes(pair.receiver)  # the receiver's leaves the last position out
     for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True):
         caches += reads.ids.numel() * token_bytes(sharer)
+    # everything that the prefill allocates, caches included
     made = peak_bytes(partial(pair.prefill, prompt))
     yield case.row("models and fuser", static / 2**20, "MiB")
     yield case.row("caches of a prompt", caches / 2**20, "MiB")

@@ -24,6 +24,7 @@ SIZES = (
     "head_dim",
     "vocab_size",
 )
+# columns as in SIZES
 QWEN3_0_6B = dict(zip(SIZES, (1024, 3072, 28, 16, 8, 128, 151936), strict=True))
 QWEN2_5_0_5B = dict(zip(SIZES, (896, 4864, 24, 14, 2, 64, 151936), strict=True))
 MID_RECEIVER = dict(zip(SIZES, (512, 1536, 12, 8, 4, 64, 32000), strict=True))
@@ -85,6 +86,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
 def random_caches(pair: CacheToCache, prompt: AlignedPrompt) -> ModelCaches:
     """Returns random caches of the shapes that :meth:`CacheToCache.read` returns, at once."""
     batch, tokens = prompt.ids.shape
+    # sharers read the last prompt token too, the receiver does not
     sharers = [
         _random_cache(sharer, batch, reads.ids.shape[1])
         for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True)

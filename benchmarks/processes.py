@@ -35,12 +35,14 @@ def tokens_per_second(shapes: str, batch: int, steps: int) -> float:
         trainer = FuserTrainer(random_pair(shapes), train, rows, Path(folder, "checkpoints"), quiet=True)
         trainer.add_callback(clock)
         trainer.resume()
+    # the median step, without the first, which sets up the processes
     seconds = statistics.median(end - start for start, end in pairwise(clock.steps))
     return batch * TOKENS * group.num_processes / seconds
 
 
 def launch(num_processes: int, shapes: str, batch: int, steps: int) -> float:
     """Returns :func:`tokens_per_second` of several processes."""
+    # this module again, as a worker in every process
     torchrun = f"-m torch.distributed.run --nproc-per-node {num_processes} -m benchmarks.processes"
     options = f"--shapes {shapes} --batch {batch} --steps {steps} --worker"
     command = [sys.executable, *torchrun.split(), *options.split()]
@@ -65,6 +67,7 @@ def main(
         if processes().is_main_process:
             print(speed)
         return
+    # one process is launched too, so that both runs pay for the launcher
     one, two = (launch(num_processes, shapes, batch, steps) for num_processes in (1, 2))
     setting = f"{shapes}, batch {batch} a process"
     rows = [

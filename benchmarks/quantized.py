@@ -73,11 +73,13 @@ def answer_rows(folders: Sequence[Path]) -> Iterator[Row]:
 
 def residual_rows() -> Iterator[Row]:
     """The relative error of the residual in a few layers, and the size of all layers."""
+    # 1) Errors, at true widths but few layers: the error does not depend on their number.
     small, inputs = true_fuser(RESIDUAL_LAYERS), caches(RESIDUAL_LAYERS, 256)
     residuals = {name: _flat(fuser(**inputs)) for name, fuser in variants(small).items()}
     for name in FORMATS:
         error = float((residuals[name] - residuals[FULL]).norm() / residuals[FULL].norm())
         yield row(f"{name}: residual off by", f"true widths, {RESIDUAL_LAYERS} layers", 100 * error, None, "%")
+    # 2) Sizes of all layers, without allocating them.
     for name in (FULL, *FORMATS):
         with torch.device("meta"):
             whole = type(small)(type(small.config)(**_shapes(ALL_LAYERS), weights=name)).to(torch.bfloat16)
@@ -113,6 +115,7 @@ def caches(layers: int, tokens: int) -> dict[str, KV]:
 
 
 def _specs(layers: int) -> dict[str, KVSpec]:
+    # layers beyond the sharer's read its last ones
     depths = {"receiver": layers, "sharer": min(layers, QWEN2_5_0_5B["num_hidden_layers"])}
     sizes = {"receiver": QWEN3_0_6B, "sharer": QWEN2_5_0_5B}
     return {

@@ -26,6 +26,7 @@ def spread_row(figure: str, setting: str, values: Sequence[float], bar: float | 
 
 def report(rows: Iterable[Row], json_file: Path | None = None) -> list[Row]:
     """Print rows as they come, and rewrite the file after each, so that a run that dies leaves what it has measured."""
+    # the whole file each time: rows are few, runs are long
     kept = []
     for found in rows:
         kept.append(found)
@@ -53,4 +54,5 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def _range(found: Row) -> str:
+    # single measurements have no range
     return f"{found['low']:.3g}-{found['high']:.3g}" if found.get("low") != found.get("high") else ""

@@ -87,6 +87,7 @@ def measure(plan: Sequence[Planned], build: Callable[[str], CacheToCache] = buil
     machine: Machine | None = None
     for shapes, cases in groupby(plan, lambda planned: planned.shapes):
         pair = build(shapes)
+        # peak speeds once per run, in the dtype of the fuser
         if machine is None:
             weight = grouped_weights(pair.fusers[0])[0]
             machine = Machine.measured(weight)

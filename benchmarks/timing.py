@@ -14,7 +14,7 @@ Runs = Mapping[str, Callable[[], float]]
 
 def timed(work: Callable[..., Any], *args: Any, **options: Any) -> float:
     """Returns the seconds of one call; its arguments are made before the clock starts."""
-    synchronize()
+    synchronize()  # a GPU may still be working
     start = time.perf_counter()
     work(*args, **options)
     synchronize()

@@ -47,6 +47,7 @@ def random_example(seed: int = 0, tokens: int = TOKENS, response: int = RESPONSE
     length = tokens - response
     text = RenderedPrompt("", (), (), templated=False)
     tokenized = TokenizedPrompt(ids[:length], np.zeros((length, 2), dtype=np.int64), text, 0, np.arange(length))
+    # the last prompt token is never fused
     fusable = np.arange(length) < length - 1
     return EncodedExample(AlignedRow(tokenized, fusable, ((tokenized, np.arange(length)),)), ids[length:])
 
@@ -62,10 +63,11 @@ class Step:
     def __init__(self, pair: CacheToCache, batch: TrainingBatch) -> None:
         self.pair, self.batch, self.fuser = pair, batch, pair.fusers[0].train()
         self.optimizer = torch.optim.AdamW(self.fuser.parameters(), lr=1e-6, fused=True)
+        # the fuser's inputs, for timing it by itself
         with torch.no_grad():
             caches = pair.read(batch.prompt)
         self.receiver, sharer = read_cache(caches.receiver), read_cache(caches.sharers[0])
-        fused = self.receiver.key.shape[3]
+        fused = self.receiver.key.shape[3]  # all positions but the last
         self.sharer = KV(sharer.key[..., :fused, :], sharer.value[..., :fused, :])
         self.gradient = [torch.randn_like(part) for part in (self.receiver.key, self.receiver.value)]
         self.whole()  # creates the optimizer's state
@@ -109,6 +111,7 @@ class Step:
         torch.autograd.backward([residual.key, residual.value], self.gradient)
 
     def _respond(self) -> None:
+        # gradients end at the fused cache
         prefix = KV(*(part.detach().requires_grad_() for part in (self.receiver.key, self.receiver.value)))
         inputs = {"labels": self.batch.labels, "use_cache": False, CACHE: cache_of(prefix)}
         self.pair.receiver.model(self.batch.tail.ids, **inputs).loss.backward()
@@ -128,11 +131,13 @@ def step_rows(step: Step, setting: str, repeats: int) -> Iterator[Row]:
         **parts,
     }
     taken = in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats)
+    # times, each round against its own parts
     bare = total(*(taken[name] for name in parts))
     yield spread_row("step / bare parts", setting, ratio(taken["step"], bare), 1.15, "x")
     yield spread_row("step with recomputation / bare parts", setting, ratio(taken["recomputed"], bare), None, "x")
     for name, seconds in taken.items():
         yield spread_row(name, setting, seconds, None, "s")
+    # memory
     plain, recomputed = (peak_bytes(partial(step.learn, recompute)) for recompute in (False, True))
     yield row("memory", setting, plain / 2**20, None, "MiB")
     yield row("memory with recomputation / without", setting, recomputed / plain, 0.45, "x")
@@ -149,6 +154,7 @@ def equality_rows(step: Step, setting: str) -> Iterator[Row]:
         torch.manual_seed(0)
         losses.append(float(step.learn(recompute)))
         gradients.append([weight.grad.clone() for weight in step.fuser.parameters() if weight.grad is not None])
+    # relative to each weight's largest gradient
     differences = (
         float((recomputed - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
         for plain, recomputed in zip(*gradients, strict=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfuse.analysis.lens import ORDERS, by_layer, final_norm, look, most_needed, run
+from kvfuse.analysis.lens import ORDERS, _wanted, by_layer, final_norm, look, most_needed, run
 from kvfuse.analysis.readout import read
 from kvfuse.analysis.study import Study
 
@@ -20,7 +20,7 @@ def test_none_fused_is_alone_and_all_fused_is_fused(family):
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "gpt_neox"])
 def test_the_lens_after_the_last_layer_is_the_model(family):
-    """Its last hidden state is normed already, so the one before it is run through the last layer by hand, by a hook."""
+    """Its last hidden state is normed already, so the one before it is run through the last layer by a hook."""
     study = Study.tiny(family)
     model, heard = study.pair.receiver.model, []
     batch = read(study.pair, study.questions[:1])
@@ -30,7 +30,7 @@ def test_the_lens_after_the_last_layer_is_the_model(family):
     logits = batch.first_logits(batch.fused)
     hook.remove()
     torch.testing.assert_close(heard[-1], logits)
-    (wanted,) = batch.first_answer_ids().tolist()
+    wanted = _wanted(batch)
     assert by_layer(batch, batch.fused, wanted)[-1] == pytest.approx(float(logits.softmax(-1)[0, wanted]))
 
 
@@ -49,6 +49,15 @@ def test_most_needed_counts_prompts():
         {"lost": [0.3, 0], "tokens": ["a", "b"]},
     ]
     assert most_needed(looks) == {"token": "b", "share": pytest.approx(2 / 3), "lost": pytest.approx(0.3)}
+
+
+def test_the_wanted_token_begins_the_right_answer_or_what_the_receiver_says():
+    study = Study.tiny()
+    known = study.questions[0]
+    said, first = (_wanted(read(study.pair, [one])) for one in (type(known)(known.prompt), known))
+    batch = read(study.pair, [known])
+    assert first == study.pair.receiver.tokenizer(known.answer, add_special_tokens=False).input_ids[0]
+    assert said == int(batch.first_logits(batch.fused).argmax()) != first
 
 
 def test_a_question_without_an_answer_is_looked_at_too():

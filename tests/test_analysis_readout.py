@@ -68,14 +68,6 @@ def test_answers_score_right_where_the_method_replies_with_them():
         assert 0 < right.mean() < 1
 
 
-def test_the_first_answer_id_is_of_the_right_answer_or_what_the_receiver_says(study):
-    known, unknown = study.questions[0], type(study.questions[0])(study.questions[0].prompt)
-    batch = read(study.pair, [known, unknown])
-    first, said = batch.first_answer_ids().tolist()
-    assert first == study.pair.receiver.tokenizer(known.answer, add_special_tokens=False).input_ids[0]
-    assert said == int(batch.first_logits(batch.fused)[1].argmax()) != first
-
-
 def test_roles_tell_template_and_message_apart(study):
     tokenized = study.pair.align([{"role": "user", "content": "Oslo"}]).receiver
     names = [ROLES[role] for role in roles(tokenized)]

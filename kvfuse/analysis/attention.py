@@ -15,7 +15,7 @@ from kvfuse.analysis.readout import ROLES, WAYS, ReadBatch, eager_attention, pad
 from kvfuse.analysis.study import Study
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
-from kvfuse.support.plots import INK, Figure, legend_above, name_columns, name_lines, new_panels, stack_bars, styled
+from kvfuse.support import plots
 
 
 def run(study: Study, questions: int = 96) -> Finding:
@@ -74,28 +74,28 @@ def reading(figures: dict[str, Any]) -> str:
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Above, attention by role in each layer, alone and fused; below, token by token in one prompt."""
     layers, example = figures["layers"], figures["example"]
     lines = [(layer, way) for layer in range(len(layers)) for way in WAYS]
     names = [f"layer {layer}, {way}" for layer, way in lines]
-    figure, (bars, grid) = new_panels(2.6 + 0.5 * len(lines), rows=2)
+    figure, (bars, grid) = plots.new_panels(2.6 + 0.5 * len(lines), rows=2)
     # 1) Bars by role.
     shares = {role: [100 * layers[layer][way][role] for layer, way in lines] for role in ROLES}
-    legend_above(figure, stack_bars(bars, shares, 0.72))
-    name_lines(bars, names)
+    plots.legend_above(figure, plots.stack_bars(bars, shares, 0.72))
+    plots.name_lines(bars, names)
     bars.set(xlim=(0, 100), xlabel="attention of the last prompt token (%), mean over heads and questions")
     # 2) The example as a map of lines by tokens.
     percent = [[100 * share for share in example[way][layer]] for layer, way in lines]
     image = grid.imshow(percent, cmap="cividis", aspect="auto", vmin=0)
     grid.set_yticks(range(len(lines)), names)
-    name_columns(grid, example["tokens"])
+    plots.name_columns(grid, example["tokens"])
     grid.set_xlabel("tokens of one prompt, in order (· space, ⏎ line break)")
     figure.colorbar(image, ax=grid, label="attention (%)", pad=0.01)
     # 3) A line between layers.
     for layer in range(1, len(layers)):
-        bars.axhline(2 * layer - 0.5, color=INK, linewidth=0.4)
+        bars.axhline(2 * layer - 0.5, color=plots.INK, linewidth=0.4)
         grid.axhline(2 * layer - 0.5, color="white", linewidth=1.5)
     return figure
 

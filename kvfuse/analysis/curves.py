@@ -35,6 +35,7 @@ def curves(
     figure, panels = new_panels(4.2, 2)
     handles: list[Any] = []
     for axes, (measure, interval, scale, label) in zip(panels, MEASURES, strict=True):
+        # scale values and both ends of their intervals
         points = {
             name: [
                 (x, scale * found[measure], [scale * end for end in found[interval]])
@@ -43,6 +44,7 @@ def curves(
             for name, (positions, measured) in series.items()
         }
         handles = list(draw_curves(axes, points, joined=joined).values())
+        # references have no interval
         for (name, found), dashes in zip((levels or {}).items(), cycle(LEVEL_DASHES), strict=False):
             handles.append(axes.axhline(scale * found[measure], color=INK, linewidth=1.2, linestyle=dashes, label=name))
         axes.set(xlabel=axis, ylabel=label)
@@ -71,6 +73,7 @@ def draw_curves(
         x, values, intervals = (np.array(column, dtype=float) for column in zip(*points, strict=True))
         low, high = intervals.T
         line = f"-{marker}" if joined and len(x) > 1 else marker
+        # matplotlib wants distances from the value, down and up
         errors = [values - low, high - values]
         handles[name] = axes.errorbar(x, values, errors, fmt=line, color=colour, elinewidth=1, label=name)
     axes.margins(x=0.08)

@@ -32,6 +32,7 @@ MIN_COVERAGE = 0.9
 """Share of the messages' characters that both models must read."""
 MIN_FUSED = 0.5
 """Share of the receiver's tokens that must be fused, where all may be."""
+NOT_FINITE = "weights that are no numbers"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of logits, relative to the largest: the same sums in another order."""
 
@@ -49,6 +50,9 @@ class Check:
     name: str
     seen: str
     well: bool = True
+
+
+Part = Callable[[CacheToCache, Sequence[Prompt]], Iterator[Check]]
 
 
 def sample_of(fuser: Sequence[str] = (), receiver: str | None = None, sharer: Sequence[str] = ()) -> Study:
@@ -93,28 +97,24 @@ def verdict(checks: Sequence[Check]) -> str:
     return f"wrong: {', '.join(wrong)}" if wrong else f"all {len(checks)} checks passed"
 
 
-@torch.no_grad()
-def _run(
-    part: Callable[[CacheToCache, Sequence[Prompt]], Iterator[Check]], pair: CacheToCache, prompts: Sequence[Prompt]
-) -> list[Check]:
+def _run(part: Part, pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     """The checks of a part; an error that kvfuse raises is a failed check."""
-    checks = []
     try:
-        for check in part(pair, prompts):
-            checks.append(check)
+        with torch.no_grad():
+            yield from part(pair, prompts)
     except KVFuseError as error:
-        checks.append(Check(part.__name__.strip("_").replace("_", " "), str(error), well=False))
-    return checks
+        yield Check(part.__name__.strip("_").replace("_", " "), str(error), well=False)
 
 
 def _models(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     """Sizes, finite weights and tokenizers."""
     models = _models_by_name(pair)
     for name, model in models.items():
-        size = f"{model.kv_spec}, {_count(model.model):,} parameters, {model.identity.dtype}"
+        size = f"{model.kv_spec}, {model.model.num_parameters():,} parameters, {model.identity.dtype}"
         seen = f"{model.name}: {size}, context {model.context or 'not told'}"
         finite = _is_finite(model.model)
-        yield Check(name, seen if finite else f"{seen}; weights that are no numbers", finite)
+        yield Check(name, seen if finite else f"{seen}; {NOT_FINITE}", finite)
+    # different tokenizers are no fault: the alignment is checked below
     receiver = models.pop("receiver")
     for name, sharer in models.items():
         same = "the same as" if sharer.identity.tokenizer == receiver.identity.tokenizer else "another than"
@@ -127,10 +127,11 @@ def _fusers(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     for number, fuser in enumerate(pair.fusers):
         config = fuser.config
         kind = config.model_type.removeprefix("kvfuse-") + ("" if config.weights == "full" else f" as {config.weights}")
-        seen = f"{kind}, {_count(fuser):,} parameters, trained for these two models; layers {config.layers}"
+        seen = f"{kind}, {fuser.num_parameters():,} parameters, trained for these two models; layers {config.layers}"
         finite = _is_finite(fuser)
-        problem = "weights that are no numbers; train or download it again"
+        problem = f"{NOT_FINITE}; train or download it again"
         yield Check(_numbered("fuser", pair, number), seen if finite else problem, finite)
+        # with every gate closed the pair is the receiver
         gates = fuser.open_gates().values()
         is_open = not gates or any(bool(gate.any()) for gate in gates)
         seen = describe_gates(fuser) + ("" if is_open else " Nothing is fused; train it longer.")
@@ -141,13 +142,12 @@ def _alignment(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]
     """Enough tokens are fused, and enough of the messages is read by both models."""
     for number, (sharer, fuser) in enumerate(zip(pair.sharers, pair.fusers, strict=True)):
         strategy, fuse = fuser.config.token_alignment, fuser.config.fuse
+        # shares over all prompts: of tokens, then of characters
         views = [view(prompt, pair.receiver.tokenizer, sharer.tokenizer, strategy, fuse) for prompt in prompts]
         fused = sum(int((one.reads >= 0).sum()) for one in views) / sum(len(one.reads) for one in views)
         kept = sum(int(one.kept.sum()) for one in views) / max(1, sum(len(one.kept) for one in views))
-        seen = (
-            f"{strategy}: {fused:.1%} of the receiver's tokens are fused, "
-            f"{kept:.1%} of the messages' characters are read by both"
-        )
+        tokens = f"{fused:.1%} of the receiver's tokens are fused"
+        seen = f"{strategy}: {tokens}, {kept:.1%} of the messages' characters are read by both"
         well = kept >= MIN_COVERAGE and (fused >= MIN_FUSED or fuse == "messages")
         yield Check(_numbered("alignment", pair, number), seen if well else f"{seen}; see 'kvfuse align'", well)
 
@@ -158,6 +158,7 @@ def _closed_gates(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Che
     equal, difference, largest = 0, 0.0, 1e-9
     for same, logits, own in (_answer(pair, prompt, closed) for prompt in prompts):
         equal += same
+        # answers of different lengths are unequal anyway
         if logits.shape == own.shape:
             difference = max(difference, float((logits - own).abs().max()))
             largest = max(largest, float(own.abs().max()))
@@ -185,8 +186,9 @@ def _costs(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     caches = sum(map(_bytes_per_token, models))
     seen = f"{_size(held)} of weights; {_size(caches)} of caches for each prompt token, all models together"
     yield Check("memory", seen)
+    # the time of a short answer, by phase
     batch = stack([pair.align(prompts[0])])
-    pair.answer(batch, **GREEDY)  # the first is slow
+    pair.answer(batch, **GREEDY)  # warm-up
     start = time.perf_counter()
     with measured() as stopwatch:
         pair.answer(batch, **GREEDY)
@@ -204,7 +206,7 @@ def _answer(
     Returns:
         Whether the tokens of both are equal, and the logits that chose each answer, ``(new, V)`` float32.
     """
-    batch = stack([pair.align(prompt)])
+    batch = stack([pair.align(prompt)])  # (1, T)
     fused, alone = pair.answer(batch, fusers, **GREEDY), pair.decode(batch, None, **GREEDY)
     logits, own = (torch.cat(out.logits).float().cpu() for out in (fused, alone))
     return torch.equal(fused.sequences, alone.sequences), logits, own
@@ -217,10 +219,6 @@ def _models_by_name(pair: CacheToCache) -> dict[str, LanguageModel]:
 
 def _numbered(name: str, pair: CacheToCache, number: int) -> str:
     return name if len(pair.sharers) == 1 else f"{name} {number}"
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_finite(module: nn.Module) -> bool:

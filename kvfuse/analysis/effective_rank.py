@@ -16,7 +16,7 @@ from kvfuse.analysis.readout import ReadBatch, read_batches
 from kvfuse.analysis.study import Study
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.fusers.layers import to_groups
-from kvfuse.support.plots import DASHED, LOOKS, Figure, count_whole, legend_above, new_panels, styled
+from kvfuse.support import plots
 
 PARTS = {"keys": "key", "values": "value"}
 """Name in the figures -> attribute of :class:`kvfuse.cache.transformers_cache.KV`."""
@@ -34,6 +34,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
         ``(...)``: between 1 for a single direction and ``n`` for n equal ones; 0 where all are zero.
     """
     total = singular_values.sum(-1, keepdim=True)
+    # the entropy of no direction at all is undefined: such a matrix has rank 0
     shares = singular_values / total.clamp(min=torch.finfo(singular_values.dtype).tiny)
     return torch.where(total.squeeze(-1) > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
 
@@ -55,6 +56,7 @@ def run(study: Study) -> Finding:
 
 def caches(batch: ReadBatch) -> dict[str, tuple[KV, Tensor]]:
     """Every cache of a batch by name, with its mask ``(B, T)`` of tokens that are not padding."""
+    # the receiver's caches leave the last prompt token out, the sharers' do not
     mask, count = batch.prompt.mask[:, :-1], len(batch.sharers)
     names = ["sharer"] if count == 1 else [f"sharer {index}" for index in range(count)]
     sharers = {
@@ -73,16 +75,17 @@ class Gram:
     def add(self, kv: KV, mask: Tensor) -> None:
         """Add the tokens of a batch that ``mask`` ``(B, T)`` does not mark as padding."""
         self.tokens += int(mask.sum())
+        # C x C products instead of all tokens: they add up over batches
         for name, part in PARTS.items():
             x = to_groups(kv, parts=(part,)).double()[:, mask.flatten().bool().to(kv.key.device)]  # (L, N, C)
-            products = (x.transpose(1, 2) @ x).cpu()
+            products = (x.transpose(1, 2) @ x).cpu()  # (L, C, C)
             self.products[name] = self.products[name] + products if name in self.products else products
 
     def to_dict(self) -> dict[str, Any]:
         """Effective ranks by layer and their mean, with their upper bounds: numbers of tokens and of dimensions."""
         figures: dict[str, Any] = {"tokens": self.tokens}
         for name, products in self.products.items():
-            ranks = effective_rank(torch.linalg.eigvalsh(products).clamp(min=0).sqrt())
+            ranks = effective_rank(torch.linalg.eigvalsh(products).clamp(min=0).sqrt())  # (L,)
             figures[name] = {"dimensions": products.shape[-1], "mean": float(ranks.mean()), "layers": ranks.tolist()}
         return figures
 
@@ -102,20 +105,20 @@ def reading(caches: Mapping[str, Any]) -> str:
     )
 
 
-@styled
-def draw(caches: Mapping[str, Any]) -> Figure:
+@plots.styled
+def draw(caches: Mapping[str, Any]) -> plots.Figure:
     """Effective rank by layer, keys and values side by side; dashed: the mean over layers."""
-    figure, panels = new_panels(3.6, 2, sharey=True)
+    figure, panels = plots.new_panels(3.6, 2, sharey=True)
     handles: list[Any] = []
     for axes, name in zip(panels, PARTS, strict=True):
-        for (cache, ranks), (colour, marker) in zip(caches.items(), LOOKS, strict=False):
-            label = f"{cache}, {ranks[name]['dimensions']} dimensions"
-            line = axes.plot(ranks[name]["layers"], marker=marker, color=colour, label=label)
-            axes.axhline(ranks[name]["mean"], color=colour, linewidth=1, linestyle=DASHED)
-            handles += line if name == "keys" else []
+        ranks = {f"{cache}, {found[name]['dimensions']} dimensions": found[name] for cache, found in caches.items()}
+        lines = plots.draw_lines(axes, {label: found["layers"] for label, found in ranks.items()})
+        for line, found in zip(lines, ranks.values(), strict=True):
+            axes.axhline(found["mean"], color=line.get_color(), linewidth=1, linestyle=plots.DASHED)
+        handles = handles or lines
         axes.set_title(name, fontsize=10, weight="bold")
         axes.set(xlabel="layer of the model (0 = first)", ylim=(0, None))
-        count_whole(axes.xaxis)
+        plots.count_whole(axes.xaxis)
     panels[0].set_ylabel("effective rank (directions), dashed: mean")
-    legend_above(figure, handles)
+    plots.legend_above(figure, handles)
     return figure

@@ -30,7 +30,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import pad_left
 from kvfuse.prompts.chat import Message, as_chat
 from kvfuse.prompts.tokenized import read as tokenize
-from kvfuse.support.plots import COLOURS, DASHED, INK, Axes, Figure, count_whole, legend_above, new_mosaic, styled
+from kvfuse.support import plots
 
 POSITIONS = ("moved", "kept")
 WAYS = ("direct", "in sight", "oracle")
@@ -196,39 +196,38 @@ def reading(figures: dict[str, Any]) -> str:
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """The three ways by category; below, single layers, and the best and worst of them together."""
     names = ["all", *figures["categories"]] if len(figures["categories"]) > 1 else ["all"]
     shares = {"all": {way: found["accuracy"] for way, found in figures["ways"].items()}, **figures["categories"]}
     height = 2.4 + 0.5 * len(names)
-    figure, (kinds, single, together) = new_mosaic(height + 2.8, ("aa", "bc"), height_ratios=[height - 1.2, 2.8])
+    figure, (kinds, single, together) = plots.new_mosaic(height + 2.8, ("aa", "bc"), height_ratios=[height - 1.2, 2.8])
     handles = []
-    for index, (way, colour) in enumerate(zip(WAYS, COLOURS, strict=False)):
+    for index, (way, colour) in enumerate(zip(WAYS, plots.COLOURS, strict=False)):
         lines = [line + 0.26 * (index - 1) for line in range(len(names))]
         handles.append(kinds.barh(lines, [100 * shares[name][way] for name in names], 0.24, color=colour, label=way))
         kinds.bar_label(handles[-1], fmt="%.0f", padding=3, fontsize=8)
     kinds.set_yticks(range(len(names)), names)
     kinds.invert_yaxis()
     kinds.set(xlim=(0, 104), xlabel="right answers (%)")
-    legend_above(figure, handles)
+    plots.legend_above(figure, handles)
     _draw_layers(single, together, figures)
     return figure
 
 
-def _draw_layers(single: Axes, together: Axes, figures: dict[str, Any]) -> None:
-    single.plot([layer["nats"] for layer in figures["layers"]], "o", color=COLOURS[0])
+def _draw_layers(single: plots.Axes, together: plots.Axes, figures: dict[str, Any]) -> None:
+    single.plot([layer["nats"] for layer in figures["layers"]], "o", color=plots.COLOURS[0])
     single.set(xlabel="the one layer enriched", ylabel="log-probability of the\nright answer (nats)")
-    for (name, order), marker, colour in zip(figures["cumulative"].items(), "os", COLOURS[2:], strict=False):
-        nats = [found["nats"] for found in order]
-        together.plot(range(1, len(nats) + 1), nats, marker=marker, color=colour, label=f"{name} first")
+    nats = {f"{name} first": [found["nats"] for found in order] for name, order in figures["cumulative"].items()}
+    plots.draw_lines(together, nats, range(1, len(figures["layers"]) + 1), plots.LOOKS[2:])
     together.set(xlabel="number of layers enriched")
     together.sharey(single)
-    levels = {"direct": (0.8, DASHED), "in sight": (1.2, ":"), "oracle": (0.8, "-")}
+    levels = {"direct": (0.8, plots.DASHED), "in sight": (1.2, ":"), "oracle": (0.8, "-")}
     for axes in (single, together):
         for way, (width, line) in levels.items():
-            axes.axhline(figures["ways"][way]["nats"], color=INK, linewidth=width, linestyle=line)
-        count_whole(axes.xaxis)
+            axes.axhline(figures["ways"][way]["nats"], color=plots.INK, linewidth=width, linestyle=line)
+        plots.count_whole(axes.xaxis)
     single.set_title("dashed: direct; solid: oracle; dotted: in sight")
     together.legend()
 

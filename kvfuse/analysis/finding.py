@@ -31,6 +31,7 @@ class Finding:
             The paths of the files.
         """
         files = [Path(folder, f"{name}.{kind}") for kind in ("json", "png", "svg")[: 3 if self.draw else 1]]
+        # figures must be finite: NaN is not JSON
         content = {"analysis": name, "reading": self.reading, **self.figures}
         write_file(files[0], json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         if self.draw:

@@ -17,7 +17,7 @@ from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.layers import PARTS, HeadWeights
-from kvfuse.support.plots import INK, Axes, Figure, count_whole, new_panels, styled
+from kvfuse.support import plots
 
 NAMES = {"key": "keys", "value": "values"}
 CROSSED = " (crossed out: gate closed)"
@@ -34,11 +34,13 @@ def run(study: Study) -> Finding:
     Raises:
         AnalysisError: Nothing is fused.
     """
+    # 1) Observe every fuser and its head weights while all questions are fused.
     records = [FuserRecord(fuser) for fuser in study.pair.fusers]
     observers = {module: observer for record in records for module, observer in record.observers().items()}
     with torch.no_grad(), observe(observers):
         for batch in read_batches(study):
             batch.fuse()
+    # 2) A fuser that saw no token has no means.
     if not all(record.tokens for record in records):
         raise AnalysisError("expected prompts of which something is fused, got none; use longer ones")
     figures = {"questions": len(study.questions), "sharers": [record.to_dict() for record in records]}
@@ -87,6 +89,7 @@ class FuserRecord:
         if self.weights is None:
             return {}
         layers = self.fuser.config.receiver_kv.num_layers
+        # the network weights either both parts, or the one that the fuser is for
         parts = PARTS if len(self.weights) > layers else tuple(getattr(self.fuser, "parts", PARTS))
         return dict(zip(parts, (self.weights / self.tokens).split(layers), strict=True))
 
@@ -111,8 +114,8 @@ def reading(figures: dict[str, Any]) -> str:
     return f"Over {fuser['tokens']:,} tokens: {opened}. {weighed}hat is added measures on average {sizes}."
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Maps of layers by heads: weights above, sizes below, closed gates crossed out; one pair of rows per sharer."""
     shown = [
         (fuser, kind)
@@ -120,9 +123,11 @@ def draw(figures: dict[str, Any]) -> Figure:
         for kind in ("weight", "relative_size")
         if any(fuser[name][kind] for name in NAMES.values())
     ]
+    # panels grow with the number of heads
     heads = len(figures["sharers"][0]["keys"]["relative_size"][0])
-    figure, panels = new_panels(len(shown) * (1.75 + 0.17 * heads), 2, len(shown))
+    figure, panels = plots.new_panels(len(shown) * (1.75 + 0.17 * heads), 2, len(shown))
     for row, (fuser, kind) in enumerate(shown):
+        # keys and values share one scale
         top = 1.0 if kind == "weight" else max(max(map(max, fuser[name][kind])) for name in NAMES.values())
         pair, images = panels[2 * row : 2 * row + 2], []
         for axes, name in zip(pair, NAMES.values(), strict=True):
@@ -135,23 +140,23 @@ def draw(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, values: list[list[float]] | None, opened: list[list[bool]] | None, top: float) -> Any:
+def _draw_map(axes: plots.Axes, values: list[list[float]] | None, opened: list[list[bool]] | None, top: float) -> Any:
     """Layers from left to right, heads from the top; returns the image, None without values."""
     axes.set(xlabel="receiver layer", ylabel="KV head")
     if values is None:
         axes.text(0.5, 0.5, "no weights", ha="center", va="center", transform=axes.transAxes)
         return None
     image = axes.imshow(torch.tensor(values).T.numpy(), cmap="cividis", vmin=0, vmax=top or 1, aspect="auto")
-    count_whole(axes.xaxis)
-    count_whole(axes.yaxis)
+    plots.count_whole(axes.xaxis)
+    plots.count_whole(axes.yaxis)
     size = min(13, 150 / len(values))
     for layer, row in enumerate(values):
         for head, value in enumerate(row):
             if opened and not opened[layer][head]:  # a cross with an outline
                 axes.plot(layer, head, "x", color="white", markersize=size + 1, markeredgewidth=3)
-                axes.plot(layer, head, "x", color=INK, markersize=size, markeredgewidth=1.2)
+                axes.plot(layer, head, "x", color=plots.INK, markersize=size, markeredgewidth=1.2)
             elif len(values) <= MAX_LAYERS_WITH_NUMBERS:
-                colour = "white" if value < 0.55 * top else INK
+                colour = "white" if value < 0.55 * top else plots.INK
                 axes.text(layer, head, f"{value:.2f}", ha="center", va="center", color=colour)
     return image
 

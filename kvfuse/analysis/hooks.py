@@ -17,6 +17,7 @@ def observe(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         observers[module]((*args, *kwargs.values()), output)
 
+    # the stack removes every hook, whatever happens while it is open
     with ExitStack() as hooks:
         for module in observers:
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

@@ -48,8 +48,9 @@ class _InLayers(nn.Module):
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
         residual = self.fuser(receiver=receiver, sharer=sharer)  # (L, 1, H, N, D)
+        # zero the residual elsewhere, so that the cache keeps what it holds
         kept = [float(layer in self.layers) for layer in range(len(residual.key))]
-        mask = residual.key.new_tensor(kept)[:, None, None, None, None]
+        mask = residual.key.new_tensor(kept)[:, None, None, None, None]  # (L, 1, 1, 1, 1)
         return KV(residual.key * mask, residual.value * mask)
 
 
@@ -82,6 +83,7 @@ def reading(figures: dict[str, Any]) -> str:
     alone, without = (
         [(found["accuracy"], -found["bits_per_character"]) for found in figures[name]] for name in ("alone", "without")
     )
+    # ties in accuracy are common: few questions, few layers
     best, worst = alone.index(max(alone)), without.index(min(without))
     none, whole = (100 * figures[name]["accuracy"] for name in ("none", "all"))
     return (

@@ -27,7 +27,7 @@ from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import as_chat
 from kvfuse.prompts.response import read_response
 from kvfuse.prompts.tokenized import read as tokenize
-from kvfuse.support.plots import INK, LOOKS, MARKERS, Axes, Figure, count_whole, legend_above, new_panels, styled
+from kvfuse.support import plots
 
 FILLER = "Thank you for your help. "
 FIT_BATCH = 16
@@ -99,17 +99,19 @@ def ask(study: Study, pairs: Mapping[str, CacheToCache], shift: int = 0) -> Scor
         for name, pair in pairs.items():
             batch = read(pair, questions, shift)
             scores[name][:, indices] = batch.score_answers(batch.fused)
-            if pair is study.pair:
+            if pair is study.pair:  # the receiver's own cache is the same for all pairs
                 scores[ALONE][:, indices] = batch.score_answers(batch.clean)
     return scores
 
 
 def fit_ridge(study: Study, rope: str) -> CacheToCache:
     """Returns the study's pair with a fuser fitted in closed form to the caches of its questions."""
+    # 1) A fuser for the same pair and alignment.
     config, device = study.pair.fusers[0].config, study.pair.receiver.model.device
     options = {name: getattr(config, name) for name in ("token_alignment", "layer_alignment", "fuse")}
     fuser = make_fuser("ridge", receiver=config.receiver, sharer=config.sharer, rope=rope, **options).eval().to(device)
     pair = CacheToCache(study.pair.receiver, study.pair.sharers, [fuser])
+    # 2) Fit it to batches of caches, at least two.
     batch_size = max(1, min(FIT_BATCH, len(study.questions) // 2))
     fuser.fit(_aligned_caches(replace(study, pair=pair, batch_size=batch_size), fuser))
     return pair
@@ -131,10 +133,10 @@ def reading(figures: dict[str, Any]) -> str:
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Accuracy by length of the prompt in both ways, and by tokens of the answer."""
-    figure, (filled, shifted, answer) = new_panels(4.0, 3, sharey=True)
+    figure, (filled, shifted, answer) = plots.new_panels(4.0, 3, sharey=True)
     added, groups = figures["added_tokens"], figures["responses"]
     handles = _draw_lines(filled, added, figures["prompts"]["filled"])
     _draw_lines(shifted, added, figures["prompts"]["shifted"])
@@ -143,19 +145,17 @@ def draw(figures: dict[str, Any]) -> Figure:
     filled.set(xlabel="tokens of filler added", ylabel="right answers (%)", ylim=(-3, 103))
     shifted.set(xlabel="positions shifted")
     answer.set(xlabel="tokens of the answer")
-    count_whole(answer.xaxis)
-    legend_above(figure, handles)
+    plots.count_whole(answer.xaxis)
+    plots.legend_above(figure, handles)
     return figure
 
 
-def _draw_lines(axes: Axes, x: Sequence[float], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Any]:
+def _draw_lines(axes: plots.Axes, x: Sequence[float], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Any]:
     """A line per fuser, the receiver alone in the colour of the text; returns legend handles."""
-    handles: list[Any] = []
-    colours = (INK, *(colour for colour, _ in LOOKS))
-    for (name, rows), colour, marker in zip(lines.items(), colours, MARKERS, strict=False):
-        label = name if name == ALONE else f"rope {name}"
-        handles += axes.plot(x, [100 * row["accuracy"] for row in rows], marker=marker, color=colour, label=label)
-    return handles
+    accuracies = {name: [100 * row["accuracy"] for row in rows] for name, rows in lines.items()}
+    labelled = {name if name == ALONE else f"rope {name}": values for name, values in accuracies.items()}
+    colours = (plots.INK, *plots.COLOURS)
+    return plots.draw_lines(axes, labelled, x, list(zip(colours, plots.MARKERS, strict=False)))
 
 
 def _other_pairs(study: Study, asked: Study, removed: str | None, fitted: int) -> dict[str, CacheToCache]:
@@ -168,9 +168,11 @@ def _other_pairs(study: Study, asked: Study, removed: str | None, fitted: int) -
                 f"expected a fuser trained with fuser.rope=removed, got {fuser.config.rope!r}; name another folder"
             )
         return {"removed (trained)": CacheToCache(receiver, sharers, [fuser.to(receiver.model.device)])}
+    # 1) Questions to fit to: unasked ones, if there are any.
     prompts = {str(question.prompt) for question in asked.questions}
     unasked = [question for question in study.questions if str(question.prompt) not in prompts]
     data = replace(study, questions=unasked or asked.questions).spread(fitted)
+    # 2) Positions can be removed only where both models rotate their keys.
     rotary = all(map(uses_rope, (receiver, *sharers)))
     return {f"{rope} (ridge)": fit_ridge(data, rope) for rope in ROPES if rope == "kept" or rotary}
 
@@ -200,6 +202,7 @@ def _prepend(question: Question, text: str) -> Question:
 
 def _room(study: Study) -> int:
     """Number of tokens that can be added to every prompt and its answer in every model's context."""
+    # models without a limit are left out
     rooms = [
         model.context - max(_length(model, question) for question in study.questions)
         for model in (study.pair.receiver, *study.pair.sharers)

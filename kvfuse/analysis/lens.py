@@ -19,18 +19,8 @@ from kvfuse.analysis.study import Question, Study
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
-from kvfuse.support.plots import (
-    COLOURS,
-    INK,
-    LOOKS,
-    Axes,
-    Figure,
-    count_whole,
-    legend_above,
-    name_columns,
-    new_mosaic,
-    styled,
-)
+from kvfuse.prompts.response import read_response
+from kvfuse.support import plots
 
 SHARES = tuple(np.linspace(0, 1, 11).tolist())
 ORDERS = ("from the left", "from the right")
@@ -62,8 +52,8 @@ def run(study: Study, questions: int = 60) -> Finding:
 def look(pair: CacheToCache, question: Question) -> dict[str, Any]:
     """Returns the probabilities of the wanted token for one prompt, by fused positions and by layer."""
     batch, tokenizer = read(pair, [question]), pair.receiver.tokenizer
-    (wanted,) = batch.first_answer_ids().tolist()
-    fused = batch.fused_positions[0].nonzero()[:, 0]
+    wanted = _wanted(batch)
+    fused = batch.fused_positions[0].nonzero()[:, 0]  # (n,)
     if not len(fused):
         raise AnalysisError(
             "expected prompts with a position that is fused, got one without; use another fuser or other data"
@@ -87,6 +77,14 @@ def look(pair: CacheToCache, question: Question) -> dict[str, Any]:
         "says": [visible(tokenizer.decode([token])) for token in logits[:steps].argmax(-1).tolist()],
         "layers": {way: by_layer(batch, kv, wanted) for way, kv in zip(WAYS, (batch.clean, batch.fused), strict=True)},
     }
+
+
+def _wanted(batch: ReadBatch) -> int:
+    """The first token of the right answer, or what the fused receiver says first."""
+    (row,), (question,) = batch.rows, batch.questions
+    if question.answer:
+        return int(read_response(row, question.answer, batch.pair.receiver.tokenizer).ids[0])
+    return int(batch.first_logits(batch.fused)[0].argmax())
 
 
 def by_layer(batch: ReadBatch, kv: KV, token: int) -> list[float]:
@@ -131,58 +129,55 @@ def reading(figures: dict[str, Any]) -> str:
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """From the top: one prompt as it is fused, the value of its positions, and all questions by share and by layer."""
-    figure, (path, worth, share, layer) = new_mosaic(8.4, ("aa", "bb", "cd"), height_ratios=[1.2, 1, 1])
-    legend_above(figure, _draw_path(path, figures["example"]))
+    figure, (path, worth, share, layer) = plots.new_mosaic(8.4, ("aa", "bb", "cd"), height_ratios=[1.2, 1, 1])
+    plots.legend_above(figure, _draw_path(path, figures["example"]))
     _draw_worth(worth, figures["example"])
     percent = [100 * share_fused for share_fused in figures["share_fused"]]
-    for order, (colour, marker) in zip(ORDERS, LOOKS, strict=False):
-        share.plot(percent, figures["probability"][order], marker=marker, color=colour)
+    plots.draw_lines(share, figures["probability"], percent)
     share.set(xlabel="positions fused (%)", ylabel="probability of the right\nfirst token (0 to 1)", ylim=(0, 1))
-    for way, (colour, marker) in zip(WAYS, LOOKS[2:], strict=False):
-        layer.plot(figures["layers"][way], marker=marker, color=colour, label=way)
+    plots.draw_lines(layer, figures["layers"], looks=plots.LOOKS[2:])
     layer.set(xlabel="after layer (0: embedding), logit lens", ylim=(0, 1))
-    count_whole(layer.xaxis)
+    plots.count_whole(layer.xaxis)
     layer.legend()
     for axes in (share, layer):
         axes.set_title(f"mean over {figures['questions']} questions")
     return figure
 
 
-def _draw_path(axes: Axes, example: dict[str, Any]) -> Sequence[Any]:
+def _draw_path(axes: plots.Axes, example: dict[str, Any]) -> Sequence[Any]:
     """Probability while fusing from either end; above, the likeliest token where it changes. Returns legend handles."""
-    handles: list[Any] = []
-    steps, says = len(example["says"]), example["says"]
-    paths = (range(steps), example[ORDERS[0]]), (range(1, steps + 1), example[ORDERS[1]][::-1])
-    for order, (columns, chances), (colour, marker) in zip(ORDERS, paths, LOOKS, strict=False):
-        label = f"fused {order} up to here"
-        handles += axes.plot(columns, chances, marker=marker, color=colour, markersize=4, label=label)
+    says, steps = example["says"], len(example["says"])
+    left, right = ({f"fused {order} up to here": example[order]} for order in ORDERS)
+    handles = plots.draw_lines(axes, left) + plots.draw_lines(axes, right, range(steps, 0, -1), plots.LOOKS[1:])
     for column, (token, before) in enumerate(zip(says, [None, *says], strict=False)):
         if token != before:
             axes.text(column, 1.06, token, rotation=45, ha="left", va="bottom", fontsize=8)
     axes.set(ylabel=f"probability of\n{example['wanted']!r} (0 to 1)", ylim=(0, 1.04), xlim=(-0.5, steps - 0.2))
     axes.set_title("one prompt; above: what is likeliest when fused from the left up to there", pad=34)
-    name_columns(axes, ["(none)", *example["tokens"]])
+    plots.name_columns(axes, ["(none)", *example["tokens"]])
     return handles
 
 
-def _draw_worth(axes: Axes, example: dict[str, Any]) -> None:
-    colours = [COLOURS[3] if role == "message" else COLOURS[7] for role in example["roles"]]
+def _draw_worth(axes: plots.Axes, example: dict[str, Any]) -> None:
+    colours = [plots.COLOURS[3] if role == "message" else plots.COLOURS[7] for role in example["roles"]]
     count = len(colours)
     axes.bar(range(1, count + 1), example["lost"], color=colours)
-    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.axhline(0, color=plots.INK, linewidth=0.6)
     axes.set(ylabel="probability lost\nwithout this position", xlim=(-0.5, count + 0.8))
     axes.set_title("the same prompt: words of the message in pink, template in grey")
-    name_columns(axes, example["tokens"], first=1)
+    plots.name_columns(axes, example["tokens"], first=1)
 
 
 def _variants(batch: ReadBatch, fused: Tensor) -> Tensor:
     """``(2 (n + 1) + n, T - 1)`` bool: the first 0 ... n of ``n`` fused positions, the last 0 ... n, all but one."""
+    # 1) Which of the fused positions: rows of a triangle, of its mirror image, of an inverted diagonal.
     count = len(fused)
-    first = torch.ones(count + 1, count).tril(-1)
+    first = torch.ones(count + 1, count).tril(-1)  # (n + 1, n)
     chosen = torch.cat([first, first.flip(1), 1 - torch.eye(count)]).bool()  # (variants, n)
+    # 2) Scatter to all positions of the prompt.
     variants = torch.zeros(len(chosen), batch.clean.key.shape[3], dtype=torch.bool)
     variants[:, fused] = chosen
     return variants.to(batch.clean.key.device)
@@ -194,6 +189,7 @@ def _at_shares(chances: Sequence[float]) -> np.ndarray:
 
 def _half(chances: Sequence[float]) -> float:
     """The first of :data:`SHARES` with at least half of the change from nothing to everything fused."""
+    # fusing may also lower the probability
     middle, rises = (chances[0] + chances[-1]) / 2, chances[-1] >= chances[0]
     reached = (share for share, chance in zip(SHARES, chances, strict=True) if (chance >= middle) == rises)
     return next(reached, 1.0)

@@ -43,6 +43,7 @@ def perceptrons(source: Tensor, target: Tensor, hidden: int, stages: Sequence[in
     Returns:
         The network after each of the ``stages``.
     """
+    # 1) Standardize; initialize without a trace in the caller's random numbers.
     x, y = Standardizer(source), Standardizer(target)
     inputs, outputs = x(source), y(target)
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +52,7 @@ def perceptrons(source: Tensor, target: Tensor, hidden: int, stages: Sequence[in
         linear = [nn.Linear(*widths) for widths in pairwise([source.shape[1], hidden, hidden, target.shape[1]])]
     net = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2]).to(source.device)
     adam = torch.optim.Adam(net.parameters(), lr=2e-3)
+    # 2) Train on random tokens; keep a copy at each stage.
     maps: list[Map] = []
     for step in range(stages[-1] + 1):
         if step in stages:

@@ -18,7 +18,7 @@ from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER
 from kvfuse.evaluation.scoring.metrics import task_figures
 from kvfuse.evaluation.scoring.task_scores import TaskScores
 from kvfuse.methods import make_method
-from kvfuse.support.plots import COLOURS, Axes, Figure, legend_on_top, name_lines, new_panels, stack_bars, styled
+from kvfuse.support import plots
 
 KNEW = {RECEIVER: "only the receiver", SHARER: "only the sharer", f"{RECEIVER}+{SHARER}": "both", "": "neither"}
 """The models that are right without fusing, in words."""
@@ -36,13 +36,16 @@ def run(study: Study, predictions: str | None = None, task: str | None = None) -
         AnalysisError: There is no such task, or a method has not answered.
         EvaluationError: The folder has no predictions, or damaged ones.
     """
+    # 1) Scores of all three methods on the same items.
     scores = read_task(predictions, task) if predictions else _ask(study)
+    # 2) Regions of the Venn diagram, with the report's own code.
     found = task_figures(scores)
     overlap = found["overlap"]
     if overlap is None or RECEIVER not in overlap["methods"]:
         raise AnalysisError(
             f"expected answers of {RECEIVER} and {FUSED} to the same items, got {', '.join(found['methods'])}; ask both"
         )
+    # 3) Split them by who was right without fusing.
     figures = {
         "task": scores.rows[0].task,
         "overlap": overlap,
@@ -55,6 +58,7 @@ def run(study: Study, predictions: str | None = None, task: str | None = None) -
 
 def knowledge(methods: list[str], regions: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Number of questions that are right and wrong when fused, by who is right without (keys of :data:`KNEW`)."""
+    # without answers of the sharer there are fewer groups
     knowers = [name for name in KNEW if SHARER in methods or SHARER not in name]
     return {name: {"right": regions[f"{name}+{FUSED}" if name else FUSED], "wrong": regions[name]} for name in knowers}
 
@@ -90,6 +94,7 @@ def reading(figures: dict[str, Any]) -> str:
         if kept
         else "Without fusing, no answer was right."
     )
+    # what no model knew, and is right when fused
     unknown = known.get("")
     if unknown is None:
         return f"{first} New is nothing, as nothing was left."
@@ -100,31 +105,32 @@ def _share(counts: Mapping[str, float]) -> str:
     return f"{100 * counts['right'] / sum(counts.values()):.1f}%"
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Circles; below them what is kept and lost; below that accuracy by category, where there are several."""
     methods = figures["overlap"]["methods"]
     categories = shares(figures["categories"], methods)
     heights = [3.3, 0.6 + 0.4 * len(figures["knowledge"])]
     if categories:
         heights.append(0.6 + categories_height(categories))
-    figure, panels = new_panels(sum(heights) + 0.4, 1, len(heights), height_ratios=heights)
+    figure, panels = plots.new_panels(sum(heights) + 0.4, 1, len(heights), height_ratios=heights)
     draw_venn(panels[0], methods, figures["overlap"]["regions"])
     _draw_knowledge(panels[1], figures["knowledge"])
     if categories:
         draw_categories(panels[2], categories, "right answers (%), 95% interval")
-        legend_on_top(panels[2], 3)
+        plots.legend_on_top(panels[2], 3)
     return figure
 
 
-def _draw_knowledge(axes: Axes, known: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_knowledge(axes: plots.Axes, known: Mapping[str, Mapping[str, float]]) -> None:
     """A bar per group of models, and the share of it that is right when fused."""
     parts = {f"{outcome} when fused": [counts[outcome] for counts in known.values()] for outcome in ("right", "wrong")}
-    stack_bars(axes, parts, 0.6, (COLOURS[2], COLOURS[5]))
+    plots.stack_bars(axes, parts, 0.6, (plots.COLOURS[2], plots.COLOURS[5]))
+    # the kept share behind each bar
     totals = [sum(counts.values()) for counts in known.values()]
     for line, (counts, total) in enumerate(zip(known.values(), totals, strict=True)):
         axes.text(total, line, f" {_share(counts)}" if total else " none", va="center")
-    name_lines(axes, [KNEW[name] for name in known])
+    plots.name_lines(axes, [KNEW[name] for name in known])
     axes.set_xlim(0, 1.2 * max(*totals, 1))
     axes.set_xlabel("questions, by who has them right without fusing")
-    legend_on_top(axes, 2)
+    plots.legend_on_top(axes, 2)

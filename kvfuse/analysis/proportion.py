@@ -84,11 +84,13 @@ def run(study: Study, shares: Sequence[float] = SHARES) -> Finding:
     """
     if not all(0 < share < 1 for share in shares):
         raise AnalysisError(f"expected shares between 0 and 1, got {list(shares)}; 0 and 1 are there anyway")
+    # a smoke run measures one share only
     inner = sorted(shares)[: 1 if study.smoke else None]
 
     def measure(choice: Choice) -> dict[str, Any]:
         return ask(study, PartlyFused(study.pair, choice)).to_dict()
 
+    # both ends of the axis are the same for both orders: measured once
     none, whole = measure(first(0.0)), measure(first(1.0))
     figures = {
         "questions": len(study.questions),
@@ -109,6 +111,7 @@ def _share_of(study: Study, choice: Choice) -> float:
 def reading(figures: dict[str, Any]) -> str:
     """Two sentences: by share from both ends, and by kind of position."""
     none, whole = (100 * figures["ends"]["first"][index]["accuracy"] for index in (0, -1))
+    # the middle share stands for the curves
     middle = len(figures["shares"]) // 2
     halves = " and ".join(
         f"the {name} {figures['shares'][middle]:.0%} {100 * measured[middle]['accuracy']:.1f}%"
@@ -128,6 +131,7 @@ def draw(figures: dict[str, Any]) -> Figure:
     """By fused share, from both ends; both kinds of positions at the share that they make up."""
     percent = [100 * share for share in figures["shares"]]
     ends = {f"the {name} part": (percent, measured) for name, measured in figures["ends"].items()}
+    # single points, at the share of positions that each kind makes up
     kinds = {
         f"{name} alone": ([100 * figures["fused_positions"][name]], [found]) for name, found in figures["kinds"].items()
     }

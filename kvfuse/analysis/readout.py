@@ -90,29 +90,24 @@ class ReadBatch:
             The model's output for ``(B or variants, 1)`` tokens.
         """
         model, variants = self.pair.receiver.model, kv.key.shape[1] if len(self.rows) == 1 else -1
+        # 1) The last token of every row, repeated for the variants of a single prompt.
         inputs = {
             "input_ids": self.prompt.ids[:, -1:],
             "attention_mask": self.prompt.mask,
             "position_ids": self.prompt.positions[:, -1:],
         }
         inputs = {name: tensor.expand(variants, -1).to(model.device) for name, tensor in inputs.items()}
+        # 2) Recurrent state is not in kv: repeat it too.
         prefilled = self.prefilled
-        if variants > 1:  # repeat recurrent state too, which is not in kv
+        if variants > 1:
             prefilled = copy.deepcopy(prefilled)
             prefilled.reorder_cache(torch.zeros(variants, dtype=torch.long, device=kv.key.device))
+        # 3) The cache is read only, so that a run leaves no trace.
         return model(**inputs, **outputs, **{CACHE: read_only_cache(prefilled, kv)})
 
     def first_logits(self, kv: KV) -> Tensor:
         """``(B or variants, V)`` float32: logits of the first answer token; see :meth:`run_last_token`."""
         return self.run_last_token(kv).logits[:, -1].float()
-
-    def first_answer_ids(self) -> Tensor:
-        """``(B,)`` int64: first token of each right answer; without an answer, of what the fused receiver would say."""
-        ids = self.first_logits(self.fused).argmax(-1).cpu()
-        for index, (row, question) in enumerate(zip(self.rows, self.questions, strict=True)):
-            if question.answer:
-                ids[index] = int(read_response(row, question.answer, self.pair.receiver.tokenizer).ids[0])
-        return ids
 
     @torch.no_grad()
     def score_answers(self, kv: KV) -> np.ndarray:
@@ -122,12 +117,14 @@ class ReadBatch:
             ``(2, B)`` float64: 1 where greedy decoding gives exactly the answer and its end, else 0; and the
             log-probability of both in nats.
         """
+        # 1) Tokenize the answers as they follow their prompts.
         receiver = self.pair.receiver
         responses = [
             read_response(row, str(question.answer), receiver.tokenizer, ends=True)
             for row, question in zip(self.rows, self.questions, strict=True)
         ]
-        tail = stack_responses(self.prompt, responses)
+        # 2) One run over the last prompt token and all answers.
+        tail = stack_responses(self.prompt, responses)  # (B, 1 + R)
         nats, greedy = score(receiver.model, self.prompt, tail, read_only_cache(self.prefilled, kv))
         return torch.stack([greedy.double(), nats.double()]).cpu().numpy()
 
@@ -190,6 +187,7 @@ def in_message(tokenized: TokenizedPrompt) -> np.ndarray:
 
 def roles(tokenized: TokenizedPrompt) -> np.ndarray:
     """``(n,)`` int64: the index in :data:`ROLES` of each token of a prompt."""
+    # even: template, odd: message
     role = places(tokenized, own_spans(tokenized.prompt)) % 2
     role[-1] = 2
     return role

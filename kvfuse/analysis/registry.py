@@ -12,6 +12,7 @@ from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError, nearest
 from kvfuse.support.config import override
 
+# in the order of the paper's sections, as `kvfuse list analyses` prints them
 NAMES = (
     "enrichment",
     "transformation",
@@ -41,6 +42,7 @@ def analyze(name: str, study: Study, **options: Any) -> Finding:
         AnalysisError: The name or an option is unknown (the message names the nearest), or the study lacks what it
             needs.
     """
+    # import only now: most analyses load torch, some scikit-learn
     run = importlib.import_module(module_of(name)).run
     known = [option for option in inspect.signature(run).parameters if option != "study"]
     for option in options:
@@ -68,5 +70,6 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 def question(name: str) -> str:
     """Returns the question of an analysis: the first line of its module, read without importing it."""
+    # parsed, because importing a module loads torch
     file = Path(__file__).with_name(module_of(name).rpartition(".")[2] + ".py")
     return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]

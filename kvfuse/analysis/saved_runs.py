@@ -32,6 +32,7 @@ def read_points(folder: Path, against: str, x: float | None, task: str | None) -
     Raises:
         AnalysisError: There is no run, or it does not have the key.
     """
+    # 1) A folder holds an evaluation, a training, or both.
     config, result = _read_mapping(folder / CONFIG), _read_training(folder)
     scores = read_task(folder, task) if (folder / PREDICTIONS).exists() else None
     if scores is None and result is None:
@@ -39,6 +40,7 @@ def read_points(folder: Path, against: str, x: float | None, task: str | None) -
             f"expected a run in {folder}, got neither {PREDICTIONS} nor {RESULT}; name an evaluation's or a training's "
             "folder"
         )
+    # 2) Several points from one evaluation, or one point per run.
     if against == LENGTH and x is None:
         return _points_by_length(scores, folder)
     return [
@@ -68,6 +70,7 @@ def _accuracies(scores: TaskScores, chosen: np.ndarray) -> dict[str, Any]:
             methods[name] = {"accuracy": share, "interval": interval}
     if RECEIVER not in methods or FUSED not in methods:
         return {"methods": methods}
+    # the gain is paired: only items that both have answered
     both = scores.answered(RECEIVER, FUSED) & chosen
     gains = (scores.mean(FUSED) - scores.mean(RECEIVER))[both]
     return {"methods": methods, "gain": paired(gains, scores.groups[both])}
@@ -81,6 +84,7 @@ def _points_by_length(scores: TaskScores | None, folder: Path) -> list[dict[str,
             f"expected the receiver's {LENGTH} of every item in {folder}, got items without; evaluate it again"
         )
     lengths = np.array([lengths_in[item] for item in scores.items], dtype=float)
+    # sort, then split evenly
     quarters = np.array_split(np.argsort(lengths, kind="stable"), min(NUM_BINS, len(lengths)))
     items = np.arange(len(lengths))
     return [
@@ -91,6 +95,7 @@ def _points_by_length(scores: TaskScores | None, folder: Path) -> list[dict[str,
 
 def _read_training(folder: Path) -> dict[str, Any] | None:
     """The result of a training in this folder, or next to the fuser that was evaluated."""
+    # a recipe names one fuser or a list of them
     fusers = np.ravel(_read_mapping(folder / CONFIG).get("fuser") or []).tolist()
     folders = [folder, *(Path(fuser).parent for fuser in fusers[:1] if isinstance(fuser, str))]
     return next((_read_mapping(place / RESULT) for place in folders if (place / RESULT).is_file()), None)
@@ -105,6 +110,7 @@ def _number(content: dict[str, Any], key: str, folder: Path) -> float:
             name = content.get("models", {}).get(role, {}).get("name")
         if name:
             return _count_parameters(name)
+    # follow the dots
     value: Any = content
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -119,7 +125,7 @@ def _count_parameters(name: str) -> float:
     """Number of a model's parameters, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"):  # without allocating weights
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     return float(model.num_parameters())
 

@@ -64,17 +64,21 @@ def run(
 
 def reading(figures: dict[str, Any]) -> str:
     """Two sentences: the gain at both ends of the axis, and where it is largest."""
-    gains = [(point["gain"], point["x"]) for point in figures["points"] if "gain" in point]
-    losses = [(point["bits_per_character"], point["x"]) for point in figures["points"] if "bits_per_character" in point]
-    # (what to maximise, position on the axis, words), of answers if there are any, else of losses
-    rows = [
-        (gain["difference"], x, points(gain["difference"], gain["interval"], signed=True) + " points")
-        for gain, x in gains
-    ] or [(1 - bits["fused"] / bits["receiver"], x, f"{bits['fused']:.3f} bits per character") for bits, x in losses]
+    # rows of (gain, position on the axis, words): of answers if there are any, else of losses
+    found, rows = figures["points"], []
+    for point in found:
+        if gain := point.get("gain"):
+            words = points(gain["difference"], gain["interval"], signed=True)
+            rows.append((gain["difference"], point["x"], f"{words} points"))
+    subject = "the gain over the receiver" if rows else "what held-out responses take"
+    if not rows:
+        losses = [(point["bits_per_character"], point["x"]) for point in found if "bits_per_character" in point]
+        rows = [
+            (1 - bits["fused"] / bits["receiver"], x, f"{bits['fused']:.3f} bits per character") for bits, x in losses
+        ]
     if not rows:
         return f"No run has answers of both {RECEIVER} and {FUSED}. There is no gain to compare."
     (_, low, first), (_, high, last), (_, best, _) = rows[0], rows[-1], max(rows)
-    subject = "the gain over the receiver" if gains else "what held-out responses take"
     axis = f"From {figures['against']} {low:,.0f} to {high:,.0f}"
     return f"{axis}, {subject} goes from {first} to {last}. The gain is largest at {best:,.0f}."
 
@@ -90,6 +94,7 @@ def draw(figures: dict[str, Any]) -> Figure:
     handles: dict[str, Any] = {}
     for axes, kind in zip(panels, kinds, strict=True):
         handles |= draw_curves(axes, _curves(found, kind), METHOD_LOOKS)
+        # 600000000 -> 600M
         if max(point["x"] for point in found) >= THOUSANDS_FROM:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=figures["against"], ylabel=YLABELS[kind])
@@ -102,6 +107,7 @@ def _curves(found: Sequence[dict[str, Any]], kind: str) -> dict[str, list[Point]
     curves: dict[str, list[Point]] = {}
     for point in found:
         measured = point.get(kind, {})
+        # the gain is drawn as a method of its own
         if kind == "gain" and measured:
             measured = {GAIN: {"accuracy": measured["difference"], "interval": measured["interval"]}}
         for name, value in measured.items():

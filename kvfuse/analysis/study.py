@@ -69,6 +69,7 @@ class Study:
     def embedded(cls, limit: int | None = None, smoke: bool = False) -> Self:
         """Returns the embedded pair with its held-out questions, or ``limit`` of them, evenly over kinds and places."""
         folder = PairFolder()
+        # lessons are about other places than the questions
         lessons = sample(all_questions(folder.places, "train"), NUM_LESSONS)
         asked, learnt = (
             [Question(as_chat(item.text), item.answer, item.kind, item.place) for item in items]
@@ -80,6 +81,7 @@ class Study:
     def tiny(cls, family: str = "qwen3") -> Self:
         """Returns random models for smoke runs: a receiver of any of :data:`kvfuse.testing.FAMILIES`."""
         receiver = tiny_model(family)
+        # another family and tokenizer than the receiver's
         sharer_family = "qwen3" if family == "llama" else "llama"
         sharer = tiny_model(sharer_family, tiny_tokenizer(300, "lines"), seed=1, num_hidden_layers=4)
         pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
@@ -94,12 +96,14 @@ class Study:
 
     def spread(self, count: int) -> Self:
         """Returns the same study with at most ``count`` questions, spread evenly over all categories."""
+        # categories one after the other, then every so many
         questions = sorted(self.questions, key=lambda question: question.category or "")
         chosen = np.linspace(0, len(questions) - 1, min(count, len(questions))).astype(int)
         return replace(self, questions=[questions[index] for index in chosen])
 
     def batches(self) -> Iterator[list[int]]:
         """Yields the indices of questions to read at once: of similar length, so that there is little padding."""
+        # long prompts with long ones
         order = sorted(range(len(self.questions)), key=lambda index: len(str(self.questions[index].prompt)))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
@@ -145,6 +149,7 @@ def choose(
 
 def _read_questions(source: str, limit: int | None) -> list[Question]:
     data = load_data(source, [] if limit is None else [f"limit={max(limit, 2)}"])
+    # as training reads them: a row may hold several examples, and invalid rows are skipped
     questions: list[Question] = []
     for number, row in enumerate(load_rows(data)):
         try:

@@ -83,6 +83,7 @@ def draw(figures: dict[str, Any]) -> Figure:
 def _untrained(study: Study) -> CacheToCache:
     """The same models with the fuser as it was before training."""
     own, device = study.pair.fusers[0], study.pair.receiver.model.device
+    # the same weights for the same seed, without a trace in the caller's random numbers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)
         fuser: Fuser = type(own)(own.config)

@@ -28,7 +28,7 @@ from kvfuse.analysis.study import Study
 from kvfuse.cache.transformers_cache import KV
 from kvfuse.errors import AnalysisError
 from kvfuse.stages.fuse import Picked
-from kvfuse.support.plots import LOOKS, Axes, Figure, legend_above, new_panels, styled
+from kvfuse.support import plots
 
 CLOUDS = ("sharer", "receiver", "mapped")
 STAGES = (0, 20, 60, 150, 400, 1000)
@@ -204,12 +204,12 @@ def reading(figures: dict[str, Any]) -> str:
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> Figure:
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Three clouds by PCA and by t-SNE; below, what predicts how far the receiver's words depart."""
-    figure, panels = new_panels(7.4, 2, 2)
+    figure, panels = plots.new_panels(7.4, 2, 2)
     for axes, (name, clouds) in zip(panels[:2], figures["clouds"].items(), strict=True):
-        for cloud, (colour, marker) in zip(CLOUDS, LOOKS, strict=False):
+        for cloud, (colour, marker) in zip(CLOUDS, plots.LOOKS, strict=False):
             x, y = np.array(clouds[cloud]).T
             axes.plot(x, y, marker, color=colour, markersize=3.5, alpha=0.7, markeredgewidth=0, label=cloud)
         axes.set_title(name)
@@ -221,15 +221,15 @@ def draw(figures: dict[str, Any]) -> Figure:
     panels[0].set_ylabel("second dimension")
     panels[2].set_ylabel("divergence of the first token (nats)")
     panels[3].legend(loc="lower right")
-    legend_above(figure, list(panels[0].lines))
+    plots.legend_above(figure, list(panels[0].lines))
     return figure
 
 
-def _draw_maps(axes: Axes, maps: Mapping[str, Mapping[str, float]], field: str) -> None:
+def _draw_maps(axes: plots.Axes, maps: Mapping[str, Mapping[str, float]], field: str) -> None:
     """The perceptron's stages in their order, the first and the last named, and the other maps."""
     stages = {name.removeprefix("mlp, "): figures for name, figures in maps.items() if name.startswith("mlp")}
     groups = {"perceptron while trained": list(stages.values()), **{name: [maps[name]] for name in ("mean", "ridge")}}
-    for (name, rows), (colour, marker) in zip(groups.items(), LOOKS[2:], strict=False):
+    for (name, rows), (colour, marker) in zip(groups.items(), plots.LOOKS[2:], strict=False):
         x, y = [row[field] for row in rows], [row["divergence"] for row in rows]
         axes.plot(x, y, f"-{marker}", color=colour, markersize=7, linewidth=0.8, label=name)
     for name in (next(iter(stages)), list(stages)[-1]):

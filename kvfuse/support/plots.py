@@ -153,6 +153,26 @@ def count_whole(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
+def draw_lines(
+    axes: Axes,
+    lines: Mapping[str, Sequence[float]],
+    x: Sequence[float] | None = None,
+    looks: Sequence[tuple[str, str]] = LOOKS,
+) -> list[Any]:
+    """Draw lines with markers; returns the legend handles.
+
+    Args:
+        axes: Where to draw.
+        lines: Values by label.
+        x: Their positions on the horizontal axis; by default 0, 1, ...
+        looks: Colour and marker of each.
+    """
+    return [
+        axes.plot(range(len(y)) if x is None else x, y, color=colour, marker=marker, label=label)[0]
+        for (label, y), (colour, marker) in zip(lines.items(), looks, strict=False)
+    ]
+
+
 def stack_bars(
     axes: Axes, parts: Mapping[str, Sequence[float]], height: float, colours: Sequence[str] = COLOURS
 ) -> list[Any]:
