@@ -1,24 +1,25 @@
-"""How quick token alignment is, beside the tokenizers' own time, on texts of 1,000 to 1,000,000 characters.
+"""Speed of token alignment next to the tokenizers' own time, on texts of 1,000 to 1,000,000 characters.
 
 python -m benchmarks.alignment --receiver FOLDER --sharer FOLDER [--json FILE]
 """
 
-import json
 import random
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import chain
+from types import SimpleNamespace
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
-from transformers import logging
 
+from benchmarks.rows import JsonFile, Row, report, row
 from kvfuse.language_model import load_tokenizer
 from kvfuse.prompts.alignment import align
+from kvfuse.prompts.tokenized import encode
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-ROW = (
-    "{how:16} {characters:10,} {tokens:8,} {tokenizer_seconds:12.4f} {alignment_seconds:11.5f} {tokens_per_second:10,}"
-)
+STRATEGIES = ("span", "reencode-longest")
 PHRASES = {
     "english": [
         "The quick brown fox ",
@@ -37,27 +38,22 @@ PHRASES = {
 }
 
 
-class Timed:
-    """A tokenizer that adds up the time it takes."""
+class TimedEncode:
+    """Replaces :func:`kvfuse.prompts.tokenized.encode` and adds up the seconds until ids and offsets are there."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.seconds = tokenizer, 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> SimpleNamespace:
         start = time.perf_counter()
-        encoded = self.tokenizer(*args, **options)
+        encoded = encode(*args, **options)
+        read = SimpleNamespace(ids=encoded.ids, offsets=encoded.offsets)
         self.seconds += time.perf_counter() - start
-        return encoded
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
+        return read
 
 
 def mixed_text(size: int, seed: int = 0) -> str:
-    """English, code, Chinese and emoji by turns, ``size`` characters."""
+    """Returns ``size`` characters of English, code, Chinese and emoji by turns."""
     chance, parts, length = random.Random(seed), [], 0
     while length < size:
         kind = chance.choice(list(PHRASES))
@@ -66,48 +62,36 @@ def mixed_text(size: int, seed: int = 0) -> str:
     return "".join(parts)[:size]
 
 
-def measure(text: str, receiver: Any, sharer: Any, how: str, repeats: int) -> dict[str, Any]:
-    """The quickest of some runs: seconds within the tokenizers, and in alignment beside them."""
-    align(text[:100], receiver, [(sharer, how)])  # builds the table of re-encoding
-    runs = []
+def alignment_rows(text: str, receiver: Any, sharer: Any, strategy: str, repeats: int) -> Iterator[Row]:
+    """The quickest of ``repeats`` runs: seconds within the tokenizers, and in alignment besides."""
+    align(text[:100], receiver, [(sharer, strategy)])  # builds the table of re-encoding
+    # alignment tokenizes too: its own time is the rest
+    tokenizing, aligning = [], []
     for _ in range(repeats):
-        receiver.seconds = sharer.seconds = 0.0
-        start = time.perf_counter()
-        aligned = align(text, receiver, [(sharer, how)])
-        total, tokenizing = time.perf_counter() - start, receiver.seconds + sharer.seconds
-        runs.append((total - tokenizing, tokenizing))
-    alignment, tokenizing = map(min, zip(*runs, strict=True))
+        with patch("kvfuse.prompts.tokenized.encode", TimedEncode()) as timed:
+            start = time.perf_counter()
+            aligned = align(text, receiver, [(sharer, strategy)])
+            aligning.append(time.perf_counter() - start - timed.seconds)
+        tokenizing.append(timed.seconds)
     tokens = len(aligned.receiver.ids)
-    return {
-        "how": how,
-        "characters": len(text),
-        "tokens": tokens,
-        "tokenizer_seconds": tokenizing,
-        "alignment_seconds": alignment,
-        "tokens_per_second": round(tokens / alignment),
-    }
+    setting = f"{strategy}, {len(text):,} characters, {tokens:,} tokens"
+    yield row("tokenizers", setting, min(tokenizing), None, "s")
+    yield row("alignment", setting, min(aligning), None, "s")
+    yield row("aligned tokens a second", setting, tokens / min(aligning), None, "1/s")
 
 
 def main(
     receiver: Annotated[str, typer.Option(help="Folder or Hub id.")],
     sharer: Annotated[str, typer.Option(help="Folder or Hub id.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs, of which the quickest counts.")] = 5,
+    json_file: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Number of runs, of which the quickest counts.")] = 5,
 ) -> None:
-    """Print a row for each way of alignment and size."""
-    logging.set_verbosity_error()  # a text longer than the model's context is meant
-    mine, theirs = Timed(load_tokenizer(receiver)), Timed(load_tokenizer(sharer))
-    typer.echo(f"{'how':16} {'characters':>10} {'tokens':>8} {'tokenizers s':>12} {'alignment s':>11} {'tokens/s':>10}")
-    rows = []
-    for how in ("span", "reencode-longest"):
-        for size in SIZES:
-            row = measure(mixed_text(size), mine, theirs, how, repeats)
-            rows.append(row)
-            typer.echo(ROW.format(**row))
-    if json_file:
-        json_file.write_text(
-            json.dumps({"receiver": receiver, "sharer": sharer, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-        )
+    """Measure each alignment strategy at each size and print."""
+    tokenizers = [load_tokenizer(name) for name in (receiver, sharer)]
+    cases = (
+        alignment_rows(mixed_text(size), *tokenizers, strategy, repeats) for strategy in STRATEGIES for size in SIZES
+    )
+    report(chain.from_iterable(cases), json_file)
 
 
 if __name__ == "__main__":

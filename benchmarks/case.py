@@ -1,11 +1,11 @@
-"""What is measured: a pair with a prompt of some size; and what its figures should be at most."""
+"""A case: a pair with a prompt of some size. And the bars: the most that its figures should be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks.machine import Machine
-from benchmarks.pairs import prompt_for, random_fuser, random_streams
+from benchmarks.pairs import prompt_for, random_caches, random_fuser
 from benchmarks.rows import Row, row, spread_row
 from kvfuse.fusers import Fuser
 from kvfuse.model import CacheToCache
@@ -23,7 +23,7 @@ BARS: dict[str, dict[int, float]] = {
     "C2C to 8 tokens / text-to-text": {64: 0.35, 256: 0.35},
     "peak memory of a fused prefill / (models + caches + fuser)": {256: 1.15, 1024: 1.15, 4096: 1.15},
 }
-"""Figure -> prompt tokens -> what it should be at most: at true shapes, one prompt at a time, one thread of a CPU in float32."""
+"""Figure -> prompt tokens -> bar: at true shapes, one prompt at a time, one thread of a CPU in float32."""
 GPU_BARS: dict[str, dict[int, float]] = {
     "fuse": {256: 5.0},
     "fuse / roofline": {256: 3.0},
@@ -42,12 +42,12 @@ class Case:
     """One pair and the size of its prompts.
 
     Attributes:
-        shapes: The pair's name, see :data:`benchmarks.pairs.SHAPES`.
+        shapes: Name of the pair, see :data:`benchmarks.pairs.SHAPES`.
         pair: Its models and fuser.
-        batch: Prompts at once.
-        tokens: Of each prompt.
-        repeats: Rounds of whatever is timed.
-        machine: What the hardware reached in this run.
+        batch: Number of prompts.
+        tokens: Length of each prompt.
+        repeats: Number of rounds of every timing.
+        machine: Peak speeds of the hardware, measured in this run.
     """
 
     shapes: str
@@ -64,24 +64,30 @@ class Case:
     def prompt(self) -> AlignedPrompt:
         return prompt_for(self.pair, self.batch, self.tokens)
 
-    def new_streams(self) -> ModelCaches:
-        """Caches as if the prompt had been read; new ones each time, for fusing may use them up."""
-        return random_streams(self.pair, self.prompt)
+    @property
+    def fused_tokens(self) -> int:
+        """All tokens of the batch but the last of each prompt."""
+        return self.prompt.ids.numel() - self.batch
+
+    def new_caches(self) -> ModelCaches:
+        """Caches as if the prompt had been read; new ones each time, because fusing may overwrite them."""
+        return random_caches(self.pair, self.prompt)
 
     @cached_property
     def low_rank(self) -> Fuser:
         """A small fuser for the same models."""
-        aligned = self.pair.fusers[0].config.token_alignment
-        return random_fuser(self.pair.receiver, self.pair.sharers[0], "low-rank", token_alignment=aligned)
+        alignment = self.pair.fusers[0].config.token_alignment
+        return random_fuser(self.pair.receiver, self.pair.sharers[0], "low-rank", token_alignment=alignment)
 
     def row(self, figure: str, value: float, unit: str) -> Row:
-        """A row about this case, with its bar where it has one."""
+        """A row about this case, with its bar if it has one."""
         return row(figure, str(self), value, self._bar(figure), unit)
 
     def timed_row(self, figure: str, values: Sequence[float], unit: str) -> Row:
-        """The same of several rounds."""
+        """The same for several rounds."""
         return spread_row(figure, str(self), values, self._bar(figure), unit)
 
     def _bar(self, figure: str) -> float | None:
+        # bars hold for one prompt at true shapes only
         bars = BARS if self.pair.receiver.model.device.type == "cpu" else GPU_BARS
         return bars.get(figure, {}).get(self.tokens) if (self.shapes, self.batch) == ("true", 1) else None

@@ -1,10 +1,11 @@
-"""What a token costs after the first: over a fused cache, and over the receiver's own."""
+"""Time of a token after the first: over a fused cache, and over the receiver's own."""
 
 import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.asking import generate, greedy
 from benchmarks.case import Case
+from benchmarks.fusing import fuse
 from benchmarks.rows import Row
-from benchmarks.timing import in_turns, ratio
+from benchmarks.timing import in_turns, milliseconds, ratio
 from kvfuse.cache.transformers_cache import CACHE
 from kvfuse.stages.phases import synchronize
 
-TOKENS = 4
-"""Of one turn, after the first: few, so that turns are short and the machine is the same for both."""
+TOKENS_PER_TURN = 4
+"""After the first: few, so that turns are short and the machine is in the same state for both."""
 
 
 class TokenClock(StoppingCriteria):
-    """When each new token was there; asked whether to stop, it never says so."""
+    """Records when each new token is there; never stops."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -36,26 +38,28 @@ class TokenClock(StoppingCriteria):
 
 @torch.no_grad()
 def decode_rows(case: Case) -> Iterator[Row]:
-    """Few tokens over one cache, then over the other, many times; the caches' values are random, which costs the same."""
-    pair, prompt = case.pair, case.prompt
-    fused = pair.fuse(prompt, caches=case.new_streams(), consume=True).cache
-    alone = partial(generate, pair.receiver, prompt.ids, 1 + TOKENS)  # transformers' own, by its own cache
+    """A few tokens over one cache, then over the other, many times; caches of random values cost what real ones do."""
+    pair, prompt, options = case.pair, case.prompt, greedy(1 + TOKENS_PER_TURN)
+
+    def alone(cache: Cache, **more: Any) -> Any:  # transformers' own
+        return generate(pair.receiver, prompt.ids, 1 + TOKENS_PER_TURN, **{CACHE: cache}, **more)
+
+    def fused(cache: Cache, **more: Any) -> Any:
+        return pair.decode(prompt, cache, **options, **more)
+
     runs = {
-        "receiver": partial(
-            _per_token, lambda cache, **options: alone(**{CACHE: cache}, **options), case.new_streams().receiver
-        ),
-        "C2C": partial(
-            _per_token, lambda cache, **options: pair.decode(prompt, cache, **greedy(1 + TOKENS), **options), fused
-        ),
+        "receiver": partial(_seconds_per_token, alone, case.new_caches().receiver),
+        "C2C": partial(_seconds_per_token, fused, fuse(case, case.new_caches())),
     }
     taken = in_turns(runs, case.repeats)
     for name, seconds in taken.items():
-        yield case.timed_row(f"decode per token, {name}", [1e3 * one for one in seconds], "ms")
+        yield case.timed_row(f"decode per token, {name}", milliseconds(seconds), "ms")
     yield case.timed_row("decode per token / receiver's", ratio(taken["C2C"], taken["receiver"]), "x")
 
 
-def _per_token(decode: Callable[..., Any], cache: Cache) -> float:
-    """Median seconds of a turn's tokens but the first, which moves the whole cache into its place."""
+def _seconds_per_token(decode: Callable[..., Any], cache: Cache) -> float:
+    """Median over the tokens of a turn without the first, which copies the whole cache."""
+    # the cache is copied, since decoding appends to it
     clock = TokenClock()
     decode(copy.deepcopy(cache), stopping_criteria=StoppingCriteriaList([clock]))
-    return statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
+    return statistics.median(end - start for start, end in pairwise(clock.ends))

@@ -1,8 +1,9 @@
-"""Pairs of random weights in the shapes that figures are given for; what they say means nothing, what they cost is real."""
+"""Pairs of random weights in the shapes that figures are given for: their answers are noise, their costs are real."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from kvfuse.cache.kv import KV
@@ -15,45 +16,27 @@ from kvfuse.stages.prefill import ModelCaches
 from kvfuse.testing import tiny_tokenizer
 
 CONTEXT = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
-QWEN3_0_6B = {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
-QWEN2_5_0_5B = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-}
-MID_RECEIVER = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32000,
-}
-MID_SHARER = {
-    "hidden_size": 448,
-    "intermediate_size": 1792,
-    "num_hidden_layers": 10,
-    "num_attention_heads": 7,
-    "num_key_value_heads": 1,
-    "vocab_size": 32000,
-}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+# columns as in SIZES
+QWEN3_0_6B = dict(zip(SIZES, (1024, 3072, 28, 16, 8, 128, 151936), strict=True))
+QWEN2_5_0_5B = dict(zip(SIZES, (896, 4864, 24, 14, 2, 64, 151936), strict=True))
+MID_RECEIVER = dict(zip(SIZES, (512, 1536, 12, 8, 4, 64, 32000), strict=True))
+MID_SHARER = dict(zip(SIZES, (448, 1792, 10, 7, 1, 64, 32000), strict=True))
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "mid": (MID_RECEIVER, MID_SHARER, {"hidden_dim": 512, "intermediate_dim": 512}),
     "true": (QWEN3_0_6B, QWEN2_5_0_5B, {}),
 }
-"""Receiver, sharer, fuser: ``mid`` has about 50M parameters each, ``true`` is Qwen3-0.6B <- Qwen2.5-0.5B with the paper's fuser."""
+"""Receiver, sharer, fuser: ``mid`` has about 50M parameters each, ``true`` is Qwen3-0.6B <- Qwen2.5-0.5B."""
+Shapes = Annotated[str, typer.Option(help="mid (about 50M parameters each) or true (Qwen3-0.6B <- Qwen2.5-0.5B).")]
+"""Type of the option that names them."""
 
 
 def random_pair(
@@ -63,24 +46,24 @@ def random_pair(
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> CacheToCache:
-    """A pair of :data:`SHAPES` with open gates; models read the same ids.
+    """Returns a pair of :data:`SHAPES` with open gates; both models read the same ids.
 
     Args:
         shapes: ``mid`` or ``true``.
-        kind: Of the fuser; its sizes are those of :data:`SHAPES` where it is the paper's.
-        dtype: Of everything.
-        device: Of everything.
+        kind: Of the fuser; the paper's has the sizes of :data:`SHAPES`.
+        dtype: Of models and fuser.
+        device: Of models and fuser.
         options: Of the fuser.
     """
-    mine, theirs, sizes = SHAPES[shapes]
-    receiver, sharer = _model("qwen3", mine, dtype, device), _model("qwen2", theirs, dtype, device)
-    return CacheToCache(
-        receiver, [sharer], [random_fuser(receiver, sharer, kind, **{**(sizes if kind == "c2c" else {}), **options})]
-    )
+    receiver_sizes, sharer_sizes, fuser_sizes = SHAPES[shapes]
+    receiver = _model("qwen3", receiver_sizes, dtype, device)
+    sharer = _model("qwen2", sharer_sizes, dtype, device)
+    options = {**(fuser_sizes if kind == "c2c" else {}), **options}
+    return CacheToCache(receiver, [sharer], [random_fuser(receiver, sharer, kind, **options)])
 
 
 def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **options: Any) -> Fuser:
-    """A fuser with open gates, in the receiver's dtype and beside it; by default models read the same ids."""
+    """Returns a fuser with open gates, in the receiver's dtype and on its device; by default models read equal ids."""
     options = {"gate_init": 1.0, "token_alignment": "identity", **options}
     with receiver.model.device:
         fuser = make_fuser(kind, receiver=receiver.identity.to_dict(), sharer=sharer.identity.to_dict(), **options)
@@ -88,25 +71,23 @@ def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **op
 
 
 def prompt_for(pair: CacheToCache, batch: int, tokens: int) -> AlignedPrompt:
-    """Random ids where models read the same ones, else so many tokens of text, as each model has them."""
+    """Returns random ids where the models read the same ones, else English text of about as many tokens."""
     if pair.fusers[0].config.token_alignment == "identity":
-        return from_ids(
-            torch.randint(5, 300, (batch, tokens), generator=torch.Generator().manual_seed(0)), len(pair.sharers)
-        )
+        ids = torch.randint(5, 300, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        return from_ids(ids, len(pair.sharers))
     return stack([pair.align(text_of(pair.receiver.tokenizer, tokens))] * batch)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
-    """English, about so many tokens long."""
-    words = "the capital of Norway and a language that people speak there " * (
-        tokens // 11 + 1
-    )  # 11 words are at least 11 tokens
-    return tokenizer.decode(tokenizer(words).input_ids[:tokens])
+    """Returns about ``tokens`` tokens of English."""
+    sentence = "the capital of Norway and a language that people speak there "  # 11 words: at least 11 tokens
+    return tokenizer.decode(tokenizer(sentence * (tokens // 11 + 1)).input_ids[:tokens])
 
 
-def random_streams(pair: CacheToCache, prompt: AlignedPrompt) -> ModelCaches:
-    """What :meth:`CacheToCache.read` would give, but nobody has read: random caches of the right shapes, at once."""
+def random_caches(pair: CacheToCache, prompt: AlignedPrompt) -> ModelCaches:
+    """Returns random caches of the shapes that :meth:`CacheToCache.read` returns, at once."""
     batch, tokens = prompt.ids.shape
+    # sharers read the last prompt token too, the receiver does not
     sharers = [
         _random_cache(sharer, batch, reads.ids.shape[1])
         for sharer, reads in zip(pair.sharers, prompt.sharers, strict=True)

@@ -1,27 +1,32 @@
-"""What a benchmark tells: rows of one form, printed as they come, and kept as JSON or as a table of Markdown."""
+"""Results of benchmarks: rows of one form, printed as they come, and kept as JSON or as a Markdown table."""
 
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 Row = dict[str, Any]
-"""figure, setting, value, bar (what the value should be at most, or None) and unit; of what was timed also low and high, of all rounds."""
+"""Keys: figure, setting, value, bar (most that the value should be, or None), unit; of several rounds low and high."""
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
+"""Type of the option that every benchmark has."""
 
 
 def row(figure: str, setting: str, value: float, bar: float | None, unit: str) -> Row:
-    """One line of the table."""
+    """Returns the row of a single measurement."""
     return {"figure": figure, "setting": setting, "value": value, "bar": bar, "unit": unit}
 
 
 def spread_row(figure: str, setting: str, values: Sequence[float], bar: float | None, unit: str) -> Row:
-    """One line about several rounds: their median, least and most."""
+    """Returns the row of several rounds: their median, least and most."""
     return {**row(figure, setting, statistics.median(values), bar, unit), "low": min(values), "high": max(values)}
 
 
 def report(rows: Iterable[Row], json_file: Path | None = None) -> list[Row]:
-    """Print rows as they come, and write those so far to a file: what runs out of time or memory leaves the rest."""
+    """Print rows as they come, and rewrite the file after each, so that a run that dies leaves what it has measured."""
+    # the whole file each time: rows are few, runs are long
     kept = []
     for found in rows:
         kept.append(found)
@@ -32,21 +37,22 @@ def report(rows: Iterable[Row], json_file: Path | None = None) -> list[Row]:
 
 
 def line(found: Row) -> str:
-    """A row for the terminal."""
+    """Returns a row for the terminal."""
     bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
-    return f"{found['figure']:66} {found['setting']:44} {found['value']:10.4g} {found['unit']:7} {_range(found):18} {bar}".rstrip()
+    value = f"{found['value']:10.4g} {found['unit']:7} {_range(found):18}"
+    return f"{found['figure']:66} {found['setting']:44} {value} {bar}".rstrip()
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Rows as a table, those with a bar first."""
+    """Returns rows as a table, those with a bar first."""
     lines = ["| figure | setting | measured | low-high | bar |", "| --- | --- | ---: | ---: | ---: |"]
     for found in sorted(rows, key=lambda found: found["bar"] is None):
         bar = "" if found["bar"] is None else f"{found['bar']:g}"
-        lines.append(
-            f"| {found['figure']} | {found['setting']} | {found['value']:.3g} {found['unit']} | {_range(found)} | {bar} |"
-        )
+        value = f"{found['value']:.3g} {found['unit']} | {_range(found)}"
+        lines.append(f"| {found['figure']} | {found['setting']} | {value} | {bar} |")
     return "\n".join(lines) + "\n"
 
 
 def _range(found: Row) -> str:
+    # single measurements have no range
     return f"{found['low']:.3g}-{found['high']:.3g}" if found.get("low") != found.get("high") else ""

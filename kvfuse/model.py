@@ -336,22 +336,13 @@ class CacheToCache:
         fusers = self.fusers if fusers is None else fusers
         return fuse(receiver=receiver, sharers=sharers, fusers=fusers, prompt=prompt, **options)
 
-    @torch.no_grad()
-    def fuser_inputs(
-        self, prompt: AlignedPrompt, *, index: int = 0, like: Tensor | None = None, receiver: KV | None = None
+    def select_tokens(
+        self, prompt: AlignedPrompt, *, receiver: KV, sharer: KV, index: int = 0, like: Tensor | None = None
     ) -> SelectedTokens | None:
-        """The tokens of a batch of prompts that a fuser sees, as it sees them; None if there are none.
+        """The tokens that a fuser sees, as it sees them; see :func:`kvfuse.stages.fuse.select_tokens`.
 
-        Args:
-            prompt: The batch.
-            index: Number of the fuser and its sharer.
-            like: Gives device and dtype; by default the fuser does.
-            receiver: The receiver's keys and values, if they were read already.
+        ``like`` gives their device and dtype; by default the fuser of that index does.
         """
-        if prompt.ids.shape[1] < 2:
-            return None
-        receiver = read_cache(self.read_receiver(prompt)) if receiver is None else receiver
-        sharer = read_cache(self.read_sharers(prompt, index + 1)[index])
         like = next(self.fusers[index].parameters()) if like is None else like
         options: dict[str, Any] = {"index": index, "like": like, "ropes": self.ropes}
         return select_tokens(receiver=receiver, sharer=sharer, prompt=prompt, **options)

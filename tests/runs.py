@@ -1,10 +1,12 @@
-"""Small training runs: a recipe for the two saved tiny models, and how to start two processes."""
+"""Small training runs: a recipe for the two saved tiny models, and how to start processes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # of processes in any folder: this checkout
 
 
 def write_recipe(folder: Path, models: Path, responses: list[str], **sections) -> Path:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvfuse.analysis.attention import WAYS, attended, run
-from kvfuse.analysis.readout import ROLES, eager, read
+from kvfuse.analysis.attention import WAYS, attention_weights, run
+from kvfuse.analysis.readout import ROLES, eager_attention, read
 from kvfuse.analysis.study import Study
 
 
@@ -20,11 +20,11 @@ def test_attention_sums_to_one(family):
 
 def test_padding_is_not_attended_to():
     study = Study.tiny()
-    with torch.no_grad(), eager(study.pair.receiver.model):
-        seen = read(study.pair, study.questions)
-        weights = attended(study, seen, seen.fused)
-    assert (seen.prompt.mask == 0).any()
-    assert float(weights[:, seen.prompt.mask == 0].abs().max()) < 1e-6
+    with torch.no_grad(), eager_attention(study.pair.receiver.model):
+        batch = read(study.pair, study.questions)
+        weights = attention_weights(batch, batch.fused)
+    assert (batch.prompt.mask == 0).any()
+    assert float(weights[:, batch.prompt.mask == 0].abs().max()) < 1e-6
 
 
 def test_nothing_moves_where_nothing_is_fused():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kvfuse.analysis.effective_rank import Gram, caches, effective_rank, run
+from kvfuse.analysis.readout import read
 from kvfuse.analysis.study import Study
 from kvfuse.cache.kv import KV
 from kvfuse.model import CacheToCache
@@ -48,11 +49,11 @@ def test_matrices_of_known_spectrum_in_pieces_and_under_padding():
     gram.add(as_kv(x[:20]), torch.ones(1, 20))
     padded = torch.cat([torch.full((7, 6), 99.0, dtype=x.dtype), x[20:]])
     gram.add(as_kv(padded), (torch.arange(37) >= 7)[None].long())
-    told, rank = gram.to_dict(), float(effective_rank(torch.tensor(spectrum)))
-    assert told["tokens"] == 50
+    figures, rank = gram.to_dict(), float(effective_rank(torch.tensor(spectrum)))
+    assert figures["tokens"] == 50
     for name in ("keys", "values"):
-        assert told[name]["dimensions"] == 6
-        assert told[name]["layers"] == pytest.approx([rank], rel=1e-4)
+        assert figures[name]["dimensions"] == 6
+        assert figures[name]["layers"] == pytest.approx([rank], rel=1e-4)
 
 
 def test_closed_gates_change_no_rank():
@@ -71,9 +72,8 @@ def test_it_is_what_singular_values_say():
     rows = {}
     with torch.no_grad():
         for question in study.questions:
-            (prompt,) = Study(study.pair, [question]).prompts()
-            for name, (kv, _) in caches(study.pair, prompt).items():
+            for name, (kv, _) in caches(read(study.pair, [question])).items():
                 rows.setdefault(name, []).append(kv.key[0, 0].transpose(0, 1).flatten(1))
-    for name, some in rows.items():
-        expected = float(effective_rank(torch.linalg.svdvals(torch.cat(some).double())))
+    for name, tokens in rows.items():
+        expected = float(effective_rank(torch.linalg.svdvals(torch.cat(tokens).double())))
         assert found[name]["keys"]["layers"][0] == pytest.approx(expected, rel=1e-3)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kvfuse.analysis.enrichment import enrich, kept_tokens, run
+from kvfuse.analysis.readout import read
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError, PairError
 from kvfuse.prompts.chat import as_chat
@@ -47,20 +48,20 @@ def test_moving_and_keeping_positions_are_the_same_to_a_rotary_model(family):
 def test_the_oracle_is_the_slice_of_the_longer_cache():
     study = Study.tiny()
     asked = study.questions[:1]
-    one = enrich(study.pair.receiver, asked, [behind_a_shot(asked[0])], "kept")
-    full = enrich(study.pair.receiver, [type(asked[0])(behind_a_shot(asked[0]))], [behind_a_shot(asked[0])]).direct
-    length = one.direct.key.shape[3]
+    one = enrich(study.pair, asked, [behind_a_shot(asked[0])], "kept")
+    full = read(study.pair, [type(asked[0])(behind_a_shot(asked[0]))]).clean
+    length = one.direct.clean.key.shape[3]
     torch.testing.assert_close(one.oracle.key, full.key[:, :, :, -length:])
     torch.testing.assert_close(one.oracle.value, full.value[:, :, :, -length:])
 
 
 def test_padding_changes_nothing():
     study = Study.tiny()
-    chats = [behind_a_shot(one) for one in study.questions]
-    together = enrich(study.pair.receiver, study.questions, chats).judge(study, [0, 1, 2])
+    chats = [behind_a_shot(question) for question in study.questions]
+    together = enrich(study.pair, study.questions, chats).score([0, 1, 2])
     alone = [
-        enrich(study.pair.receiver, [one], [chat]).judge(study, [0, 1, 2])[:, 0]
-        for one, chat in zip(study.questions, chats, strict=True)
+        enrich(study.pair, [question], [chat]).score([0, 1, 2])[:, 0]
+        for question, chat in zip(study.questions, chats, strict=True)
     ]
     np.testing.assert_allclose(together, np.stack(alone, 1), atol=1e-3)
 

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from kvfuse.analysis.gates import draw, run
+from kvfuse.analysis.readout import read
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import AnalysisError
-from kvfuse.fusers.layers import HeadWeights, to_groups
+from kvfuse.fusers.groups import to_groups
+from kvfuse.fusers.layers import HeadWeights
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 
@@ -30,11 +31,10 @@ def test_weights_are_those_of_all_fused_tokens(tiny):
     weights = []
     with torch.no_grad():
         for question in study.questions:
-            (prompt,) = Study(study.pair, [question]).prompts()
-            streams = study.pair.read(prompt)
-            receiver, sharer = read_cache(streams.receiver), read_cache(streams.sharers[0])
-            rows, places = (prompt.fuse_mask & (prompt.sharers[0].index >= 0)).nonzero(as_tuple=True)
-            picked = receiver.tokens(rows, places), sharer.tokens(rows, prompt.sharers[0].index[rows, places])
+            batch = read(study.pair, [question])
+            rows, tokens = batch.fused_positions.nonzero(as_tuple=True)
+            sources = batch.prompt.sharers[0].index[rows, tokens]
+            picked = batch.clean.tokens(rows, tokens), batch.sharers[0].tokens(rows, sources)
             hidden = fuser._fuse_features(to_groups(picked[1], fuser.sharer_layers), to_groups(picked[0]))
             weights.append(torch.sigmoid(fuser.weighting_out(fuser.weighting(hidden))))
             assert to_groups(picked[0]).shape[1] == weights[-1].shape[1]

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from kvfuse.analysis.hooks import watching
+from kvfuse.analysis.hooks import observe
 
 
-def test_hooks_are_told_and_come_off_even_after_an_error():
-    one, other, told = torch.nn.Linear(2, 3), torch.nn.ReLU(), []
+def test_observers_are_called_and_come_off_even_after_an_error():
+    one, other, seen = torch.nn.Linear(2, 3), torch.nn.ReLU(), []
     x = torch.ones(1, 2)
 
     def fail():
-        with watching({one: lambda i, o: told.append((i, o)), other: lambda i, o: told.append(o)}):
+        with observe({one: lambda i, o: seen.append((i, o)), other: lambda i, o: seen.append(o)}):
             y = one(x)
             other(y)
             raise KeyError(y)
@@ -17,10 +17,10 @@ def test_hooks_are_told_and_come_off_even_after_an_error():
     with pytest.raises(KeyError) as stopped:
         fail()
     (y,) = stopped.value.args
-    assert told[0][0][0] is x
-    assert told[0][1] is y
-    assert torch.equal(told[1], y.relu())
+    assert seen[0][0][0] is x
+    assert seen[0][1] is y
+    assert torch.equal(seen[1], y.relu())
     one(x)
-    assert len(told) == 2
+    assert len(seen) == 2
     assert not one._forward_hooks
     assert not other._forward_hooks

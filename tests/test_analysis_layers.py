@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvfuse.analysis.layers import SomeLayers, run
+from kvfuse.analysis.layers import FusedLayers, run
 from kvfuse.analysis.study import Study
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.methods import Fused
@@ -16,26 +16,26 @@ def study():
 @torch.no_grad()
 def cache(study, fusers):
     prompt = stack([study.pair.align(one.prompt) for one in study.questions])
-    return read_cache(study.pair.prefill(prompt, fusers))
+    return read_cache(study.pair.prefill(prompt, fusers=fusers))
 
 
 def test_each_layer_is_fused_or_the_receivers(study):
     full, none = cache(study, None), cache(study, [])
     assert not torch.equal(full.key[0], none.key[0])
     for chosen in ([], [0], [2], [0, 2], [0, 1, 2]):
-        some = cache(study, SomeLayers(study.pair, chosen).fusers)
+        mixed = cache(study, FusedLayers(study.pair, chosen).fusers)
         for layer in range(3):
             expected = full if layer in chosen else none
-            assert torch.equal(some.key[layer], expected.key[layer])
-            assert torch.equal(some.value[layer], expected.value[layer])
+            assert torch.equal(mixed.key[layer], expected.key[layer])
+            assert torch.equal(mixed.value[layer], expected.value[layer])
 
 
 def test_all_layers_are_cache_to_cache(study):
     prompts, options = [one.prompt for one in study.questions], {"max_new_tokens": 6, "do_sample": False}
-    mine, theirs = (
-        method.reply(prompts, **options) for method in (SomeLayers(study.pair, range(3)), Fused(study.pair))
+    in_layers, fused = (
+        method.reply(prompts, **options) for method in (FusedLayers(study.pair, range(3)), Fused(study.pair))
     )
-    assert mine == theirs
+    assert in_layers == fused
 
 
 def test_each_layer_is_asked_alone_and_left_out(study):

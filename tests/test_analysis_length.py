@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvfuse.analysis.length import FILLER, _ask, _fill, fit_ridge, run, shift
+from kvfuse.analysis.length import ALONE, FILLER, _fill, ask, fit_ridge, run
+from kvfuse.analysis.readout import read, shift_positions
 from kvfuse.analysis.study import Study
-from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
@@ -23,39 +23,40 @@ def with_rope(study, rope):
 
 def test_a_rotary_receiver_alone_is_indifferent_to_a_shift():
     study = Study.tiny()
-    near, far = (_ask(study, study.pair, study.questions, by, fused=False) for by in (0, 40))
+    near, far = (ask(study, {"own": study.pair}, shift)[ALONE] for shift in (0, 40))
     assert near == pytest.approx(far, abs=1e-3)
 
 
 @pytest.mark.parametrize(("rope", "same"), [("removed", True), ("kept", False)])
 def test_only_a_fuser_that_sees_turned_keys_notices_a_shift(rope, same):
     study = Study.tiny()
-    near, far = (_ask(study, with_rope(study, rope), study.questions, by) for by in (0, 40))
+    near, far = (ask(study, {"rope": with_rope(study, rope)}, shift)["rope"] for shift in (0, 40))
     assert (near == pytest.approx(far, abs=1e-2)) == same
 
 
 def test_a_shift_is_one_of_all_models():
     study = Study.tiny()
     prompt = stack([study.pair.align(study.questions[0].prompt)])
-    moved = shift(prompt, 5)
+    moved = shift_positions(prompt, 5)
     assert torch.equal(moved.positions, prompt.positions + 5)
     assert torch.equal(moved.sharers[0].positions, prompt.sharers[0].positions + 5)
-    values = [read_cache(study.pair.read_receiver(one)).value for one in (prompt, moved)]
+    values = [read(study.pair, study.questions[:1], shift).clean.value for shift in (0, 5)]
     torch.testing.assert_close(*values, atol=1e-4, rtol=1e-4)
 
 
 def test_filler_is_as_long_as_asked_for():
     study = Study.tiny()
-    receiver, question = study.pair.receiver, study.questions[0]
-    before = len(tokenize(question.prompt, receiver.tokenizer).ids)
-    after = len(tokenize(_fill(receiver, question, FILLER, 60).prompt, receiver.tokenizer).ids)
+    before, after = (
+        len(tokenize(asked.questions[0].prompt, study.pair.receiver.tokenizer).ids)
+        for asked in (study, _fill(study, FILLER, 60))
+    )
     assert 56 <= after - before <= 62
-    assert _fill(receiver, question, FILLER, 0) == question
+    assert _fill(study, FILLER, 0).questions == study.questions
 
 
 def test_a_fuser_in_closed_form_is_fitted():
     study = Study.tiny()
-    first = fit_ridge(study, study.questions, "removed").fusers[0]
+    first = fit_ridge(study, "removed").fusers[0]
     assert first.config.rope == "removed"
     assert first.projection.weight.abs().sum() > 0
 

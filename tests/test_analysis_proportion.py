@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvfuse.analysis.proportion import Partly, first, last, messages, run, template
+from kvfuse.analysis.proportion import PartlyFused, first, last, messages, run, template
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
 from kvfuse.methods import Fused, Single
@@ -25,7 +25,7 @@ def test_nothing_is_the_receiver_and_everything_is_cache_to_cache(study, cut):
     receiver, fused = said(study, Single("receiver", study.pair.receiver)), said(study, Fused(study.pair))
     assert receiver[1] != fused[1]
     for share, expected in ((0.0, receiver), (1.0, fused)):
-        texts, scores = said(study, Partly(study.pair, cut(share)))
+        texts, scores = said(study, PartlyFused(study.pair, cut(share)))
         assert texts == expected[0]
         assert scores == pytest.approx(expected[1], abs=1e-4)
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvfuse.analysis.readout import read_batches
 from kvfuse.analysis.study import Question, Study, choose
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import AnalysisError
@@ -28,8 +29,8 @@ def test_batches_hold_every_question_once():
     study = replace(Study.tiny(), batch_size=3)
     batches = list(study.batches())
     assert [len(batch) for batch in batches] == [3, 1]
-    assert sorted(place for batch in batches for place in batch) == [0, 1, 2, 3]
-    assert [prompt.ids.shape[0] for prompt in study.prompts()] == [3, 1]
+    assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
+    assert [len(batch.rows) for batch in read_batches(study)] == [3, 1]
 
 
 def test_a_question_without_a_group_is_one_of_its_own(pair):

@@ -1,14 +1,15 @@
 """Maps between caches: known answers, and that a perfect map changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from kvfuse.analysis import transformation
-from kvfuse.analysis.maps import Standard, coverage, mean, perceptrons, ridge
-from kvfuse.analysis.readout import first_run
+from kvfuse.analysis.maps import Standardizer, coverage, mean, perceptrons, ridge
 from kvfuse.analysis.study import Study
-from kvfuse.analysis.transformation import Tokens, flat, predictors, run
+from kvfuse.analysis.transformation import LayerTokens, flat, predictors, run
 from kvfuse.errors import AnalysisError
 
 
@@ -39,8 +40,8 @@ def test_the_perceptron_is_the_same_for_the_same_seed():
 
 def test_standardizing_is_undone():
     x, _ = linear()
-    standard = Standard(x)
-    torch.testing.assert_close(standard.back(standard.to(x)), x)
+    standardize = Standardizer(x)
+    torch.testing.assert_close(standardize.invert(standardize(x)), x)
 
 
 def test_coverage_of_known_clouds():
@@ -54,26 +55,23 @@ def test_coverage_of_known_clouds():
 
 def test_a_perfect_map_changes_nothing():
     study = Study.tiny()
-    tokens = Tokens(study, study.questions, 1)
-    (kv,) = tokens.mapped(lambda _: tokens.receiver)
-    torch.testing.assert_close(kv.key, tokens.reads[0].own.key)
-    quality = transformation._quality(study, lambda _: tokens.receiver, tokens)
+    tokens = LayerTokens(study, 1)
+    ((batch, kv),) = tokens.replaced(lambda _: tokens.receiver)
+    torch.testing.assert_close(kv.key, batch.clean.key)
+    quality = transformation._effect(lambda _: tokens.receiver, tokens)
     assert quality["attention_cosine"] == pytest.approx(1)
     assert quality["divergence"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_map_stands_in_one_layer_alone_at_the_aligned_tokens():
     study = Study.tiny()
-    tokens = Tokens(study, study.questions[:1], 1)
-    (kv,), seen = tokens.mapped(lambda x: torch.full((len(x), tokens.receiver.shape[1]), 7.0)), tokens.reads[0]
-    reached = seen.fused_positions[0]
+    tokens = LayerTokens(replace(study, questions=study.questions[:1]), 1)
+    ((batch, kv),) = tokens.replaced(lambda x: torch.full((len(x), tokens.receiver.shape[1]), 7.0))
+    reached = batch.fused_positions[0]
     torch.testing.assert_close(kv.value[1, 0, :, reached], torch.full_like(kv.value[1, 0, :, reached], 7.0))
-    torch.testing.assert_close(kv.value[[0, 2]], seen.own.value[[0, 2]])
-    assert not torch.allclose(
-        first_run(study.pair.receiver.model, seen, kv).logits,
-        first_run(study.pair.receiver.model, seen, seen.own).logits,
-    )
-    assert flat(tokens.picked[0].receiver, 1).shape == tokens.receiver.shape
+    torch.testing.assert_close(kv.value[[0, 2]], batch.clean.value[[0, 2]])
+    assert not torch.allclose(batch.first_logits(kv), batch.first_logits(batch.clean))
+    assert flat(tokens.batches[0][1].receiver, 1).shape == tokens.receiver.shape
 
 
 def test_predictors_are_rank_correlations():

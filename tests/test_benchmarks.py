@@ -10,10 +10,10 @@ from benchmarks.asking import end_to_end_rows, first_token_rows
 from benchmarks.case import BARS
 from benchmarks.decoding import decode_rows
 from benchmarks.drawing import draw
-from benchmarks.footprint import footprint_rows
 from benchmarks.fusing import bare_products, fuse_rows, growth_rows
 from benchmarks.machine import Machine, Work, grouped_weights
-from benchmarks.pairs import prompt_for, random_streams
+from benchmarks.memory import memory_rows
+from benchmarks.pairs import prompt_for, random_caches
 from benchmarks.rows import line, markdown, report
 from benchmarks.suite import FULL, GPU, QUICK, Case, Planned, measure, training_rows
 from benchmarks.timing import in_turns, least, ratio, total
@@ -24,7 +24,7 @@ from kvfuse.support.plots import save
 from kvfuse.testing import tiny_fuser, tiny_model
 
 PLAN = (
-    Planned("true", 1, 256, 2, (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, footprint_rows)),
+    Planned("true", 1, 256, 2, (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, memory_rows)),
     Planned("true", 2, 12, 1),
     Planned("true", 1, 4096, 1, (growth_rows,)),
     Planned("true", 1, 512, 1, (training_rows,)),
@@ -73,7 +73,7 @@ def test_both_plans_measure_every_bar():
     for plan in (QUICK, FULL):
         seen = {(one.tokens, group) for one in plan for group in one.groups if one.shapes == "true"}
         assert {
-            (256, group) for group in (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, footprint_rows)
+            (256, group) for group in (fuse_rows, first_token_rows, decode_rows, end_to_end_rows, memory_rows)
         } <= seen
         assert (4096, growth_rows) in seen
 
@@ -86,14 +86,14 @@ def test_rows_are_drawn_and_made_a_table(rows, tmp_path):
 
 def test_followed_responses_have_rows(monkeypatch):
     monkeypatch.setattr(follow, "SIZES", {"max_position_embeddings": 512})
-    monkeypatch.setattr(follow, "NEW", 2)
+    monkeypatch.setattr(follow, "NEW_TOKENS", 2)
     monkeypatch.setattr(follow, "REPEATS", 1)
     for own_tokenizer in (False, True):
         assert [found["unit"] for found in follow.follow_rows(20, own_tokenizer)] == ["ms", "ms", "ms", "x"]
 
 
 def test_answers_on_a_gpu_have_rows_wherever_they_run(same_ids, monkeypatch):
-    monkeypatch.setattr(gpu, "ANSWER", 3)
+    monkeypatch.setattr(gpu, "ANSWER_TOKENS", 3)
     case = Case("true", same_ids, 1, 20, 2, MACHINE)
     figures = [found["figure"] for group in (gpu.gpu_first_token_rows, gpu.static_rows) for found in group(case)]
     assert "first token / receiver's, captured" in figures
@@ -115,11 +115,11 @@ def test_bare_products_are_those_of_the_fuser(same_ids):
         assert all(run() > 0 for run in bare_products(case).values())
 
 
-def test_random_streams_are_shaped_like_what_is_read(same_ids):
+def test_random_caches_are_shaped_like_those_that_are_read(same_ids):
     with torch.no_grad():
         for pair in (same_ids, load_pair()):
             prompt = prompt_for(pair, 2, 12)
-            read, made = pair.read(prompt), random_streams(pair, prompt)
+            read, made = pair.read(prompt), random_caches(pair, prompt)
             for one, other in zip((read.receiver, *read.sharers), (made.receiver, *made.sharers), strict=True):
                 assert read_cache(one).key.shape == read_cache(other).key.shape
 

@@ -32,7 +32,7 @@ def fused_and_clean(method, prompts=PROMPTS):
     """The cache that a method answers from, the receiver's own, and which positions are fused."""
     prompt = stack([method.align(prompt) for prompt in prompts])
     with torch.no_grad():
-        fused, clean = (read_cache(method.pair.prefill(prompt, fusers)) for fusers in (method.fusers, []))
+        fused, clean = (read_cache(method.pair.prefill(prompt, fusers=fusers)) for fusers in (method.fusers, []))
     return fused, clean, prompt.fuse_mask[:, :-1] & (prompt.sharers[0].index[:, :-1] >= 0)
 
 

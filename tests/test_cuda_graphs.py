@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvfuse.backends.cuda_graphs import KEPT, MOST, SHORTEST, CudaGraphPrefill, graph_length
+from kvfuse.backends.cuda_graphs import MAX_GRAPH_TOKENS, MAX_GRAPHS, MIN_GRAPH_TOKENS, CudaGraphPrefill, graph_length
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import copy_stacked, read_cache, supports_prefix_reuse
 from kvfuse.model import CacheToCache
@@ -30,10 +30,12 @@ def assert_same(got, expected):
 
 
 def test_lengths_are_few_and_never_too_short():
-    lengths = [graph_length(tokens) for tokens in range(1, MOST + 1)]
-    assert all(tokens <= length <= max(SHORTEST, 1.26 * tokens + 64) for tokens, length in enumerate(lengths, 1))
+    lengths = [graph_length(tokens) for tokens in range(1, MAX_GRAPH_TOKENS + 1)]
+    assert all(
+        tokens <= length <= max(MIN_GRAPH_TOKENS, 1.26 * tokens + 64) for tokens, length in enumerate(lengths, 1)
+    )
     assert all(graph_length(length) == length for length in lengths)
-    assert len(set(lengths)) <= KEPT
+    assert len(set(lengths)) <= MAX_GRAPHS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,12 +1,11 @@
 """Two processes on one machine train as one does: the same weights, one folder, resumed to the bit."""
 
 import json
-import os
 import subprocess
 
 import pytest
 import torch
-from runs import IN_TWO, write_recipe
+from runs import ENVIRONMENT, IN_TWO, write_recipe
 from safetensors.torch import load_file
 
 from kvfuse.training.recipe import load_recipe
@@ -64,7 +63,7 @@ def folder(saved_models, tmp_path, monkeypatch):
 
 
 def two_processes(*words):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*IN_TWO, "run.py", *words], capture_output=True, text=True, env=env, timeout=300)
 
 

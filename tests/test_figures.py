@@ -1,13 +1,10 @@
 import re
 from html.parser import HTMLParser
-from math import pi
 
 import matplotlib
-import numpy as np
 import pytest
 
 from kvfuse.evaluation.report import figures
-from kvfuse.evaluation.report.venn import THREE, lens, middle, two_circles
 from kvfuse.support import plots
 
 ESTIMATES = [("receiver", 0.34, (0.3, 0.38)), ("cache-to-cache", 0.9, (0.88, 0.93))]
@@ -20,7 +17,23 @@ LATENCY = {
         "phases": {"receiver_prefill": 0.01, "fuse": 0.015, "decode": 0.01},
     },
 }
-REGIONS = {"": 5, "a": 10, "b": 0, "c": 2.5, "a+b": 3, "a+c": 4, "b+c": 1, "a+b+c": 20}
+METHODS = ["receiver", "sharer", "cache-to-cache"]
+REGIONS = {
+    "": 5,
+    "receiver": 10,
+    "sharer": 0,
+    "cache-to-cache": 2.5,
+    "receiver+sharer": 3,
+    "receiver+cache-to-cache": 4,
+    "sharer+cache-to-cache": 1,
+    "receiver+sharer+cache-to-cache": 1234,
+}
+KNOWN = {
+    "receiver+sharer": {"right": 1234, "wrong": 3},
+    "receiver": {"right": 4, "wrong": 10},
+    "sharer": {"right": 1, "wrong": 0},
+    "": {"right": 2.5, "wrong": 5},
+}
 
 
 def draw_all():
@@ -35,6 +48,7 @@ def draw_all():
         ),
         "categories": figures.by_category(categories, "accuracy (%)"),
         "latency": figures.latency(LATENCY, ["receiver_prefill", "fuse", "decode"]),
+        "overlap": figures.overlap(KNOWN),
     }
 
 
@@ -69,7 +83,7 @@ def test_what_is_drawn_is_what_was_given(drawn):
     assert drawn_as == [pytest.approx(one) for one in ([30, 38], [34], [88, 93], [90])]
 
 
-def test_what_is_not_told_from_zero_is_hollow(drawn):
+def test_points_whose_interval_contains_zero_are_hollow(drawn):
     _, one, _, other, _ = drawn["differences"].axes[0].lines
     assert (one.get_markerfacecolor(), other.get_markerfacecolor()) == (plots.PAPER, plots.COLOURS[0])
 
@@ -87,44 +101,28 @@ def test_every_category_and_method_is_named(drawn):
     assert {"law", "physics", "receiver", "sharer"} <= set(words(drawn["categories"]))
 
 
-def test_every_region_has_its_count():
-    assert set(words(figures.venn("abc", REGIONS))) >= {
-        "10",
-        "0",
-        "2.5",
-        "3",
-        "4",
-        "1",
-        "20",
-        "nobody: 5",
-        "a\n37 right",
+def test_items_are_counted_by_who_knew_them():
+    assert figures.knowledge(METHODS, REGIONS) == KNOWN
+    pair = {"": 1, "receiver": 2, "cache-to-cache": 3, "receiver+cache-to-cache": 4}
+    assert figures.knowledge(["receiver", "cache-to-cache"], pair) == {
+        "receiver": {"right": 4, "wrong": 2},
+        "": {"right": 3, "wrong": 1},
     }
 
 
-@pytest.mark.parametrize(
-    "counts", [(10, 20, 30), (1, 99, 0.5), (50, 0, 20), (0, 30, 10), (0, 30, 0), (0, 0, 7), (0, 0, 0), (40, 1e-3, 60)]
-)
-def test_areas_of_two_circles_are_to_scale(counts):
-    first, both, second = counts
-    one, other = two_circles(first, both, second)
-    scale = pi * max(one.radius, other.radius) ** 2 / (max(first, second) + both or 1)
-    assert pi * one.radius**2 == pytest.approx((first + both) * scale, abs=1e-6)
-    assert pi * other.radius**2 == pytest.approx((second + both) * scale, abs=1e-6)
-    assert lens(other.x - one.x, one.radius, other.radius) == pytest.approx(both * scale, abs=1e-6)
-
-
-def test_shared_area_agrees_with_counting_points():
-    rng = np.random.default_rng(0)
-    points = rng.uniform(-2, 3, (400_000, 2))
-    both = (np.hypot(*points.T) < 1.2) & (np.hypot(points[:, 0] - 1, points[:, 1]) < 0.9)
-    assert lens(1.0, 1.2, 0.9) == pytest.approx(25 * both.mean(), rel=0.02)
-
-
-@pytest.mark.parametrize("inside", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1) if a + b + c])
-def test_counts_stand_in_their_regions(inside):
-    x, y, room = middle(THREE, inside)
-    assert tuple(int(np.hypot(x - one.x, y - one.y) < one.radius) for one in THREE) == inside
-    assert room > 0.16  # for a number of three digits
+def test_every_count_has_its_bar():
+    axes = figures.overlap(KNOWN).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1234, 4, 1, 2.5, 3, 10, 0, 5]
+    assert [text.get_text() for text in axes.texts] == ["1,234", "4", "1", "2.5", "3", "10", "0", "5"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "both",
+        "only the receiver",
+        "only the sharer",
+        "neither",
+    ]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["right when fused", "wrong when fused"]
+    right, wrong = (bar.get_y() + bar.get_height() / 2 for bar in (axes.patches[0], axes.patches[4]))
+    assert -0.5 < right < 0 < wrong < 0.5, "both bars are on the first line, next to each other"
 
 
 def test_svg_takes_the_pages_colours_and_links_nowhere():
@@ -157,7 +155,7 @@ def test_figures_of_one_page_share_no_ids():
 
 
 def test_a_figure_is_the_same_each_time():
-    one, other = (plots.svg(figures.venn(["a", "b"], {"": 1, "a": 2, "b": 3, "a+b": 4}), "v") for _ in range(2))
+    one, other = (plots.svg(figures.overlap(KNOWN), "overlap") for _ in range(2))
     assert one == other
 
 

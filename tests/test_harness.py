@@ -17,8 +17,9 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 
 from kvfuse.errors import EvaluationError, MethodError, PairError
-from kvfuse.evaluation.harness.adapter import NO_SCORE, HarnessModel
+from kvfuse.evaluation.harness.adapter import HarnessModel
 from kvfuse.evaluation.tasks import task_manager
+from kvfuse.evaluation.tasks.readouts import NO_SCORE
 from kvfuse.methods import Fused, Method, Single
 from kvfuse.methods.base import OptionScore, Reply
 

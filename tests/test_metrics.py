@@ -34,7 +34,7 @@ def test_one_task_by_hand(task):
     assert pair["interval"] == bootstrap_mean(np.subtract(FUSED, RECEIVER), [str(i) for i in range(8)])[1]
 
 
-def test_circles_by_hand(task):
+def test_overlap_by_hand(task):
     assert task["overlap"]["regions"] == {
         "": 2,
         "receiver": 1,

@@ -224,7 +224,7 @@ def test_in_sequence_each_fuser_reads_what_those_before_have_made(receiver, shar
         prefill(sharer.model, prompt.sharers[1].ids, prompt.sharers[1].mask, prompt.sharers[1].positions)
     )
     one = replace(prompt, sharers=prompt.sharers[1:])
-    expected = fuse(first, [theirs], fusers[1:], one)
+    expected = fuse(receiver=first, sharers=[theirs], fusers=fusers[1:], prompt=one)
     torch.testing.assert_close(read_cache(pair.prefill(prompt)).key, expected.key)
     swapped = CacheToCache(receiver, [sharer, sharer], fusers[::-1], fusion="sequential")
     assert not torch.allclose(read_cache(swapped.prefill(prompt)).key, expected.key)
@@ -240,7 +240,7 @@ def test_a_request_may_choose_its_sharers(receiver, sharer):
     assert torch.equal(both.select(1).generate(PROMPTS, **GREEDY), alone.generate(PROMPTS, **GREEDY))
     assert torch.equal(both.select(0, 1).generate(PROMPTS, **GREEDY), both.generate(PROMPTS, **GREEDY))
     for places in ((), (2,), (-1,)):
-        with pytest.raises(PairError, match="places of sharers from 0 to 1"):
+        with pytest.raises(PairError, match="indices of sharers from 0 to 1"):
             both.select(*places)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are kept without their outputs: pictures would outweigh the code."""
+"""The notebooks run from top to bottom, and are stored without outputs: pictures would outweigh the code."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def load(path):
@@ -29,7 +30,8 @@ def test_they_open_with_what_one_will_see_and_hold_no_outputs(path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the kernel's own libraries
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_they_run(path, tmp_path):
+def test_they_run(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this checkout, whatever is installed
     notebook = load(path)
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvfuse.cache.kv import KV
-from kvfuse.cache.prefix_cache import USEFUL
+from kvfuse.cache.prefix_cache import MIN_REUSED_TOKENS
 from kvfuse.cache.transformers_cache import read_cache, supports_prefix_reuse
 from kvfuse.checkpoint import save_fuser
 from kvfuse.language_model import LanguageModel
@@ -193,7 +193,10 @@ def test_controls_and_the_pair_never_get_each_others_caches(options, order):
             for prompt in (PROMPTS[0], PROMPTS[2]):
                 own, known = control(pair), control(kept)
                 batch = stack([own.align(prompt)])
-                assert_close(read_cache(kept.prefill(batch, known.fusers)), read_cache(pair.prefill(batch, own.fusers)))
+                assert_close(
+                    read_cache(kept.prefill(batch, fusers=known.fusers)),
+                    read_cache(pair.prefill(batch, fusers=own.fusers)),
+                )
     assert kept.store.stats.positions_saved > 0
 
 
@@ -242,7 +245,8 @@ def test_one_model_in_two_precisions_is_two(pair, saved_models):
             )
     one.receiver.model.to(torch.bfloat16)
     assert torch.equal(
-        read_cache(with_store(one, store).prefill(prompt, [])).key, read_cache(one.prefill(prompt, [])).key
+        read_cache(with_store(one, store).prefill(prompt, fusers=[])).key,
+        read_cache(one.prefill(prompt, fusers=[])).key,
     )
 
 
@@ -395,7 +399,7 @@ def test_a_sharer_that_reads_something_else_in_the_same_places(place):
     ids[0, place] += 1
     other = replace(prompt, sharers=(replace(prompt.sharers[0], ids=ids),))
     assert_close(read_cache(kept.prefill(other)), read_cache(pair.prefill(other)))
-    assert kept.store.stats.positions_saved == (place if place > USEFUL else 0)
+    assert kept.store.stats.positions_saved == (place if place > MIN_REUSED_TOKENS else 0)
 
 
 @torch.no_grad()

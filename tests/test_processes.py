@@ -1,9 +1,9 @@
 """A process joins the others, and leaves them before it ends."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
+
+from runs import ENVIRONMENT
 
 SCRIPT = """
 import atexit, torch.distributed as dist
@@ -16,7 +16,7 @@ print(processes().num_processes, dist.is_initialized())
 
 
 def lines_of(joins: bool) -> list[str]:
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "true"}
+    env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(joins=joins)], env=env, check=True, capture_output=True, text=True
     )

@@ -26,7 +26,7 @@ def test_a_table_is_read_row_by_row():
     assert as_rows(plain) == plain
 
 
-def test_cells_have_what_is_published_behind_a_stroke():
+def test_cells_have_the_published_figure_after_a_slash():
     rows = [
         figure("receiver", 3),
         figure("receiver", 4, part="easy"),

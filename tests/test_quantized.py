@@ -24,6 +24,7 @@ from kvfuse.fusers.execution.quantized import (
 )
 from kvfuse.fusers.folder import size_of
 from kvfuse.fusers.layers import GroupedLinear
+from kvfuse.fusers.registry import class_of
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
 from kvfuse.training.closed_form import fit
@@ -130,7 +131,7 @@ def test_integers_multiply_what_tokens_are_rounded_to(shape, weights, bias):
     x = torch.randn(3, 5, shape[0])
     step = x.abs().amax(-1, keepdim=True) / 127
     expected = ((x / step).round() * step).double() @ small.weight.double() + (small.bias.double() if bias else 0)
-    torch.testing.assert_close(small._by_integers(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small._multiply_integers(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_int8
@@ -138,7 +139,7 @@ def test_integers_multiply_what_tokens_are_rounded_to(shape, weights, bias):
 def test_both_ways_to_multiply_agree(monkeypatch, weights, dtype):
     _, small = linear_of(176, 48, weights, dtype)
     x = torch.randn(3, 5, 176, dtype=dtype)
-    integers = small._by_integers(x)
+    integers = small._multiply_integers(x)
     by_floats(monkeypatch)
     floats = small(x)
     half_a_step = x.abs().amax(-1, keepdim=True).float() / 254
@@ -150,7 +151,7 @@ def test_both_ways_to_multiply_agree(monkeypatch, weights, dtype):
 def test_the_way_is_chosen_by_device_processor_and_gradient(monkeypatch, weights):
     _, small = linear_of(32, 16, weights)
     taken = []
-    monkeypatch.setattr(QuantizedLinear, "_by_integers", lambda self, x: taken.append("integers"))
+    monkeypatch.setattr(QuantizedLinear, "_multiply_integers", lambda self, x: taken.append("integers"))
     for able, gradient in ((True, False), (True, True), (False, False)):
         monkeypatch.setattr("kvfuse.fusers.execution.quantized.cpu_multiplies_int8", lambda able=able: able)
         small(torch.randn(3, 2, 32, requires_grad=gradient))
@@ -182,10 +183,10 @@ def test_groups_can_be_taken_apart(weights):
 def test_it_makes_no_difference_how_many_groups_are_computed_at_once(monkeypatch, weights):
     _, small = linear_of(41, 17, weights)
     x = torch.randn(3, 5, 41)
-    together = small._by_integers(x)
+    together = small._multiply_integers(x)
     monkeypatch.setattr("kvfuse.fusers.execution.quantized.ELEMENTS_AT_ONCE", 1)
-    assert torch.equal(small._by_integers(x), together)
-    assert small._by_integers(x[:, :0]).shape == (3, 0, 17)
+    assert torch.equal(small._multiply_integers(x), together)
+    assert small._multiply_integers(x[:, :0]).shape == (3, 0, 17)
 
 
 @needs_int8
@@ -193,7 +194,7 @@ def test_what_is_no_number_is_not_hidden(weights):
     _, small = linear_of(32, 16, weights)
     x = torch.randn(3, 2, 32)
     x[0, 1, 3], x[1, 0, 0] = torch.nan, torch.inf
-    finite = small._by_integers(x).isfinite()
+    finite = small._multiply_integers(x).isfinite()
     assert finite.all(-1).tolist() == [[True, False], [False, True], [True, True]]
     assert not finite[0, 1].any()
 
@@ -228,7 +229,8 @@ def test_a_token_depends_on_that_token_alone(small, inputs):
     """To rounding: where the last bit of an activation decides between two integers, a token may be off by one of them."""
     rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
     together = small(receiver=inputs[0], sharer=inputs[1]).tokens(rows, places)
-    assert apart(small(*(kv.tokens(rows, places) for kv in inputs)), together) < 0.01
+    receiver_kv, sharer_kv = (kv.tokens(rows, places) for kv in inputs)
+    assert apart(small(receiver=receiver_kv, sharer=sharer_kv), together) < 0.01
 
 
 def test_a_closed_gate_gives_exactly_zero(receiver, sharer, full, weights, inputs):
@@ -248,7 +250,9 @@ def test_casting_leaves_the_integers(small, inputs, weights):
     assert cast.dtype == next(cast.parameters()).dtype == torch.bfloat16
     assert (
         apart(
-            cast(*(kv.to("cpu", torch.bfloat16) for kv in inputs)).to("cpu", torch.float32),
+            cast(**dict(zip(("receiver", "sharer"), (kv.to("cpu", torch.bfloat16) for kv in inputs), strict=True))).to(
+                "cpu", torch.float32
+            ),
             small(receiver=inputs[0], sharer=inputs[1]),
         )
         < 0.05
@@ -262,9 +266,12 @@ def test_how_small_the_papers_fuser_becomes(weights, share):
         whose: {"kv": {"num_layers": layers, "num_kv_heads": heads, "key_dim": dim, "value_dim": dim}}
         for whose, (layers, heads, dim) in specs.items()
     }
-    cls = FUSERS["c2c"]
+    classes = [class_of({"model_type": "kvfuse-c2c", "weights": kind}) for kind in ("full", weights)]
     with torch.device("meta"):
-        full, small = (cls(cls.config_class(**pair, weights=kind)).to(torch.bfloat16) for kind in ("full", weights))
+        full, small = (
+            cls(cls.config_class(**pair, weights=kind)).to(torch.bfloat16)
+            for cls, kind in zip(classes, ("full", weights), strict=True)
+        )
     assert size_of(small) / size_of(full) == pytest.approx(share, abs=0.002)
 
 
@@ -277,12 +284,12 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(full, small, weights, inputs
     assert stored.keys() == small.state_dict().keys()
     assert (torch.int8 if weights == "int8" else torch.uint8) in {tensor.dtype for tensor in stored.values()}
     for loaded in (load_fuser(folder), AutoModel.from_pretrained(folder)):
-        assert type(loaded) is type(full)
+        assert isinstance(loaded, type(full))
         assert all(torch.equal(tensor, small.state_dict()[name]) for name, tensor in loaded.state_dict().items())
         assert [tensor.dtype for tensor in loaded.parameters()] == [tensor.dtype for tensor in small.parameters()]
         assert not loaded.training
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
-        assert torch.equal(loaded(*inputs).key, small(receiver=inputs[0], sharer=inputs[1]).key)
+        assert torch.equal(*(one(receiver=inputs[0], sharer=inputs[1]).key for one in (loaded, small)))
     assert f"rounded to {weights}" in (folder / "README.md").read_text()
 
 

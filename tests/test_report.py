@@ -143,7 +143,7 @@ def test_failures_are_shown(page):
 
 
 def test_all_figures_are_there(page):
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 6
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 5
 
 
 def test_markdown_has_the_same_tables(page, written):

@@ -95,7 +95,7 @@ def removed(receiver, sharer):
 def test_closed_gates_leave_the_cache_as_it_is_bit_for_bit(receiver, sharer):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, rope="removed", gate_init=-1.0)])
     prompt = stack([pair.align(QUESTION), pair.align("hi")])
-    fused, alone = (read_cache(pair.prefill(prompt, fusers)) for fusers in (None, []))
+    fused, alone = (read_cache(pair.prefill(prompt, fusers=fusers)) for fusers in (None, []))
     assert torch.equal(fused.key, alone.key)
 
 

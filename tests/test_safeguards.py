@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from runs import write_recipe
+from runs import ENVIRONMENT, write_recipe
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -60,9 +60,8 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_weights(saved_m
     )
 
     def run(mode, output):
-        return subprocess.run(
-            [sys.executable, "-c", KILLED_WHILE_SAVING, mode, output], cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", KILLED_WHILE_SAVING, mode, output]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
 
     assert run("kill", "killed").returncode == -signal.SIGKILL
     half = tmp_path / "killed/checkpoints/checkpoint-4"

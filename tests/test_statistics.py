@@ -63,13 +63,13 @@ def test_interval_of_a_ratio_agrees_with_scipy():
         method="percentile",
         rng=0,
     ).confidence_interval
-    ratio, interval = bootstrap_ratio(part, whole, each(150), draws=9999)
+    ratio, interval = bootstrap_ratio(part=part, whole=whole, groups=each(150), draws=9999)
     assert ratio == pytest.approx(part.mean() / whole.mean())
     assert interval == pytest.approx(tuple(theirs), abs=0.01)
 
 
 def test_a_ratio_survives_resamples_without_a_whole():
-    ratio, interval = bootstrap_ratio([1, 0, 0, 0], [1, 0, 0, 1], each(4))
+    ratio, interval = bootstrap_ratio(part=[1, 0, 0, 0], whole=[1, 0, 0, 1], groups=each(4))
     assert ratio == 0.5
     assert np.isfinite(interval).all()
 

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 from lm_eval import evaluate
 
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.harness.adapter import NO_SCORE, HarnessModel
+from kvfuse.evaluation.harness.adapter import HarnessModel
 from kvfuse.evaluation.tasks import load_task, made_up, task_manager, task_names
 from kvfuse.evaluation.tasks.longbench import (
     FAMILIES,
@@ -25,7 +25,7 @@ from kvfuse.evaluation.tasks.longbench import (
     word_f1,
 )
 from kvfuse.evaluation.tasks.made_up import GPQA, REDUX
-from kvfuse.evaluation.tasks.readouts import likeliest
+from kvfuse.evaluation.tasks.readouts import NO_SCORE, likeliest
 from kvfuse.evaluation.tasks.sources import SOURCES
 from kvfuse.methods import Method
 from kvfuse.methods.base import OptionScore, Reply

@@ -35,7 +35,7 @@ def verdict_of(**scores):
             "no part of it can be shown to need the sharer to have read this question (+1.0 [] points).",
         ),
         ({"mismatched": 80}, "none of it needs the sharer to have read this question"),
-        ({}, "what part of it is communication is not known, for no mismatched control was run."),
+        ({}, "which part of it is communication is unknown, since the mismatched control was not run."),
     ],
 )
 def test_a_gain_is_split_by_what_needed_this_question(scores, said):
@@ -46,16 +46,16 @@ def test_a_gain_is_split_by_what_needed_this_question(scores, said):
     ("scores", "said"),
     [
         ({"mismatched": 5}, "this question's cache is worth +15.0 [] points against another's."),
-        ({"mismatched": 20}, "Nor does it show that it matters which question the sharer read: +0.0 [] points."),
+        ({"mismatched": 20}, "Nor can it be shown that it matters which question the sharer read: +0.0 [] points."),
         ({"mismatched": 40}, "This question's cache does worse than another's: -20.0 [] points."),
-        ({}, "No mismatched control was run."),
+        ({}, "The mismatched control was not run."),
     ],
 )
 @pytest.mark.parametrize(
     ("receiver", "first"),
     [
         (30, "Fusing loses 10.0 [] points against the receiver alone. "),
-        (range(1, 21), "No gain over the receiver can be told from zero: +0.0 []"),
+        (range(1, 21), "No gain over the receiver can be shown: +0.0 []"),
     ],
     ids=["loss", "no gain"],
 )

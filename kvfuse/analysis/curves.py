@@ -1,65 +1,81 @@
-"""The picture of what was measured against something: right answers on the left, how unlikely they seem on the right."""
+"""Curves with 95% intervals, and the picture that analyses share: accuracy left, bits per character right."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
+import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from kvfuse.support.plots import DASHED, INK, LOOKS, Axes, Figure, legend_above, new_panels, styled
 
+Point = tuple[float, float, Sequence[float]]
+"""Position on the horizontal axis, value, and both ends of its interval."""
 Series = tuple[Sequence[float], Sequence[Mapping[str, Any]]]
-"""Places on the horizontal axis, and what was measured at each (:meth:`kvfuse.analysis.answering.Answered.to_dict`)."""
-LOOKS = tuple(zip(COLOURS, MARKERS, strict=True))
+"""Positions on the horizontal axis, and the figures measured at each (``Answered.to_dict``)."""
 MEASURES = (
     ("accuracy", "interval", 100, "right answers (%), 95% interval"),
     ("bits_per_character", "bits_interval", 1, "bits per character of right answers"),
 )
+"""Key of a figure, key of its interval, scale, and label of the axis."""
+LEVEL_DASHES = (DASHED, (0, (1, 2)))
 
 
 @styled
 def curves(
     axis: str, series: Mapping[str, Series], levels: Mapping[str, Mapping[str, Any]] | None = None, joined: bool = True
-) -> "Figure":
-    """Draw both measures with their 95% intervals.
+) -> Figure:
+    """Draw accuracy and bits per character with their 95% intervals.
 
     Args:
-        axis: What the horizontal axis is, with its unit.
-        series: By name.
-        levels: By name what was measured once, as a horizontal line.
-        joined: Whether places are numbers with something between them, and lines join them.
+        axis: Label of the horizontal axis, with its unit.
+        series: Measured figures by name.
+        levels: References by name, measured once and drawn as horizontal lines.
+        joined: Join neighbouring points by lines; False where nothing lies between them, as for layers.
     """
     figure, panels = new_panels(4.2, 2)
-    shown: list[Any] = []
-    for axes, (measure, spread, scale, label) in zip(panels, MEASURES, strict=True):
-        shown = [
-            _points(axes, one, measure, spread, scale, name, look, joined)
-            for (name, one), look in zip(series.items(), LOOKS, strict=False)
-        ]
-        for (name, one), dashes in zip((levels or {}).items(), cycle(((4, 3), (1, 2))), strict=False):
-            shown.append(
-                axes.axhline(scale * one[measure], color=INK, linewidth=1.2, linestyle=(0, dashes), label=name)
-            )
+    handles: list[Any] = []
+    for axes, (measure, interval, scale, label) in zip(panels, MEASURES, strict=True):
+        # scale values and both ends of their intervals
+        points = {
+            name: [
+                (x, scale * found[measure], [scale * end for end in found[interval]])
+                for x, found in zip(positions, measured, strict=True)
+            ]
+            for name, (positions, measured) in series.items()
+        }
+        handles = list(draw_curves(axes, points, joined=joined).values())
+        # references have no interval
+        for (name, found), dashes in zip((levels or {}).items(), cycle(LEVEL_DASHES), strict=False):
+            handles.append(axes.axhline(scale * found[measure], color=INK, linewidth=1.2, linestyle=dashes, label=name))
         axes.set(xlabel=axis, ylabel=label)
         axes.set_ylim(0, 102 if scale == 100 else None)
-        axes.margins(x=0.08)
-        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
-    legend_above(figure, shown)
+    legend_above(figure, handles)
     return figure
 
 
-def _points(
-    axes: Any, one: Series, measure: str, spread: str, scale: float, name: str, look: tuple[str, str], joined: bool
-) -> Any:
-    (places, measured), (colour, marker) = one, look
-    middle = [scale * figures[measure] for figures in measured]
-    low, high = ([scale * figures[spread][side] for figures in measured] for side in (0, 1))
-    around = [
-        [m - one for m, one in zip(middle, low, strict=True)],
-        [one - m for m, one in zip(middle, high, strict=True)],
-    ]
-    line = f"-{marker}" if joined and len(middle) > 1 else marker
-    return axes.errorbar(
-        places, middle, around, fmt=line, color=colour, label=name, markersize=6, elinewidth=1, capsize=2
-    )
+def draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Point]],
+    looks: Mapping[str, tuple[str, str]] | None = None,
+    joined: bool = True,
+) -> dict[str, Any]:
+    """Draw values with error bars; returns a legend handle per name.
+
+    Args:
+        axes: Where to draw.
+        curves: Points by name.
+        looks: Colour and marker by name; by default in the order of :data:`kvfuse.support.plots.LOOKS`.
+        joined: See :func:`curves`.
+    """
+    looks, handles = looks or dict(zip(curves, LOOKS, strict=False)), {}
+    for name, points in curves.items():
+        colour, marker = looks[name]
+        x, values, intervals = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+        low, high = intervals.T
+        line = f"-{marker}" if joined and len(x) > 1 else marker
+        # matplotlib wants distances from the value, down and up
+        errors = [values - low, high - values]
+        handles[name] = axes.errorbar(x, values, errors, fmt=line, color=colour, elinewidth=1, label=name)
+    axes.margins(x=0.08)
+    axes.grid(axis="y")
+    return handles

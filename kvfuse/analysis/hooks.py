@@ -1,27 +1,24 @@
-"""Watching modules while they run, by hooks that always come off."""
+"""Observe modules while they run, by forward hooks that always come off."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-Note = Callable[[Any, Any], None]
-"""Given a module's inputs, by position or by name, and its output."""
+Observer = Callable[[tuple[Any, ...], Any], None]
+"""Called with a module's arguments, positional ones first, and its output."""
 
 
 @contextmanager
-def watching(notes: dict[nn.Module, Note]) -> Iterator[None]:
-    """Tell, each time one of these modules has run, what it read and what it gave.
+def observe(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
+    """While open, call a module's observer after each of its runs."""
 
-    Args:
-        notes: By module, who is told.
-    """
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        observers[module]((*args, *kwargs.values()), output)
+
+    # the stack removes every hook, whatever happens while it is open
     with ExitStack() as hooks:
-        for module, note in notes.items():
-            hooks.callback(
-                module.register_forward_hook(
-                    lambda _, args, kwargs, output, note=note: note(args or kwargs, output), with_kwargs=True
-                ).remove
-            )
+        for module in observers:
+            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield

@@ -1,13 +1,12 @@
 """Which layers does the fused cache need? One fused alone, one left out.
 
-All layers are Cache-to-Cache, none is the receiver. What a layer gives alone and what it costs to leave it out differ where layers do the
-same, or work only together.
+Fused in all layers the receiver is Cache-to-Cache, in none it is alone. A layer's gain alone and its loss when left out
+differ where layers do the same, or work only together.
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from kvfuse.analysis.answering import ask
@@ -15,21 +14,17 @@ from kvfuse.analysis.curves import curves
 from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.cache.kv import KV
-from kvfuse.fusers import Fuser
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
-from kvfuse.support.plots import count_whole
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from kvfuse.support.plots import Figure, count_whole
 
 
-class SomeLayers(Fused):
-    """Cache-to-Cache in some of the receiver's layers; the others keep what they hold.
+class FusedLayers(Fused):
+    """Cache-to-Cache in a subset of the receiver's layers; the others keep their own cache.
 
     Args:
         pair: The models.
-        layers: Which of them, counted from 0.
+        layers: Their indices, counted from 0.
     """
 
     name = "some layers"
@@ -40,25 +35,27 @@ class SomeLayers(Fused):
 
     @property
     def fusers(self) -> list[nn.Module]:
-        """The pair's own, silent in the other layers."""
+        """The pair's fusers, without their residual in the other layers."""
         return [_InLayers(fuser, self.layers) for fuser in self.pair.fusers]
 
 
 class _InLayers(nn.Module):
-    def __init__(self, fuser: Fuser, layers: Collection[int]) -> None:
+    """A fuser whose residual is zero outside of ``layers``."""
+
+    def __init__(self, fuser: nn.Module, layers: Collection[int]) -> None:
         super().__init__()
         self.fuser, self.layers = fuser, layers
 
     def forward(self, receiver: KV, sharer: KV) -> KV:
-        residual = self.fuser(receiver=receiver, sharer=sharer)
-        out = residual.zeros_like()
-        places = torch.tensor(sorted(self.layers), dtype=torch.long)
-        out.key[places], out.value[places] = residual.key[places], residual.value[places]
-        return out
+        residual = self.fuser(receiver=receiver, sharer=sharer)  # (L, 1, H, N, D)
+        # zero the residual elsewhere, so that the cache keeps what it holds
+        kept = [float(layer in self.layers) for layer in range(len(residual.key))]
+        mask = residual.key.new_tensor(kept)[:, None, None, None, None]  # (L, 1, 1, 1, 1)
+        return KV(residual.key * mask, residual.value * mask)
 
 
 def run(study: Study) -> Finding:
-    """Ask all questions once with each layer alone, and once without it.
+    """Ask all questions with each layer fused alone, and with each layer left out.
 
     Args:
         study: A pair with questions and answers.
@@ -66,10 +63,10 @@ def run(study: Study) -> Finding:
     Raises:
         AnalysisError: There are questions without answers.
     """
-    layers = range(study.pair.fusers[0].config.receiver_kv.num_layers)
+    layers = range(study.pair.receiver.kv_spec.num_layers)
 
-    def measure(chosen: Collection[int]) -> dict[str, Any]:
-        return ask(study, SomeLayers(study.pair, chosen)).to_dict()
+    def measure(fused: Collection[int]) -> dict[str, Any]:
+        return ask(study, FusedLayers(study.pair, fused)).to_dict()
 
     figures = {
         "questions": len(study.questions),
@@ -82,28 +79,26 @@ def run(study: Study) -> Finding:
 
 
 def reading(figures: dict[str, Any]) -> str:
-    """Two sentences: the best layer alone, the worst to leave out, by right answers, then by the surprise at them."""
+    """Two sentences: the best layer alone, and the worst one to leave out; bits per character break ties."""
     alone, without = (
-        [(one["accuracy"], -one["bits_per_character"]) for one in figures[name]] for name in ("alone", "without")
+        [(found["accuracy"], -found["bits_per_character"]) for found in figures[name]] for name in ("alone", "without")
     )
+    # ties in accuracy are common: few questions, few layers
     best, worst = alone.index(max(alone)), without.index(min(without))
     none, whole = (100 * figures[name]["accuracy"] for name in ("none", "all"))
     return (
-        f"The receiver alone has {none:.1f}% right, fused in all layers {whole:.1f}%; of single layers, layer {best} alone gives most, "
-        f"{100 * alone[best][0]:.1f}%. Leaving out layer {worst} costs most: {100 * without[worst][0]:.1f}% are left."
+        f"The receiver alone has {none:.1f}% right, fused in all layers {whole:.1f}%; of single layers, layer {best} "
+        f"alone gives most, {100 * alone[best][0]:.1f}%. Leaving out layer {worst} costs most: "
+        f"{100 * without[worst][0]:.1f}% are left."
     )
 
 
-def draw(figures: dict[str, Any]) -> "Figure":
-    """By layer, with the receiver and Cache-to-Cache as levels."""
-    places = range(len(figures["alone"]))
-    series = {"this layer alone": (places, figures["alone"]), "all but this layer": (places, figures["without"])}
-    figure = curves(
-        "receiver layer (0 = first)",
-        series,
-        {"receiver": figures["none"], "cache-to-cache": figures["all"]},
-        joined=False,
-    )
+def draw(figures: dict[str, Any]) -> Figure:
+    """Accuracy and bits per character by layer, with the receiver and Cache-to-Cache as levels."""
+    layers = range(len(figures["alone"]))
+    series = {"this layer alone": (layers, figures["alone"]), "all but this layer": (layers, figures["without"])}
+    levels = {"receiver": figures["none"], "cache-to-cache": figures["all"]}
+    figure = curves("receiver layer (0 = first)", series, levels, joined=False)
     for axes in figure.axes:
         count_whole(axes.xaxis)
     return figure

@@ -1,22 +1,22 @@
-"""How does the gain of fusing depend on the length of prompt and answer, with rotary positions kept in the keys and with them removed?
+"""How does the gain depend on the length of prompt and answer, with rotary positions kept in the keys, and removed?
 
-Prompts grow in two ways. ``filled`` puts a text of no use before the question, so that all models have more to read; ``shifted`` leaves
-the text as it is and lets all models read it at later positions, to which a rotary model alone is indifferent: what is lost there
-is lost by a fuser that sees keys as the caches hold them, turned by their positions (``fuser.rope=kept``). A fuser for ``removed`` is
-given by its folder; without one both are fitted in closed form (:class:`kvfuse.fusers.ridge.RidgeFuser`), which gains less.
+Prompts grow in two ways. ``filled`` puts irrelevant text before the question, so that all models have more to read;
+``shifted`` leaves the text as it is but moves it to later positions, to which a rotary model by itself is indifferent:
+any loss there is the fuser's, because it sees keys as the caches hold them, rotated by their positions
+(``fuser.rope=kept``). A fuser for ``removed`` is named by its folder; without one, both kinds are fitted in closed form
+(:class:`kvfuse.fusers.ridge.RidgeFuser`), which gains less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from kvfuse.analysis.finding import Finding
-from kvfuse.analysis.readout import batches, judge, spread, turns_keys
+from kvfuse.analysis.readout import read, read_batches, uses_rope
 from kvfuse.analysis.study import Question, Study
-from kvfuse.cache.transformers_cache import read_cache
+from kvfuse.cache.kv import KV
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import AnalysisError
 from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
@@ -24,18 +24,16 @@ from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.fusers.base import ROPES
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import AlignedPrompt, stack
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.chat import as_chat
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.prompts.tokenized import tokenize
-from kvfuse.support.plots import COLOURS, INK, MARKERS, legend_above, new_panels, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from kvfuse.support import plots
 
 FILLER = "Thank you for your help. "
 FIT_BATCH = 16
+ALONE = "alone"
+Scores = dict[str, np.ndarray]
+"""By name, ``alone`` first: ``(2, questions)``, see :meth:`kvfuse.analysis.readout.ReadBatch.score_answers`."""
 
 
 def run(
@@ -51,12 +49,12 @@ def run(
 
     Args:
         study: A pair with questions that have answers.
-        removed: Folder of a fuser for the same pair that was trained with ``fuser.rope=removed``.
-        questions: How many to ask.
-        most: Tokens to add at most, as far as the models' contexts have room.
-        points: Lengths to ask at, evenly from none to ``most``.
-        filler: What to fill with, repeated.
-        fitted: Questions that closed-form fusers are fitted to, none of those that are asked unless there are no more.
+        removed: Folder of a fuser for the same pair, trained with ``fuser.rope=removed``.
+        questions: Number of questions to ask.
+        most: Most tokens to add, as far as the models' contexts have room.
+        points: Number of lengths, evenly from no added token to ``most``.
+        filler: Text to fill with, repeated.
+        fitted: Number of questions to fit closed-form fusers to; other than those that are asked, if there are others.
 
     Raises:
         AnalysisError: Questions without answers, several sharers, or fewer than two points.
@@ -65,206 +63,185 @@ def run(
         raise AnalysisError(
             f"expected one sharer and two points or more, got {len(study.pair.sharers)} and {points}; change them"
         )
-    asked = spread(study.with_answers(), questions)
-    if study.smoke:
-        points = 2
-    pairs = {f"{study.pair.fusers[0].config.rope} (trained)": study.pair, **_others(study, asked, removed, fitted)}
-    room = _room(study.pair, asked)
-    added = sorted({round(share * min(most, room)) for share in np.linspace(0, 1, points)})
-    ways: dict[str, Any] = {}
-    with torch.no_grad():
-        filled = {count: [_fill(study.pair.receiver, one, filler, count) for one in asked] for count in added}
-        put = {"filled": [(filled[count], 0) for count in added], "shifted": [(asked, count) for count in added]}
-        for way, asking in put.items():
-            alone = [_ask(study, study.pair, some, shifted, fused=False) for some, shifted in asking]
-            ways[way] = {"alone": [_figures(one, one, asked) for one in alone]}
-            for name, pair in pairs.items():
-                fused = [_ask(study, pair, some, shifted) for some, shifted in asking]
-                ways[way][name] = [_figures(one, its, asked) for one, its in zip(fused, alone, strict=True)]
-        first = {name: _ask(study, pair, asked, 0) for name, pair in pairs.items()}
-        by_response = _by_response(study, asked, _ask(study, study.pair, asked, 0, fused=False), first)
-    figures = {"questions": len(asked), "added_tokens": added, "prompts": ways, "responses": by_response}
+    asked = study.with_answers().spread(questions)
+    # 1) The fusers to compare, and the lengths.
+    trained = f"{study.pair.fusers[0].config.rope} (trained)"
+    pairs = {trained: study.pair, **_other_pairs(study, asked, removed, fitted)}
+    shares = np.linspace(0, 1, 2 if study.smoke else points)
+    added = sorted({round(share * min(most, _room(asked))) for share in shares})
+    # 2) Ask at each length: with filler at the usual positions, without filler at shifted ones.
+    filled = [ask(_fill(asked, filler, count), pairs) for count in added]
+    shifted = [ask(asked, pairs, count) for count in added]
+    figures = {
+        "questions": len(asked.questions),
+        "added_tokens": added,
+        "prompts": {
+            way: {name: [_figures(scores, name, asked.groups) for scores in by_length] for name in (ALONE, *pairs)}
+            for way, by_length in (("filled", filled), ("shifted", shifted))
+        },
+        # 3) Nothing is added in the first row: split it by the length of the answer.
+        "responses": _by_response(asked, filled[0]),
+    }
     return Finding(figures, reading(figures), lambda: draw(figures))
 
 
-def fit_ridge(study: Study, questions: Sequence[Question], rope: str) -> CacheToCache:
-    """The study's pair with a fuser in closed form, fitted to the caches of some prompts."""
-    config = study.pair.fusers[0].config
-    options = {
-        "token_alignment": config.token_alignment,
-        "layer_alignment": config.layer_alignment,
-        "fuse": config.fuse,
-    }
-    fuser = make_fuser("ridge", receiver=config.receiver, sharer=config.sharer, rope=rope, **options).eval()
-    pair = CacheToCache(study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)])
-    half = max(1, min(FIT_BATCH, len(questions) // 2))
-    caches = (_caches(pair, fuser, batch) for batch in batches(questions, half))
-    fuser.fit(one for one in caches if one is not None)
+def ask(study: Study, pairs: Mapping[str, CacheToCache], shift: int = 0) -> Scores:
+    """Score the right answers from the receiver's clean cache and from the one that each pair fuses.
+
+    Args:
+        study: The questions, and the pair whose receiver answers alone.
+        pairs: The same models with several fusers, by name; one of them is the study's.
+        shift: Added to all positions.
+    """
+    scores = {name: np.zeros((2, len(study.questions))) for name in (ALONE, *pairs)}
+    for indices in study.batches():
+        questions = [study.questions[index] for index in indices]
+        for name, pair in pairs.items():
+            batch = read(pair, questions, shift)
+            scores[name][:, indices] = batch.score_answers(batch.fused)
+            if pair is study.pair:  # the receiver's own cache is the same for all pairs
+                scores[ALONE][:, indices] = batch.score_answers(batch.clean)
+    return scores
+
+
+def fit_ridge(study: Study, rope: str) -> CacheToCache:
+    """Returns the study's pair with a fuser fitted in closed form to the caches of its questions."""
+    # 1) A fuser for the same pair and alignment.
+    config, device = study.pair.fusers[0].config, study.pair.receiver.model.device
+    options = {name: getattr(config, name) for name in ("token_alignment", "layer_alignment", "fuse")}
+    fuser = make_fuser("ridge", receiver=config.receiver, sharer=config.sharer, rope=rope, **options).eval().to(device)
+    pair = CacheToCache(study.pair.receiver, study.pair.sharers, [fuser])
+    # 2) Fit it to batches of caches, at least two.
+    batch_size = max(1, min(FIT_BATCH, len(study.questions) // 2))
+    fuser.fit(_aligned_caches(replace(study, pair=pair, batch_size=batch_size), fuser))
     return pair
 
 
-def shift(prompt: AlignedPrompt, by: int) -> AlignedPrompt:
-    """The same batch, read by all models at positions that are so much later."""
-    sharers = tuple(replace(one, positions=one.positions + by) for one in prompt.sharers)
-    return replace(prompt, positions=prompt.positions + by, sharers=sharers)
-
-
 def reading(figures: dict[str, Any]) -> str:
-    """Two sentences on the fuser as it was trained, one on the others."""
-    name, most = next(one for one in figures["prompts"]["filled"] if one != "alone"), figures["added_tokens"][-1]
-    gains = {way: [100 * one["gain"] for one in figures["prompts"][way][name]] for way in ("filled", "shifted")}
-    others = [other for other in figures["prompts"]["shifted"] if other not in ("alone", name)]
-    lost = [
-        f"{other} {100 * (rows[-1]['gain'] - rows[0]['gain']):+.1f}"
-        for other in others
-        for rows in [figures["prompts"]["shifted"][other]]
-    ]
+    """Two sentences: the gain of the trained fuser by length, and what a shift does to the others."""
+    gains = {
+        way: {name: [100 * row["gain"] for row in rows] for name, rows in lines.items()}
+        for way, lines in figures["prompts"].items()
+    }
+    _, trained, *others = gains["filled"]
+    filled, shifted, most = gains["filled"][trained], gains["shifted"][trained], figures["added_tokens"][-1]
+    changes = [f"{name} {gains['shifted'][name][-1] - gains['shifted'][name][0]:+.1f}" for name in others]
     return (
-        f"Fused with rope {name}, the receiver gains {gains['filled'][0]:+.1f} points over itself; with {most} tokens of filler "
-        f"{gains['filled'][-1]:+.1f}, and {gains['shifted'][-1]:+.1f} where the same prompt is only read {most} positions later. "
-        f"That shift changes the gain of other fusers by (rope): {', '.join(lost)} points."
+        f"Fused with rope {trained}, the receiver gains {filled[0]:+.1f} points over itself; with {most} tokens of "
+        f"filler {filled[-1]:+.1f}, and {shifted[-1]:+.1f} where the same prompt is only read {most} positions later. "
+        f"That shift changes the gain of other fusers by (rope): {', '.join(changes)} points."
     )
 
 
-@styled
-def draw(figures: dict[str, Any]) -> "Figure":
+@plots.styled
+def draw(figures: dict[str, Any]) -> plots.Figure:
     """Accuracy by length of the prompt in both ways, and by tokens of the answer."""
-    figure, panels = new_panels(4.0, 3, sharey=True)
-    shown: list[Any] = []
-    for axes, way, label in zip(
-        panels, ("filled", "shifted"), ("tokens of filler added", "positions shifted"), strict=False
-    ):
-        for place, (name, rows) in enumerate(figures["prompts"][way].items()):
-            shown += _line(axes, figures["added_tokens"], rows, place, name if way == "filled" else None)
-        axes.set(xlabel=label)
-    groups = figures["responses"]
-    for place, name in enumerate(figures["prompts"]["filled"]):
-        _line(panels[2], [group["tokens"] for group in groups], [group["ways"][name] for group in groups], place, None)
-    panels[2].set(xlabel="tokens of the answer")
-    panels[2].locator_params(axis="x", integer=True)
-    panels[0].set(ylabel="right answers (%)", ylim=(-3, 103))
-    legend_above(figure, [one for one in shown if not one.get_label().startswith("_")])
+    figure, (filled, shifted, answer) = plots.new_panels(4.0, 3, sharey=True)
+    added, groups = figures["added_tokens"], figures["responses"]
+    handles = _draw_lines(filled, added, figures["prompts"]["filled"])
+    _draw_lines(shifted, added, figures["prompts"]["shifted"])
+    by_answer = {name: [group["ways"][name] for group in groups] for name in figures["prompts"]["filled"]}
+    _draw_lines(answer, [group["tokens"] for group in groups], by_answer)
+    filled.set(xlabel="tokens of filler added", ylabel="right answers (%)", ylim=(-3, 103))
+    shifted.set(xlabel="positions shifted")
+    answer.set(xlabel="tokens of the answer")
+    plots.count_whole(answer.xaxis)
+    plots.legend_above(figure, handles)
     return figure
 
 
-def _line(axes: "Axes", x: Sequence[float], rows: Sequence[dict[str, Any]], place: int, label: str | None) -> Any:
-    colour = INK if place == 0 else COLOURS[place - 1]
-    named = "alone" if label == "alone" else label and f"rope {label}"
-    return axes.plot(
-        x, [100 * one["accuracy"] for one in rows], marker=MARKERS[place], color=colour, label=named, markersize=5
-    )
+def _draw_lines(axes: plots.Axes, x: Sequence[float], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Any]:
+    """A line per fuser, the receiver alone in the colour of the text; returns legend handles."""
+    accuracies = {name: [100 * row["accuracy"] for row in rows] for name, rows in lines.items()}
+    labelled = {name if name == ALONE else f"rope {name}": values for name, values in accuracies.items()}
+    colours = (plots.INK, *plots.COLOURS)
+    return plots.draw_lines(axes, labelled, x, list(zip(colours, plots.MARKERS, strict=False)))
 
 
-def _others(study: Study, asked: Sequence[Question], removed: str | None, fitted: int) -> dict[str, CacheToCache]:
-    """The fusers to compare with, by what they are."""
+def _other_pairs(study: Study, asked: Study, removed: str | None, fitted: int) -> dict[str, CacheToCache]:
+    """The same models with other fusers: the one in ``removed``, or closed-form ones."""
+    receiver, sharers = study.pair.receiver, study.pair.sharers
     if removed is not None:
         fuser = load_fuser(removed, dtype=study.pair.fusers[0].dtype)
         if fuser.config.rope != "removed":
             raise AnalysisError(
                 f"expected a fuser trained with fuser.rope=removed, got {fuser.config.rope!r}; name another folder"
             )
-        return {
-            "removed (trained)": CacheToCache(
-                study.pair.receiver, study.pair.sharers, [fuser.to(study.pair.receiver.model.device)]
-            )
-        }
-    texts = {str(one.prompt) for one in asked}
-    unasked = [one for one in study.questions if str(one.prompt) not in texts] or list(asked)
-    chosen = spread(replace(study, questions=unasked), fitted)
-    ropes = [
-        rope for rope in ROPES if rope == "kept" or all(map(turns_keys, (study.pair.receiver, *study.pair.sharers)))
-    ]
-    return {f"{rope} (ridge)": fit_ridge(study, chosen, rope) for rope in ropes}
+        return {"removed (trained)": CacheToCache(receiver, sharers, [fuser.to(receiver.model.device)])}
+    # 1) Questions to fit to: unasked ones, if there are any.
+    prompts = {str(question.prompt) for question in asked.questions}
+    unasked = [question for question in study.questions if str(question.prompt) not in prompts]
+    data = replace(study, questions=unasked or asked.questions).spread(fitted)
+    # 2) Positions can be removed only where both models rotate their keys.
+    rotary = all(map(uses_rope, (receiver, *sharers)))
+    return {f"{rope} (ridge)": fit_ridge(data, rope) for rope in ROPES if rope == "kept" or rotary}
 
 
-def _caches(pair: CacheToCache, fuser: Fuser, batch: Sequence[Question]) -> Any:
-    """Both models' caches of the tokens that are fused, as the fuser sees them."""
-    tokens = pair.fuser_inputs(stack([pair.align(one.prompt) for one in batch]), like=next(fuser.parameters()))
-    return None if tokens is None else (tokens.receiver, tokens.sharer)
+def _aligned_caches(study: Study, fuser: Fuser) -> Iterator[tuple[KV, KV]]:
+    """Both models' caches of the tokens that are fused, as the fuser sees them, batch by batch."""
+    for batch in read_batches(study):
+        picked = batch.select_tokens(next(fuser.parameters()))
+        if picked is not None:
+            yield picked.receiver, picked.sharer
 
 
-def _ask(
-    study: Study, pair: CacheToCache, questions: Sequence[Question], shifted: int, fused: bool = True
-) -> np.ndarray:
-    """``(2, questions)``, see :func:`judge`, in the order of the questions."""
-    judged = np.zeros((2, len(questions)))
-    order = sorted(range(len(questions)), key=lambda place: len(str(questions[place].prompt)))
-    for start in range(0, len(order), study.batch_size):
-        places = order[start : start + study.batch_size]
-        readings = [pair.align(questions[place].prompt) for place in places]
-        prompt = shift(stack(readings), shifted)
-        streams = pair.read(prompt, 1 if fused else 0)
-        kv = read_cache(streams.receiver)
-        if fused:
-            kv = pair.fuse_kv(prompt=prompt, receiver=kv, sharers=list(map(read_cache, streams.sharers)))
-        judged[:, places] = judge(
-            pair, readings, prompt, streams.receiver, kv, [str(questions[place].answer) for place in places]
-        )
-    return judged
-
-
-def _fill(receiver: LanguageModel, question: Question, filler: str, count: int) -> Question:
-    """The question behind as much filler as is so many of the receiver's tokens, the last sentence cut short."""
+def _fill(study: Study, filler: str, count: int) -> Study:
+    """The same questions behind ``count`` of the receiver's tokens of filler, its last sentence cut short."""
     if not count:
-        return question
-    ids = receiver.tokenizer(filler * count, add_special_tokens=False).input_ids[
-        : count - 1
-    ]  # a space is one more, or none
-    return replace(question, prompt=_before(question.prompt, receiver.tokenizer.decode(ids).strip() + " "))
+        return study
+    tokenizer = study.pair.receiver.tokenizer
+    ids = tokenizer(filler * count, add_special_tokens=False).input_ids[: count - 1]  # the space may be one more
+    text = tokenizer.decode(ids).strip() + " "
+    return replace(study, questions=[_prepend(question, text) for question in study.questions])
 
 
-def _before(prompt: Prompt, text: str) -> Prompt:
-    *others, last = as_chat(prompt)
-    return [*others, {**last, "content": text + last["content"]}]
+def _prepend(question: Question, text: str) -> Question:
+    *others, last = as_chat(question.prompt)
+    return replace(question, prompt=[*others, {**last, "content": text + last["content"]}])
 
 
-def _room(pair: CacheToCache, questions: Sequence[Question]) -> int:
-    """Tokens that can be added to every prompt and its answer in every model's context."""
-    models = pair.receiver, *pair.sharers
+def _room(study: Study) -> int:
+    """Number of tokens that can be added to every prompt and its answer in every model's context."""
+    # models without a limit are left out
     rooms = [
-        model.context
-        - max(len(tokenize(one.prompt, model.tokenizer).ids) + _answer_length(model, one) for one in questions)
-        for model in models
+        model.context - max(_length(model, question) for question in study.questions)
+        for model in (study.pair.receiver, *study.pair.sharers)
         if model.context is not None
     ]
     return max(0, min(rooms, default=2**20))
 
 
-def _answer_length(model: LanguageModel, question: Question) -> int:
-    return 1 + len(model.tokenizer(str(question.answer), add_special_tokens=False).input_ids)
+def _length(model: LanguageModel, question: Question) -> int:
+    """Tokens of a prompt, its answer and the end."""
+    answer = model.tokenizer(str(question.answer), add_special_tokens=False).input_ids
+    return len(tokenize(question.prompt, model.tokenizer).ids) + len(answer) + 1
 
 
-def _by_response(
-    study: Study, asked: Sequence[Question], alone: np.ndarray, fused: dict[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    """By tokens of the answer, everything at no added length."""
-    receiver = study.pair.receiver.tokenizer
+def _by_response(study: Study, scores: Scores) -> list[dict[str, Any]]:
+    """The figures by number of tokens of the answer."""
+    tokenizer = study.pair.receiver.tokenizer
+    rows = [study.pair.align(question.prompt) for question in study.questions]
+    answers = [str(question.answer) for question in study.questions]
     lengths = np.array(
-        [len(tokenize_response(study.pair.align(one.prompt), str(one.answer), receiver).ids) for one in asked]
+        [len(tokenize_response(row, answer, tokenizer).ids) for row, answer in zip(rows, answers, strict=True)]
     )
     groups = []
-    for length in sorted(set(lengths.tolist())):
-        mine = np.flatnonzero(lengths == length)
-        some = [asked[place] for place in mine.tolist()]
-        ways = {"alone": _figures(alone[:, mine], alone[:, mine], some)}
-        groups.append(
-            {
-                "tokens": length,
-                "ways": ways | {name: _figures(one[:, mine], alone[:, mine], some) for name, one in fused.items()},
-            }
-        )
+    for length in np.unique(lengths).tolist():
+        chosen = lengths == length
+        subset = {name: scored[:, chosen] for name, scored in scores.items()}
+        ways = {name: _figures(subset, name, study.groups[chosen]) for name in subset}
+        groups.append({"tokens": length, "ways": ways})
     return groups
 
 
-def _figures(judged: np.ndarray, alone: np.ndarray, questions: Sequence[Question]) -> dict[str, float | Interval | int]:
-    """Accuracy, and what is gained over the receiver alone: in accuracy, and in nats of the right answer."""
-    groups = [one.group or str(place) for place, one in enumerate(questions)]
-    gain, interval = bootstrap_mean((judged - alone)[0], groups)
-    nats = float((judged - alone)[1].mean())
+def _figures(scores: Scores, name: str, groups: np.ndarray) -> dict[str, float | Interval | int]:
+    """Accuracy, and the gain over the receiver alone: in accuracy, and in nats of the right answer."""
+    right, nats = scores[name] - scores[ALONE]
+    gain, interval = bootstrap_mean(right, groups)
     return {
         "questions": len(groups),
-        "accuracy": float(judged[0].mean()),
+        "accuracy": float(scores[name][0].mean()),
         "gain": gain,
         "interval": interval,
-        "nats": nats,
+        "nats": float(nats.mean()),
     }

@@ -12,19 +12,23 @@ from kvfuse.analysis.finding import Finding
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError
 from kvfuse.evaluation.predictions import Prediction, read_run
-from kvfuse.evaluation.report.figures import categories_height, draw_categories, draw_venn, shares
+from kvfuse.evaluation.report.figures import (
+    KNEW,
+    categories_height,
+    draw_categories,
+    draw_overlap,
+    knowledge,
+    overlap_height,
+    shares,
+)
 from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER
 from kvfuse.evaluation.scoring.metrics import task_figures
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 from kvfuse.methods import make_method
-from kvfuse.support.plots import COLOURS, name_lines, new_panels, styled
+from kvfuse.support.plots import new_panels, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-KNEW = {RECEIVER: "only the receiver", SHARER: "only the sharer", f"{RECEIVER}+{SHARER}": "both", "": "neither"}
-"""Who has a question right without fusing."""
 
 
 def run(study: Study, predictions: str | None = None, task: str | None = None) -> Finding:
@@ -54,12 +58,6 @@ def run(study: Study, predictions: str | None = None, task: str | None = None) -
         "categories": found["categories"],
     }
     return Finding(figures, reading(figures), lambda: draw(figures))
-
-
-def knowledge(methods: list[str], regions: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """By who has them right without fusing (keys of :data:`KNEW`), how many questions are right and wrong with it."""
-    kept = [name for name in KNEW if SHARER in methods or SHARER not in name]
-    return {name: {"right": regions[f"{name}+{FUSED}" if name else FUSED], "wrong": regions[name]} for name in kept}
 
 
 def _choose(tasks: Mapping[str, TaskScores], task: str | None) -> TaskScores:
@@ -114,32 +112,16 @@ def _share(one: Mapping[str, float]) -> str:
 
 @styled
 def draw(figures: dict[str, Any]) -> "Figure":
-    """Circles, below them what is kept and lost, below that accuracy by category where there are several."""
+    """What is kept and lost, below that accuracy by category where there are several."""
     methods = figures["overlap"]["methods"]
     categories = shares(figures["categories"], methods)
     heights = [
-        3.3,
-        0.6 + 0.4 * len(figures["knowledge"]),
+        0.6 + overlap_height(figures["knowledge"]),
         *([0.6 + categories_height(categories)] if categories else []),
     ]
     figure, panels = new_panels(sum(heights) + 0.4, 1, len(heights), height_ratios=heights)
-    draw_venn(panels[0], methods, figures["overlap"]["regions"])
-    _draw_knowledge(panels[1], figures["knowledge"])
+    draw_overlap(panels[0], figures["knowledge"])
     if categories:
-        draw_categories(panels[2], categories, "right answers (%), 95% interval")
-        panels[2].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        draw_categories(panels[1], categories, "right answers (%), 95% interval")
+        panels[1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return figure
-
-
-def _draw_knowledge(axes: "Axes", known: Mapping[str, Mapping[str, float]]) -> None:
-    left = [0.0] * len(known)
-    for how, colour in (("right", COLOURS[2]), ("wrong", COLOURS[5])):
-        counts = [one[how] for one in known.values()]
-        axes.barh(range(len(known)), counts, 0.6, left, color=colour, label=f"{how} when fused")
-        left = [so_far + count for so_far, count in zip(left, counts, strict=True)]
-    for line, one in enumerate(known.values()):
-        axes.text(sum(one.values()), line, f" {_share(one)}" if sum(one.values()) else " none", va="center")
-    name_lines(axes, [KNEW[name] for name in known])
-    axes.set_xlim(0, 1.2 * max(*left, 1))
-    axes.set_xlabel("questions, by who has them right without fusing")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

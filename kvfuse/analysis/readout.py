@@ -1,15 +1,19 @@
-"""What the receiver makes of a cache that it is given: its first answer token, and how likely it finds the right answers."""
+"""Caches of a batch of questions, and what the receiver answers from them: its first token, its score of right answers.
+
+All calls of the analyses into a pair's prefill and fuse are here.
+"""
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.analysis.study import Question, Study
 from kvfuse.cache.kv import KV
@@ -22,157 +26,190 @@ from kvfuse.prompts.message_axis import locate
 from kvfuse.prompts.response import stack_responses, tokenize_response
 from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.stages.decode import score
+from kvfuse.stages.fuse import SelectedTokens
 
+WAYS = ("alone", "fused")
+"""How the receiver answers: from its clean cache, or from the fused one."""
 ROLES = ("template", "message", "last token")
 
 
 @dataclass(frozen=True)
-class Read:
-    """A batch of prompts that all models have read.
+class ReadBatch:
+    """A batch of questions and the models' caches of it.
 
     Attributes:
-        readings: The prompts, row by row.
-        prompt: The same as a batch.
-        prefilled: The receiver's cache of all positions but the last; never used up.
-        own: Its keys and values, ``(L, B, H, T - 1, D)``.
-        fused: Likewise, fused.
+        pair: The models and fusers.
+        questions: The batch, row by row.
+        rows: The same, tokenized and aligned.
+        prompt: The same, padded: ``(B, T)``.
+        prefilled: The receiver's cache of all positions but the last; never overwritten.
+        sharers: ``(L_s, B, H_s, T_s, D_s)`` each; empty where the receiver read alone.
     """
 
-    readings: Sequence[AlignedRow]
+    pair: CacheToCache
+    questions: Sequence[Question]
+    rows: Sequence[AlignedRow]
     prompt: AlignedPrompt
     prefilled: Cache
-    own: KV
-    fused: KV
+    sharers: Sequence[KV] = ()
+
+    @cached_property
+    def clean(self) -> KV:
+        """``(L, B, H, T - 1, D)``: the receiver's own keys and values."""
+        return read_cache(self.prefilled)
+
+    @cached_property
+    def fused(self) -> KV:
+        """``(L, B, H, T - 1, D)``: the same, fused."""
+        return self.fuse()
+
+    @torch.no_grad()
+    def fuse(self) -> KV:
+        """Run the fusers; returns a new :attr:`fused`."""
+        return self.pair.fuse_kv(prompt=self.prompt, receiver=self.clean, sharers=self.sharers)
 
     @property
     def fused_positions(self) -> Tensor:
-        """``(B, T - 1)`` bool: where something is fused."""
-        reached = torch.stack([reads.index >= 0 for reads in self.prompt.sharers]).any(0)
+        """``(B, T - 1)`` bool: the positions that a fuser changes."""
+        reached = torch.stack([sharer.index >= 0 for sharer in self.prompt.sharers]).any(0)
         return (self.prompt.fuse_mask & reached)[:, :-1]
 
+    def select_tokens(self, like: Tensor) -> SelectedTokens | None:
+        """Returns the aligned tokens that the first fuser sees, in the dtype of ``like``; None where there are none."""
+        return self.pair.select_tokens(self.prompt, receiver=self.clean, sharer=self.sharers[0], like=like)
 
-def read(pair: CacheToCache, questions: Sequence[Question]) -> Read:
-    """Let all models read some prompts of two tokens or more, and fuse what they hold of them."""
-    readings = [pair.align(one.prompt) for one in questions]
-    prompt = stack(readings)
-    streams = pair.read(prompt)
-    own = read_cache(streams.receiver)
-    return Read(
-        readings,
-        prompt,
-        streams.receiver,
-        own,
-        pair.fuse_kv(prompt=prompt, receiver=own, sharers=list(map(read_cache, streams.sharers))),
-    )
+    @torch.no_grad()
+    def run_last_token(self, kv: KV, **outputs: Any) -> Any:
+        """Run the receiver over the last prompt token; its logits are those of the first answer token.
+
+        Args:
+            kv: The cache of the other positions, ``(L, B, H, T - 1, D)``; for a batch of one question any number of
+                variants of it, ``(L, variants, H, T - 1, D)``.
+            outputs: Requested outputs besides logits, e.g. ``output_attentions=True``.
+
+        Returns:
+            The model's output for ``(B or variants, 1)`` tokens.
+        """
+        model, variants = self.pair.receiver.model, kv.key.shape[1] if len(self.rows) == 1 else -1
+        # 1) The last token of every row, repeated for the variants of a single prompt.
+        inputs = {
+            "input_ids": self.prompt.ids[:, -1:],
+            "attention_mask": self.prompt.mask,
+            "position_ids": self.prompt.positions[:, -1:],
+        }
+        inputs = {name: tensor.expand(variants, -1).to(model.device) for name, tensor in inputs.items()}
+        # 2) Recurrent state is not in kv: repeat it too.
+        prefilled = self.prefilled
+        if variants > 1:
+            prefilled = copy.deepcopy(prefilled)
+            prefilled.reorder_cache(torch.zeros(variants, dtype=torch.long, device=kv.key.device))
+        # 3) The cache is read only, so that a run leaves no trace.
+        return model(**inputs, **outputs, **{CACHE: read_only_cache(prefilled, kv)})
+
+    def first_logits(self, kv: KV) -> Tensor:
+        """``(B or variants, V)`` float32: logits of the first answer token; see :meth:`run_last_token`."""
+        return self.run_last_token(kv).logits[:, -1].float()
+
+    @torch.no_grad()
+    def score_answers(self, kv: KV) -> np.ndarray:
+        """Score the right answers after a cache ``(L, B, H, T - 1, D)``.
+
+        Returns:
+            ``(2, B)`` float64: 1 where greedy decoding gives exactly the answer and its end, else 0; and the
+            log-probability of both in nats.
+        """
+        # 1) Tokenize the answers as they follow their prompts.
+        receiver = self.pair.receiver
+        responses = [
+            tokenize_response(row, str(question.answer), receiver.tokenizer, ends=True)
+            for row, question in zip(self.rows, self.questions, strict=True)
+        ]
+        # 2) One run over the last prompt token and all answers.
+        tail = stack_responses(self.prompt, responses)  # (B, 1 + R)
+        nats, greedy = score(receiver.model, self.prompt, tail, read_only_cache(self.prefilled, kv))
+        return torch.stack([greedy.double(), nats.double()]).cpu().numpy()
 
 
 @torch.no_grad()
-def first_run(model: PreTrainedModel, seen: Read, kv: KV, **outputs: Any) -> Any:
-    """The receiver's run over the last prompt token, whose logits are those of the first answer token.
+def read(pair: CacheToCache, questions: Sequence[Question], shift: int = 0) -> ReadBatch:
+    """Prefill a batch of questions with all models.
 
     Args:
-        model: The receiver.
-        seen: The batch.
-        kv: What it sees of the other positions; with one prompt, as many variants of them as there are rows.
-        outputs: What the run is asked for beside logits, e.g. ``output_attentions=True``.
+        pair: The models and fusers.
+        questions: Prompts of two tokens or more.
+        shift: Added to all positions that the models see.
     """
-    rows = kv.key.shape[1] if len(seen.prompt.ids) == 1 else -1
-    given = {
-        "input_ids": seen.prompt.ids[:, -1:],
-        "attention_mask": seen.prompt.mask,
-        "position_ids": seen.prompt.positions[:, -1:],
-    }
-    given = {name: tensor.expand(rows, -1).to(model.device) for name, tensor in given.items()}
-    prefilled = seen.prefilled
-    if rows > 1:  # recurrent state is not in kv
-        prefilled = copy.deepcopy(prefilled)
-        prefilled.reorder_cache(torch.zeros(rows, dtype=torch.long, device=kv.key.device))
-    return model(**given, **outputs, **{CACHE: read_only_cache(prefilled, kv)})
+    rows = [pair.align(question.prompt) for question in questions]
+    prompt = shift_positions(stack(rows), shift)
+    caches = pair.read(prompt)
+    return ReadBatch(pair, questions, rows, prompt, caches.receiver, list(map(read_cache, caches.sharers)))
 
 
-def mix(own: KV, fused: KV, chosen: Tensor) -> KV:
-    """The fused keys and values where ``chosen``, a bool that broadcasts to ``(L, B, H, T, D)``, and the receiver's own elsewhere."""
-    return KV(torch.where(chosen, fused.key, own.key), torch.where(chosen, fused.value, own.value))
+def read_batches(study: Study) -> Iterator[ReadBatch]:
+    """Prefill all questions of a study, batch by batch."""
+    for indices in study.batches():
+        yield read(study.pair, [study.questions[index] for index in indices])
 
 
-def judge(
-    pair: CacheToCache,
-    readings: Sequence[AlignedRow],
-    prompt: AlignedPrompt,
-    prefilled: Cache,
-    kv: KV,
-    answers: Sequence[str],
-) -> np.ndarray:
-    """How well the right answers follow from a cache.
+@torch.no_grad()
+def read_alone(
+    pair: CacheToCache, questions: Sequence[Question], rows: Sequence[TokenizedPrompt], positions: Tensor | None = None
+) -> ReadBatch:
+    """Prefill questions with the receiver alone.
 
     Args:
-        pair: The models, of which the receiver answers.
-        readings: The prompts.
-        prompt: The same as a batch; its positions are those to go on from.
-        prefilled: What the cache was prefilled as.
-        kv: ``(L, B, H, T - 1, D)``.
-        answers: One per row.
-
-    Returns:
-        ``(2, B)`` float64: whether the receiver would say just that, greedily, and the log-probability of it in nats.
+        pair: The models.
+        questions: The batch.
+        rows: The receiver's tokenization of each.
+        positions: ``(B, T)`` int64, in place of the tokens' own.
     """
-    receiver = pair.receiver
-    responses = [
-        tokenize_response(one, answer, receiver.tokenizer, ends=True)
-        for one, answer in zip(readings, answers, strict=True)
-    ]
-    tail = stack_responses(prompt, responses)
-    likely, greedy = score(receiver.model, prompt, tail, read_only_cache(prefilled, kv))
-    return np.stack([greedy.double().cpu().numpy(), likely.double().cpu().numpy()])
+    aligned = [AlignedRow(row, np.zeros(len(row.ids), dtype=bool), ()) for row in rows]
+    prompt = stack(aligned)
+    prompt = prompt if positions is None else replace(prompt, positions=positions)
+    return ReadBatch(pair, questions, aligned, prompt, pair.read_receiver(prompt))
 
 
-def answer_ids(pair: CacheToCache, seen: Read, questions: Sequence[Question]) -> Tensor:
-    """``(B,)`` int64: the first token of each right answer; where none is known, what the receiver wants to say first, fused."""
-    wanted = first_run(pair.receiver.model, seen, seen.fused).logits[:, -1].argmax(-1).cpu()
-    for row, (reading, one) in enumerate(zip(seen.readings, questions, strict=True)):
-        if one.answer:
-            wanted[row] = int(tokenize_response(reading, one.answer, pair.receiver.tokenizer).ids[0])
-    return wanted
+def shift_positions(prompt: AlignedPrompt, by: int) -> AlignedPrompt:
+    """Returns the same batch at positions ``by`` later, for all models."""
+    sharers = tuple(replace(sharer, positions=sharer.positions + by) for sharer in prompt.sharers)
+    return replace(prompt, positions=prompt.positions + by, sharers=sharers)
 
 
-def roles(reading: TokenizedPrompt) -> np.ndarray:
-    """``(n,)`` int64: the place in :data:`ROLES` of each token of a prompt."""
-    role = locate(reading).sections % 2
+def mix(clean: KV, fused: KV, chosen: Tensor) -> KV:
+    """Returns ``fused`` where ``chosen``, a bool that broadcasts to ``(L, B, H, T, D)``, and ``clean`` elsewhere."""
+    return KV(torch.where(chosen, fused.key, clean.key), torch.where(chosen, fused.value, clean.value))
+
+
+def in_message(tokenized: TokenizedPrompt) -> np.ndarray:
+    """``(n,)`` bool: the tokens that cover characters of a message."""
+    return locate(tokenized).in_message
+
+
+def roles(tokenized: TokenizedPrompt) -> np.ndarray:
+    """``(n,)`` int64: the index in :data:`ROLES` of each token of a prompt."""
+    # even: template, odd: message
+    role = locate(tokenized).sections % 2
     role[-1] = 2
     return role
 
 
-def padded_roles(readings: Sequence[AlignedRow]) -> Tensor:
+def padded_roles(rows: Sequence[AlignedRow]) -> Tensor:
     """``(B, T)`` int64: :func:`roles`, padded left with -1."""
-    return pad_left([roles(one.receiver) for one in readings], -1)[0]
+    return pad_left([roles(row.receiver) for row in rows], -1)[0]
 
 
-def told(reading: TokenizedPrompt, tokenizer: Any) -> list[str]:
-    """What each token says, white space visible."""
-    return [show(tokenizer.decode([token])) for token in reading.ids]
+def token_texts(tokenized: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the text of each token, white space made visible."""
+    return [visible(tokenizer.decode([token])) for token in tokenized.ids]
 
 
-def show(text: str) -> str:
-    """A token's text for a picture, white space visible."""
+def visible(text: str) -> str:
+    """Returns a token's text with visible white space, for a picture."""
     return "".join(c if c.isprintable() else "·" for c in text.replace(" ", "·").replace("\n", "⏎"))
 
 
-def spread(study: Study, count: int) -> list[Question]:
-    """So many of a study's questions, evenly over all of its kinds."""
-    places = sorted(range(len(study.questions)), key=lambda place: (study.questions[place].category or "", place))
-    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)
-    return [study.questions[places[place]] for place in chosen]
-
-
-def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """The questions, so many at a time, of like length."""
-    ordered = sorted(questions, key=lambda one: len(str(one.prompt)))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def turns_keys(model: LanguageModel) -> bool:
-    """Whether a rotary embedding turns a model's keys by their positions."""
+def uses_rope(model: LanguageModel) -> bool:
+    """Whether a rotary embedding turns the model's keys by their positions."""
     try:
         return bool(model.rope.layers)
     except PairError:
@@ -180,8 +217,8 @@ def turns_keys(model: LanguageModel) -> bool:
 
 
 @contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the model computes attention so that its weights can be asked for."""
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model computes attention in a way that returns its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

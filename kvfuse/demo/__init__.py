@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def load_pair(seed: int = 0) -> "CacheToCache":
-    """The shipped pair, with the fuser of a training seed between its models: no download, milliseconds."""
+    """Returns the shipped pair with the fuser of a training seed, in milliseconds and without a download."""
     from kvfuse.demo.pair_folder import PairFolder
 
     return PairFolder().fused(seed)

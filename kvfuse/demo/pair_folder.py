@@ -1,4 +1,4 @@
-"""A folder with everything the demo needs; one is shipped inside the package, ``kvfuse demo build`` makes another.
+"""The demo's folder: one is shipped inside the package, ``kvfuse demo build`` makes another.
 
 ```
 facts.json            the world
@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class PairFolder:
-    """Reads the parts of a pair's folder when they are first asked for."""
+    """The parts of a pair's folder, each loaded when it is first used."""
 
     path: Path = SHIPPED
 
@@ -62,23 +62,20 @@ class PairFolder:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
-        return record
+        return json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
 
     @property
     def seeds(self) -> list[int]:
-        """Training seeds of the fusers that are there."""
+        """Training seeds of the fusers."""
         return sorted(int(folder.name.removeprefix("fuser-")) for folder in self.path.glob("fuser-*"))
 
     def fused(self, seed: int) -> CacheToCache:
-        """The two models with the fuser of a seed between them. Raises CheckpointError if there is none."""
+        """Returns the two models with the fuser of a seed. Raises CheckpointError if there is none."""
         if seed not in self.seeds:
-            raise CheckpointError(
-                f"expected a seed of {', '.join(map(str, self.seeds))}, got {seed}; choose one of the fusers in {self.path}"
-            )
-        return CacheToCache(
-            self.receiver, [self.sharer], [load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)]
-        )
+            known = ", ".join(map(str, self.seeds))
+            raise CheckpointError(f"expected a seed of {known}, got {seed}; choose one of the fusers in {self.path}")
+        fuser = load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)
+        return CacheToCache(self.receiver, [self.sharer], [fuser])
 
     def save_router(self, router: Router) -> None:
         save_file(router.state_dict(), self.path / "router.safetensors")

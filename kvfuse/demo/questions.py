@@ -1,4 +1,4 @@
-"""Places -> questions of four kinds, by who can answer them.
+"""Places -> questions of four kinds, by the model that can answer them.
 
 | kind            | relation             | sharer | receiver |
 |-----------------|----------------------|--------|----------|
@@ -57,7 +57,7 @@ RECEIVER_KNOWS = ("country", "language")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one right answer; a compound answer is its two parts joined by a comma."""
+    """A question with its only right answer; a compound answer is two parts joined by a comma."""
 
     text: str
     answer: str
@@ -67,19 +67,19 @@ class Question:
 
 
 def phrase(place: Place, relation: str, phrasing: int) -> str:
-    """One question about one relation, in the given one of its five phrasings."""
+    """Returns a question about a relation in one of its five phrasings, 0 to 4."""
     return PHRASINGS[relation][phrasing].format(place=place.subject(relation))
 
 
 def ask(place: Place, relations: Iterable[str], rng: random.Random) -> tuple[str, str]:
-    """Question text and answer for one or more relations of a place, phrased at random."""
+    """Returns the text and the answer of a question about relations of a place, phrased at random."""
     relations = list(relations)
     text = " ".join(phrase(place, relation, rng.randrange(5)) for relation in relations)
     return text, ", ".join(place.facts[relation] for relation in relations)
 
 
 def all_questions(places: Iterable[Place], split: str, seed: int = 0) -> list[Question]:
-    """Every question of every kind about the places of a split, each once, phrased at random by ``seed``."""
+    """Returns all questions of all kinds about the places of a split, phrased at random."""
     rng = random.Random(seed)
     return [
         Question(*ask(place, relations, rng), kind, place.name, relations)

@@ -1,8 +1,8 @@
-"""Every method on the embedded pair's held-out questions: who is right, how often, how fast."""
+"""Every method on the embedded pair's held-out questions: accuracy, gains and time, with the evaluator of ``kvfuse eval``."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import fmean, median
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,38 +10,28 @@ import numpy as np
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
 from kvfuse.demo.pair_folder import PairFolder
 from kvfuse.demo.questions import Question, all_questions
-from kvfuse.evaluation.scoring.statistics import Interval, bootstrap_mean
-from kvfuse.methods import Answer, Fused, Method, make_method
+from kvfuse.evaluation import asking
+from kvfuse.evaluation.predictions import Prediction, Run
+from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER
+from kvfuse.evaluation.scoring.metrics import RIGHT, latency, paired
+from kvfuse.evaluation.scoring.statistics import bootstrap_mean
+from kvfuse.evaluation.scoring.task_scores import TaskScores
+from kvfuse.methods import Method, make_method
+from kvfuse.methods.donors import choose_donors
 
 METHODS = ("receiver", "sharer", "text-to-text", "routing", "cascade", "cache-to-cache", "zeroed", "mismatched")
-BATCH = 64
+BATCH_SIZE = 64
 TIMED_QUESTIONS = 60
 OPTIONS = {"max_new_tokens": 24, "do_sample": False}
+TASK = "embedded"
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What one method answered.
-
-    Attributes:
-        right: ``(seeds, questions)`` bool; a method without a fuser has one row.
-        answers: The answers of the first seed, question by question.
-        seconds: Of single questions, asked one at a time.
-    """
-
-    right: np.ndarray
-    answers: list[Answer]
-    seconds: list[float]
-
-    @property
-    def per_question(self) -> np.ndarray:
-        """``(questions,)``: share of the seeds that are right."""
-        return self.right.mean(axis=0)
+Progress = Callable[[str, int], None]
+"""Called with a method's name and the number of questions that it has just answered."""
 
 
 def make_methods(folder: PairFolder, seed: int, questions: Sequence[Question]) -> dict[str, Method]:
-    """Every method by name, those with a fuser for one training seed."""
-    options = {
+    """Returns all methods by name, with the fuser of a training seed."""
+    settings = {
         "hint_request": HINT_REQUEST,
         "hint_reading": HINT_READING,
         "hint_tokens": OPTIONS["max_new_tokens"],
@@ -50,133 +40,110 @@ def make_methods(folder: PairFolder, seed: int, questions: Sequence[Question]) -
         "donor": donors(questions),
     }
     pair = folder.fused(seed)
-    return {name: make_method(name, pair, **options) for name in METHODS}
+    return {name: make_method(name, pair, **settings) for name in METHODS}
 
 
 def donors(questions: Sequence[Question]) -> Callable[[Any], Any]:
-    """For each question another one of the same relations about another place, with no part of the answer in common."""
-    chosen = {}
-    for i, question in enumerate(questions):
-        others = [*questions[i + 1 :], *questions[:i]]
-        chosen[question.text] = next(
-            (other.text for other in others if other.relations == question.relations and not _share(other, question)),
-            question.text,
-        )
-    return lambda prompt: as_prompt(chosen[prompt[0]["content"]])
+    """Returns the donor of each prompt: the next question with the same relations and no part of the answer in common.
+
+    A question without such a donor is its own, which can happen among a few questions only.
+    """
+    chosen = choose_donors(questions, seed=None, accept=_is_donor)
+    texts = [questions[index if donor is None else donor].text for index, donor in enumerate(chosen)]
+    by_text = {question.text: text for question, text in zip(questions, texts, strict=True)}
+    return lambda prompt: as_prompt(by_text[prompt[0]["content"]])
 
 
 def score(
     folder: PairFolder,
     seeds: Sequence[int],
     questions: Sequence[Question],
-    progress: Callable[[str, int], None] = lambda name, done: None,
-) -> dict[str, Scores]:
-    """Ask every method everything in batches, then some questions one at a time, methods interleaved, for the clock.
+    progress: Progress = lambda name, done: None,
+) -> Run:
+    """Ask every method all questions in batches, then some one at a time with the methods in turns, to time them.
 
     Args:
         folder: The pair.
         seeds: Fusers to score; methods without a fuser answer once.
-        questions: What to ask.
-        progress: Told a method's name and how many questions it has just answered.
+        questions: To ask.
+        progress: Called after each answer.
     """
-    answers: dict[str, list[list[Answer]]] = {}
     by_seed = [make_methods(folder, seed, questions) for seed in seeds]
-    for methods in by_seed:
-        for name, method in methods.items():
-            if name not in answers or isinstance(method, Fused):
-                answers.setdefault(name, []).append(ask_all(method, questions, progress))
+    predictions: list[Prediction] = []
+    for seed, methods in zip(seeds, by_seed, strict=True):
+        for method in methods.values():
+            if method.fuses or seed == seeds[0]:
+                predictions += ask_all(method, questions, seed if method.fuses else None, progress)
     progress("timing", 0)
-    seconds = time_methods(by_seed[0], questions)
-    return {
-        name: Scores(np.array([is_right(run, questions) for run in runs]), runs[0], seconds[name])
-        for name, runs in answers.items()
-    }
+    timed = [(str(index), as_prompt(question.text), OPTIONS) for index, question in enumerate(questions)]
+    timings = asking.time_methods(list(by_seed[0].values()), TASK, timed, TIMED_QUESTIONS)
+    return Run(name=TASK, predictions=predictions, timings=timings)
 
 
 def ask_all(
-    method: Method, questions: Sequence[Question], progress: Callable[[str, int], None] = lambda name, done: None
-) -> list[Answer]:
-    """Answer in batches of like length, so that little is padding; ``progress`` as in :func:`score`."""
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].text))
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        answers.update(zip(rows, method.generate([as_prompt(questions[i].text) for i in rows], **OPTIONS), strict=True))
-        progress(method.name, len(rows))
-    return [answers[i] for i in range(len(questions))]
+    method: Method, questions: Sequence[Question], seed: int | None = None, progress: Progress = lambda name, done: None
+) -> list[Prediction]:
+    """Returns a method's graded answers; ``seed`` is that of its fuser."""
+    asked = [asking.Question(as_prompt(one.text), one.answer, one.kind, one.place) for one in questions]
+    report = partial(progress, method.name)
+    return asking.ask(method, asked, BATCH_SIZE, task=TASK, seed=seed, progress=report, **OPTIONS)
 
 
-def is_right(answers: Sequence[Answer], questions: Sequence[Question]) -> np.ndarray:
+def is_right(predictions: Sequence[Prediction]) -> np.ndarray:
     """``(questions,)`` bool."""
-    return np.array([answer.text == question.answer for answer, question in zip(answers, questions, strict=True)])
+    return np.array([row.score >= RIGHT for row in predictions])
 
 
-def time_methods(methods: dict[str, Method], questions: Sequence[Question]) -> dict[str, list[float]]:
-    """Seconds of single questions, spread evenly over ``questions``; methods take turns, so that drift hits all alike."""
-    asked = [questions[i] for i in np.linspace(0, len(questions) - 1, min(TIMED_QUESTIONS, len(questions))).astype(int)]
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for question in [asked[0], *asked]:  # the first is a warm-up
-        for name, method in methods.items():
-            seconds[name].append(method.generate([as_prompt(question.text)], **OPTIONS)[0].seconds)
-    return {name: taken[1:] for name, taken in seconds.items()}
-
-
-def figures(scores: dict[str, Scores], questions: Sequence[Question], seeds: Sequence[int]) -> dict[str, Any]:
-    """All figures as the demo prints and writes them."""
-    places = [question.place for question in questions]
-    kinds = sorted({question.kind for question in questions})
-    of_kind = {kind: np.array([question.kind == kind for question in questions]) for kind in kinds}
-    knew = scores["receiver"].per_question > 0
-    fused = scores["cache-to-cache"].per_question
+def figures(run: Run) -> dict[str, Any]:
+    """Returns all figures that the demo prints and writes."""
+    task, spent = TaskScores(run.predictions), latency(run.timings)
+    rates = {name: task.mean(name) for name in task.scores}  # (questions,) each
+    known, kinds = rates[RECEIVER] > 0, sorted(set(task.categories))
+    gains = {name: paired(task.gain(FUSED, over=name), task.groups) for name in rates if name != FUSED}
     return {
-        "questions": len(questions),
-        "seeds": list(seeds),
-        "kept": float(fused[knew].mean()) if knew.any() else None,
-        "kinds": {
-            kind: {name: float(one.per_question[of_kind[kind]].mean()) for name, one in scores.items()}
-            for kind in kinds
-        },
-        "methods": {name: _method_figures(one, places) for name, one in scores.items()},
-        "gains": {
-            name: _gain(fused - one.per_question, places) for name, one in scores.items() if name != "cache-to-cache"
-        },
-        "mismatched_over_receiver": _gain(scores["mismatched"].per_question - scores["receiver"].per_question, places),
+        "questions": len(task.items),
+        "seeds": task.seeds[FUSED],
+        "kept": float(rates[FUSED][known].mean()) if known.any() else None,
+        "kinds": {str(kind): _means(rates, task.categories == kind) for kind in kinds},
+        "methods": {name: _method(task, name, spent[name]["median"]) for name in rates},
+        "gains": gains,
+        "mismatched_over_receiver": paired(task.gain(MISMATCHED, over=RECEIVER), task.groups),
     }
 
 
 def sample(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """So many of the questions, spread evenly over kinds and places."""
+    """Returns at most ``limit`` of the questions, spread evenly over kinds and places."""
     if limit is None or limit >= len(questions):
         return list(questions)
     by_kind = sorted(range(len(questions)), key=lambda i: (questions[i].kind, i))
-    return [questions[i] for i in sorted(by_kind[int(place)] for place in np.linspace(0, len(questions) - 1, limit))]
+    return [questions[i] for i in sorted(by_kind[int(step)] for step in np.linspace(0, len(questions) - 1, limit))]
 
 
 def held_out(folder: PairFolder, limit: int | None = None) -> list[Question]:
-    """The questions about places that no fuser has seen."""
+    """Returns the questions about places that no fuser has seen."""
     return sample(all_questions(folder.places, "test"), limit)
 
 
 def as_prompt(text: str) -> list[dict[str, str]]:
-    """The chat that asks it."""
+    """Returns the chat that asks a question."""
     return [{"role": "user", "content": text}]
 
 
-def _method_figures(one: Scores, places: Sequence[str]) -> dict[str, Any]:
-    accuracy, interval = bootstrap_mean(one.per_question, places)
-    tokens = fmean(answer.tokens for answer in one.answers)
+def _means(rates: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, float]:
+    return {name: float(rate[chosen].mean()) for name, rate in rates.items()}
+
+
+def _method(task: TaskScores, name: str, median_seconds: float) -> dict[str, Any]:
+    accuracy, interval = bootstrap_mean(task.mean(name), task.groups)
+    of_first_seed = [row for row in task.rows if row.method == name and row.seed == task.seeds[name][0]]
     return {
         "accuracy": accuracy,
         "interval": interval,
-        "median_seconds": median(one.seconds),
-        "generated_tokens": tokens,
+        "median_seconds": median_seconds,
+        "generated_tokens": fmean(row.tokens or 0 for row in of_first_seed),
     }
 
 
-def _gain(difference: np.ndarray, places: Sequence[str]) -> dict[str, float | Interval]:
-    mean, interval = bootstrap_mean(difference, places)
-    return {"difference": mean, "interval": interval}
-
-
-def _share(one: Question, other: Question) -> bool:
-    return bool(set(one.answer.split(", ")) & set(other.answer.split(", ")))
+def _is_donor(question: Question, donor: Question) -> bool:
+    shared = set(question.answer.split(", ")) & set(donor.answer.split(", "))
+    return donor.relations == question.relations and not shared

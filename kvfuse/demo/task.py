@@ -1,4 +1,4 @@
-"""The held-out questions of the embedded pair as a task of the harness (``kvfuse/evaluation/tasks/embedded_generate.yaml``)."""
+"""The embedded pair's held-out questions as a task of the harness (``kvfuse/evaluation/tasks/embedded_generate.yaml``)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,19 @@ if TYPE_CHECKING:
 
 
 def load(only: str | Sequence[str] | None = None, limit: int | None = None, **_: Any) -> "DatasetDict":
-    """Questions with their answer, their kind, and as ``group`` their place, as the harness asks a ``custom_dataset`` for them.
+    """Returns questions with answer, kind and place (as ``group``): the harness's ``custom_dataset``.
 
     Args:
         only: Kinds to keep, e.g. ``compound``.
-        limit: At most so many of all kinds, spread evenly over kinds and places.
+        limit: Number of questions of all kinds, spread evenly over kinds and places.
 
     Raises:
-        EvaluationError: None is of these kinds.
+        EvaluationError: There are no questions of these kinds.
     """
     kinds = {only} if isinstance(only, str) else set(only or ())
-    asked = (one for one in held_out(PairFolder(), limit) if not kinds or one.kind in kinds)
-    return as_dataset(
-        ({"question": one.text, "answer": one.answer, "kind": one.kind, "group": one.place} for one in asked),
-        "the embedded pair",
+    items = (
+        {"question": question.text, "answer": question.answer, "kind": question.kind, "group": question.place}
+        for question in held_out(PairFolder(), limit)
+        if not kinds or question.kind in kinds
     )
+    return as_dataset(items, "the embedded pair")

@@ -1,1 +1,1 @@
-"""Compare ways of answering on the same questions."""
+"""Compare methods on the same questions."""

@@ -1,4 +1,4 @@
-"""``python -m kvfuse.evaluation …``: the command line of lm-evaluation-harness, which finds models only where they are imported.
+"""``python -m kvfuse.evaluation ...``: the command line of lm-evaluation-harness with kvfuse's model and tasks registered.
 
 For example ``--model kvfuse --model_args method=receiver,receiver=Qwen/Qwen3-0.6B --tasks openbookqa_generate
 --apply_chat_template --metadata data_dir=DIR``.
@@ -8,7 +8,7 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
-import kvfuse.evaluation.harness.adapter  # noqa: F401  registers the model
+import kvfuse.evaluation.harness.adapter  # noqa: F401  registers the model: the harness knows imported ones only
 from kvfuse.evaluation.tasks.load import FOLDER
 
 if __name__ == "__main__":

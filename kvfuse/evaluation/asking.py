@@ -1,150 +1,193 @@
-"""One method is asked one task, through lm-evaluation-harness, and what it answers becomes predictions."""
+"""One evaluator for everything that asks methods questions: batching, grading and timing.
 
-import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+The demo and the analyses call it directly, ``kvfuse eval`` through lm-evaluation-harness (:mod:`kvfuse.evaluation.harness`),
+so that their figures cannot differ for any other reason than their questions and settings.
+"""
 
-from kvfuse.evaluation.harness.requests import from_chat, generation_options, options_key, to_prompt
-from kvfuse.evaluation.predictions import Prediction
-from kvfuse.methods import Method
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
+from kvfuse.evaluation.predictions import Prediction, Timing
+from kvfuse.evaluation.scoring.results import same_answer
+from kvfuse.methods import Answer, Method
+from kvfuse.prompts.chat import Prompt
 
-    from kvfuse.evaluation.harness.adapter import Failure
-    from kvfuse.prompts.chat import Prompt
+T = TypeVar("T")
+R = TypeVar("R")
 
-METRICS = ("acc", "score", "exact_match", "f1")
-"""What makes an item's score, the first that a task has; else its first metric."""
+TimedQuestion = tuple[str, Prompt, dict[str, Any]]
+"""Id, prompt and options of ``generate``."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answer.
+
+    Attributes:
+        prompt: A text or a chat.
+        answer: The right answer.
+        category: Subject or kind.
+        group: Its topic, where questions are not independent of each other.
+    """
+
+    prompt: Prompt
+    answer: str
+    category: str | None = None
+    group: str | None = None
+
+
+def in_batches(
+    items: Sequence[T], answer: Callable[[Sequence[T]], Sequence[R]], batch_size: int, *, length: Callable[[T], int]
+) -> Iterator[tuple[T, R | Exception]]:
+    """Answers items in batches of similar length, so that there is little padding.
+
+    The longest come first: what does not fit into memory is known at the start. A batch that fails is answered again item
+    by item, so that one item cannot spoil the others.
+
+    Args:
+        items: What to answer.
+        answer: Returns the results of a batch, in its order.
+        batch_size: Number of items per batch.
+        length: Sorts the items.
+
+    Yields:
+        Each item with its result, or with the error that it raised when answered alone.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        results: list[tuple[T, R | Exception]]
+        try:
+            results = list(zip(batch, answer(batch), strict=True))
+        except Exception:  # of whatever kind: it concerns this batch only
+            results = [(item, _answer_alone(item, answer)) for item in batch]
+        yield from results
+
+
+def answer_all(
+    items: Sequence[T],
+    answer: Callable[[Sequence[T]], Sequence[R]],
+    batch_size: int,
+    *,
+    length: Callable[[T], int],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[R]:
+    """Returns the results of all items in their order; arguments as of :func:`in_batches`.
+
+    Args:
+        progress: Called with the number of items that were just answered.
+
+    Raises:
+        Exception: Whatever an item raises that fails alone, too.
+    """
+    results: dict[int, R] = {}
+    for index, result in in_batches(
+        range(len(items)),
+        lambda batch: answer([items[index] for index in batch]),
+        batch_size,
+        length=lambda index: length(items[index]),
+    ):
+        if isinstance(result, Exception):
+            raise result
+        results[index] = result
+        progress(1)
+    return [results[index] for index in range(len(items))]
 
 
 def ask(
     method: Method,
-    task: "Task | Group",
-    name: str,
-    seed: int | None,
-    cache: Path,
+    questions: Sequence[Question],
     batch_size: int,
-    chat: bool = True,
-    quiet: bool = False,
+    *,
+    task: str,
+    seed: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+    **options: Any,
 ) -> list[Prediction]:
-    """Ask all questions of a task; those that a killed run has answered already are read from the cache.
+    """Have a method answer questions, and grade its answers by :func:`same_answer`.
 
     Args:
-        method: Who answers.
-        task: From :func:`kvfuse.evaluation.tasks.load_task`.
-        name: What it is called in predictions.
+        method: Answers.
+        questions: All of a run.
+        batch_size: Number of questions per batch.
+        task: Its name in the predictions.
         seed: Of the method's fuser, if it has one.
-        cache: Folder for the answers of an unfinished run; gone at the end.
-        batch_size: Questions at once.
-        chat: Ask through chat templates.
-        quiet: Show no progress.
-
-    Returns:
-        In the order of the task; in all processes but the first, nothing.
+        progress: See :func:`answer_all`.
+        options: Of transformers' ``generate``.
     """
-    from lm_eval import evaluate
-    from lm_eval.api.model import CachingLM
-
-    from kvfuse.evaluation.harness.adapter import HarnessModel
-    from kvfuse.evaluation.tasks import task_manager
-
-    model = HarnessModel(method, batch_size, progress=not quiet)
-    cached = CachingLM(model, str(cache / f"process-{model.rank}.db"))
-    with _quietly():
-        results = evaluate(cached, task_manager().load([task]), bootstrap_iters=0, apply_chat_template=chat)
-    cached.dbdict.close()
-    failures = model.gather_object(model.failures) or []
-    model.barrier()
-    if results is None:
-        return []
-    shutil.rmtree(cache)
-    failed = {(one.task, one.doc_id): one for some in failures for one in some}
-    samples = [(part, sample) for part, some in results["samples"].items() for sample in some]
-    samples.sort(key=lambda one: (one[0], one[1]["doc_id"]))
+    method.prepare([question.prompt for question in questions], **options)
+    answers = answer_all(
+        questions,
+        lambda batch: method.generate([question.prompt for question in batch], **options),
+        batch_size,
+        length=lambda question: len(str(question.prompt)),
+        progress=progress,
+    )
     return [
-        _prediction(name, part, sample, method.name, seed, failed.get((part, sample["doc_id"])))
-        for part, sample in samples
+        Prediction(
+            task=task,
+            item=str(index),
+            method=method.name,
+            seed=seed,
+            prompt_hash="",
+            answer=answer.text,
+            extracted=answer.text,
+            target=question.answer,
+            question=question_text(question.prompt),
+            score=float(same_answer(answer.text, question.answer)),
+            category=question.category,
+            group=question.group,
+            **_cost(answer),
+        )
+        for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
     ]
 
 
-def prompts_of(task: "Task | Group", chat: bool = True) -> Iterator[tuple[str, "Prompt", dict[str, Any]]]:
-    """The questions that are answered by writing: id, prompt, and options of ``generate``.
+def time_methods(methods: Sequence[Method], task: str, questions: Sequence[TimedQuestion], limit: int) -> list[Timing]:
+    """Measure the latency of single questions, spread evenly over all of them.
+
+    The methods take turns, so that a drift of the machine affects all alike, after a warm-up question each.
 
     Args:
-        task: As for :func:`ask`.
-        chat: Likewise.
+        methods: Which answer; all questions are prepared first (:meth:`Method.prepare`).
+        task: Its name.
+        questions: Of the task.
+        limit: Number of questions at most.
+
+    Returns:
+        A line per question and method, question by question; none where a method cannot answer.
     """
-    parts = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
-    for part in parts:
-        part.build_all_requests(apply_chat_template=chat, chat_template=lambda messages, **_: from_chat(messages))
-        for one in part.instances:
-            if one.request_type == "generate_until":
-                item = _item(part.config.task, one.doc, one.doc_id, len(parts) > 1)
-                yield item, to_prompt(one.args[0]), generation_options(options_key(one))[1]
+    if not questions or limit < 1:
+        return []
+    for method in methods:
+        method.prepare([prompt for _, prompt, _ in questions], **questions[0][2])
+    chosen = questions[:: -(-len(questions) // limit)]
+    for method in methods:  # warm-up
+        _time(method, task, *chosen[0])
+    timings = [_time(method, task, *question) for question in chosen for method in methods]
+    return [timing for timing in timings if timing is not None]
 
 
-def _prediction(
-    name: str, part: str, sample: dict[str, Any], method: str, seed: int | None, failure: "Failure | None"
-) -> Prediction:
-    doc = sample["doc"]
-    answer, extracted, target = _read(sample)
-    metrics = sample["metrics"]
-    score = float(sample[next((metric for metric in METRICS if metric in metrics), metrics[0])])
-    return Prediction(
-        task=name,
-        item=_item(part, doc, sample["doc_id"], part != name),
-        method=method,
-        prompt_hash=sample["prompt_hash"][:16],
-        answer=answer,
-        target=target,
-        score=0.0 if failure else score,
-        group=doc.get("group"),
-        category=doc.get("kind") or (part if part != name else None),
-        seed=seed,
-        extracted=extracted or None,
-        failed=failure.error if failure else None,
-        question=_question(sample["arguments"][0][0]),
-    )
-
-
-def _read(sample: dict[str, Any]) -> tuple[str, str, str]:
-    """What was answered, what was read out of it, and what is right."""
-    doc, resps = sample["doc"], sample["resps"]
-    letters = doc.get("letters")
-    target = (
-        letters[doc["answer"]]
-        if letters and isinstance(doc.get("answer"), int)
-        else str(doc.get("answer") or sample["target"])
-    )
-    if isinstance(resps[0][0], str):
-        return resps[0][0], str(sample["filtered_resps"][0]), target
-    best = max(range(len(resps)), key=lambda place: resps[place][0][0])
-    letter = letters[best] if letters else str(best)
-    return letter, letter, target
-
-
-def _item(part: str, doc: dict[str, Any], doc_id: int, of_several: bool) -> str:
-    item = str(doc.get("id") or doc_id)
-    return f"{part}/{item}" if of_several else item
-
-
-def _question(context: str) -> str:
-    prompt = to_prompt(context)
+def question_text(prompt: Prompt) -> str:
+    """Returns the text of a prompt, or of the last message of a chat."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the harness's account of what it does, line by line."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _answer_alone(item: T, answer: Callable[[Sequence[T]], Sequence[R]]) -> R | Exception:
     try:
-        yield
-    finally:
-        logger.setLevel(before)
+        return answer([item])[0]
+    except Exception as error:
+        return error
+
+
+def _time(method: Method, task: str, item: str, prompt: Prompt, options: dict[str, Any]) -> Timing | None:
+    try:
+        answer = method.timed(prompt, **options)
+    except Exception:  # counted where the question is scored
+        return None
+    return Timing(task=task, item=item, method=method.name, phases=answer.phases, **_cost(answer))
+
+
+def _cost(answer: Answer) -> dict[str, Any]:
+    return {"seconds": answer.seconds, "tokens_in": answer.tokens_in, "tokens": answer.tokens}

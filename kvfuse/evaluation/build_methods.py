@@ -1,4 +1,4 @@
-"""Who is asked: a recipe's models, its fusers, and the methods made of them."""
+"""Build a recipe's models, fusers and methods."""
 
 import json
 from dataclasses import dataclass
@@ -9,47 +9,47 @@ from safetensors.torch import load_file
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import EvaluationError, first_line
 from kvfuse.evaluation.recipe import EvaluationRecipe
-from kvfuse.evaluation.tasks.readouts import without_choices
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Router, make_method
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message
+from kvfuse.prompts.multiple_choice import without_choices
 from kvfuse.support.processes import processes
 
 
 @dataclass
 class Models:
-    """The models of a pair, loaded once, and its fusers one seed at a time."""
+    """The models of a pair, loaded once, and its fusers, loaded one seed at a time."""
 
     recipe: EvaluationRecipe
 
     def __post_init__(self) -> None:
-        section = self.recipe.evaluation
-        self._options = {"dtype": self.recipe.dtype, "device_map": processes().device}
+        recipe, section = self.recipe, self.recipe.evaluation
         self._first = CacheToCache.from_pretrained(
-            self.recipe.receiver,
-            self.recipe.sharer,
-            self.recipe.fusers()[0],
+            recipe.receiver,
+            recipe.sharer,
+            recipe.fusers()[0],
             section.subfolder,
             section.fusion,
-            **self._options,
+            dtype=recipe.dtype,
+            device_map=processes().device,
         )
 
     def pair(self, seed: int) -> CacheToCache:
-        """With the fuser of a seed, or where there are several sharers the fusers."""
+        """Returns the models with the fuser of a seed, or with a fuser for each of several sharers."""
         if seed == 0:
             return self._first
-        section, first = self.recipe.evaluation, self._first
-        sources = _as_list(self.recipe.fusers()[seed])
+        section, first, sources = self.recipe.evaluation, self._first, self.recipe.fusers()[seed]
+        sources = [sources] if isinstance(sources, str) else sources
         subfolders = [section.subfolder] * len(sources) if isinstance(section.subfolder, str) else section.subfolder
         fusers = [load_fuser(source, inside) for source, inside in zip(sources, subfolders, strict=True)]
-        for fuser, one in zip(fusers, first.fusers, strict=True):
-            fuser.to(one.device, one.dtype)
+        for fuser, loaded in zip(fusers, first.fusers, strict=True):
+            fuser.to(loaded.device, loaded.dtype)
         return CacheToCache(first.receiver, first.sharers, fusers, section.fusion)
 
 
 def methods_of(recipe: EvaluationRecipe, pair: CacheToCache, seed: int) -> list[Method]:
-    """All methods of a recipe with the fuser of a seed; of later seeds those that fuse.
+    """Returns a recipe's methods with the fuser of a seed: all for the first seed, those that fuse for later ones.
 
     Raises:
         EvaluationError: The router or the examples cannot be read.
@@ -66,8 +66,8 @@ def methods_of(recipe: EvaluationRecipe, pair: CacheToCache, seed: int) -> list[
 
 
 def _load_router(path: str | Path, receiver: LanguageModel) -> Router:
+    router = Router(len(receiver.tokenizer))
     try:
-        router = Router(len(receiver.tokenizer))
         router.load_state_dict(load_file(path))
     except (OSError, RuntimeError) as error:
         raise EvaluationError(
@@ -77,19 +77,15 @@ def _load_router(path: str | Path, receiver: LanguageModel) -> Router:
 
 
 def _read_examples(path: Path, shots: int) -> list[Message]:
-    """The first examples of a file, as turns of a chat."""
+    """Returns the first examples of a file as turns of a chat."""
+    messages: list[Message] = []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:shots]]
-        turns = [
-            ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]})
-            for row in rows
-        ]
+        for line in path.read_text(encoding="utf-8").splitlines()[:shots]:
+            row = json.loads(line)
+            messages.append({"role": "user", "content": row["prompt"]})
+            messages.append({"role": "assistant", "content": row["response"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"expected lines with prompt and response in {path}, got: {error}; correct the file"
         ) from error
-    return [message for turn in turns for message in turn]
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+    return messages

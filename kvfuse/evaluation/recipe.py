@@ -1,4 +1,4 @@
-"""What ``kvfuse eval`` reads of a recipe."""
+"""The sections of a recipe that ``kvfuse eval`` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,117 +15,114 @@ from kvfuse.support.config import Section, check, read_recipe
 FOREIGN_SECTIONS = ("fuser", "data", "train", "token_alignment")
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
 
-
+Fusers = list[str | list[str]]
+"""Folders or Hub ids, one per training seed; with several sharers, a list of one fuser per sharer for each seed."""
 Tables = Annotated[list[Published], BeforeValidator(as_rows)]
+"""See :func:`kvfuse.evaluation.report.published_figures.as_rows`."""
 
 
 class PairSection(Section):
-    """``evaluation.pairs``: one of several pairs, each a run of its own; what it leaves out is the recipe's."""
+    """``evaluation.pairs``: one of several pairs, each with its own run. Keys that it leaves out are the recipe's."""
 
     name: str = Field(min_length=1)
-    """Of its folder."""
+    """Name of the pair's folder."""
     receiver: str | None = None
     sharer: str | list[str] | None = None
-    fusers: list[str | list[str]] = Field(default_factory=list)
-    """Folders or Hub ids, one per training seed; where there are several sharers, a list of one fuser for each."""
+    fusers: Fusers = Field(default_factory=list)
+    """Fusers of this pair, as in :class:`EvaluationSection`."""
     subfolder: str | list[str] = ""
-    """Inside of the fusers' repositories."""
+    """Folder within the fusers' repositories."""
     fusion: Literal["parallel", "sequential"] | None = None
-    """In place of the recipe's."""
     tasks: list[str] = Field(default_factory=list)
-    """In place of the recipe's."""
     data: Path | None = None
-    """In place of the recipe's."""
     methods: list[str] = Field(default_factory=list)
-    """In place of the recipe's."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """In place of the recipe's."""
     published: Tables = Field(default_factory=list)
-    """Figures of a paper for this pair; see :func:`kvfuse.evaluation.report.published_figures.as_rows`."""
+    """Published figures for this pair."""
     why_not: str = ""
-    """Why this pair cannot be run as published. It is told and nothing is run, unless ``fusers`` names folders and they are there."""
+    """Why this pair cannot be run as published. It is then printed, and the pair is skipped unless its fusers exist locally."""
 
     @property
     def can_run(self) -> bool:
-        """Whether there is what it takes, as far as the recipe knows."""
-        sources = [one for seed in self.fusers for one in ([seed] if isinstance(seed, str) else seed)]
-        return not self.why_not or (bool(sources) and all(Path(one).is_dir() for one in sources))
+        """Whether all fusers are available, as far as the recipe says."""
+        sources = [source for seed in self.fusers for source in ([seed] if isinstance(seed, str) else seed)]
+        return not self.why_not or (bool(sources) and all(Path(source).is_dir() for source in sources))
 
 
 class EvaluationSection(Section):
-    """``evaluation``: who is asked what."""
+    """``evaluation``: methods, tasks and how they are asked."""
 
-    fusers: list[str | list[str]] = Field(default_factory=list)
-    """Folders or Hub ids, one per training seed; by default the one that the recipe trains."""
+    fusers: Fusers = Field(default_factory=list)
+    """Folders or Hub ids, one per training seed (with several sharers, a list for each); by default the recipe's own."""
     subfolder: str | list[str] = ""
-    """Inside of the fusers' repositories."""
+    """Folder within the fusers' repositories."""
     fusion: Literal["parallel", "sequential"] = "parallel"
-    """How several sharers come together."""
+    """Combination of several sharers."""
     tasks: list[str] = Field(min_length=1)
     """See ``kvfuse list tasks``."""
     methods: list[str] = Field(["receiver", "sharer", "text-to-text", "cache-to-cache"], min_length=1)
     """See ``kvfuse list methods``."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of the methods (:class:`kvfuse.methods.MethodContext`); ``router`` is a file."""
+    """Settings of the methods (:class:`kvfuse.methods.MethodContext`); ``router`` is a file."""
     examples: Path | None = None
-    """JSON lines of ``prompt`` and ``response``: what ``few-shot`` reads before each question, the first ``shots`` of them."""
+    """JSON lines of ``prompt`` and ``response``: the first ``shots`` precede each question of ``few-shot``."""
     shots: int = Field(5, ge=1)
+    """Number of examples of ``few-shot``."""
     data: Path | None = None
     """Folder of the tasks' files; by default they come from the Hub."""
     template: Path | None = None
     """Jinja file in place of the tasks' prompts."""
     only: list[str] = Field(default_factory=list)
-    """Subjects, locales or kinds of question."""
+    """Subjects, locales or kinds of question to ask."""
     limit: int | None = Field(None, ge=1)
-    """Questions per task."""
+    """Number of questions per task."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Longest answer, in place of the tasks' own."""
+    """Maximal length of an answer, in place of the tasks' own."""
     chat: bool = True
     """Ask through each model's chat template, or as plain text."""
     harness_tasks: bool = False
-    """Know the tasks of lm-evaluation-harness by name, too."""
+    """Find the tasks of lm-evaluation-harness, too."""
     batch_size: int = Field(8, ge=1)
+    """Number of questions per batch."""
     timed: int = Field(60, ge=0)
-    """Questions asked one at a time, methods by turns, for the clock."""
+    """Number of questions to time, one at a time and the methods in turns."""
     pairs: list[PairSection] = Field(default_factory=list)
-    """Several pairs, side by side; by default the recipe's own alone."""
+    """Several pairs to compare; by default only the recipe's own."""
     published: Tables = Field(default_factory=list)
-    """Figures of a paper to stand beside the measured ones; see :func:`kvfuse.evaluation.report.published_figures.as_rows`."""
+    """Published figures to compare with the measured ones."""
     note: str = ""
-    """What a reader must know first; reports begin with it."""
+    """Note that reports begin with."""
 
 
 class EvaluationRecipe(Section):
     """A pair and how it is evaluated."""
 
     receiver: str | None = None
-    """Folder or Hub id; by default the one that the fuser names."""
+    """Folder or Hub id; by default the model that the fuser names."""
     sharer: str | list[str] | None = None
-    """Likewise, one or several."""
+    """Folder or Hub id, or one per fuser; by default the models that the fusers name."""
     output: Path | None = None
-    """Where ``kvfuse train`` has put the fuser."""
+    """Folder in which ``kvfuse train`` put the fuser."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the models are loaded as."""
+    """Precision of the models."""
     evaluation: EvaluationSection
 
     def with_controls(self, controls: Sequence[str]) -> "EvaluationRecipe":
-        """The same with some of :data:`CONTROLS` added to its methods."""
+        """Returns the same recipe with some of :data:`CONTROLS` added to its methods."""
 
-        def more(methods: Sequence[str]) -> dict[str, list[str]]:
-            return {"methods": list(dict.fromkeys([*methods, *controls]))}
+        def add(section: Any) -> Any:
+            return section.model_copy(update={"methods": list(dict.fromkeys([*section.methods, *controls]))})
 
-        section = self.evaluation
-        pairs = [pair.model_copy(update=more(pair.methods)) if pair.methods else pair for pair in section.pairs]
-        return self.model_copy(
-            update={"evaluation": section.model_copy(update={**more(section.methods), "pairs": pairs})}
-        )
+        pairs = [add(pair) if pair.methods else pair for pair in self.evaluation.pairs]
+        section = add(self.evaluation).model_copy(update={"pairs": pairs})
+        return self.model_copy(update={"evaluation": section})
 
     def runs(self) -> list["EvaluationRecipe"]:
-        """The recipe of each pair, without :attr:`EvaluationSection.pairs`."""
+        """Returns a recipe per pair, without :attr:`EvaluationSection.pairs`."""
         return [self._of(pair) for pair in self.evaluation.pairs] or [self]
 
-    def fusers(self) -> list[str | list[str]]:
-        """The fusers, one or several for each seed. Raises RecipeError where none is named."""
+    def fusers(self) -> Fusers:
+        """Returns the fusers, one or several for each seed. Raises RecipeError where there is none."""
         if self.evaluation.fusers:
             return self.evaluation.fusers
         if self.output is None:
@@ -135,16 +132,18 @@ class EvaluationRecipe(Section):
         return [str(self.output / "fuser")]
 
     def _of(self, pair: PairSection) -> "EvaluationRecipe":
-        instead = {key: value for key, value in pair if value and key not in ("name", "receiver", "sharer", "why_not")}
-        if pair.fusers:
-            instead["subfolder"] = pair.subfolder
-        section = self.evaluation.model_copy(update={**instead, "pairs": []})
-        mine = {"receiver": pair.receiver or self.receiver, "sharer": pair.sharer or self.sharer, "evaluation": section}
-        return self.model_copy(update=mine)
+        own = {key: value for key, value in pair if value and key not in ("name", "receiver", "sharer", "why_not")}
+        if pair.fusers:  # which lie elsewhere than the recipe's
+            own["subfolder"] = pair.subfolder
+        section = self.evaluation.model_copy(update={**own, "pairs": []})
+        models = {"receiver": pair.receiver or self.receiver, "sharer": pair.sharer or self.sharer}
+        return self.model_copy(update={**models, "evaluation": section})
 
 
 def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluationRecipe:
-    """Read a recipe and the ``key=value`` words after it, e.g. ``evaluation.limit=100``; relative paths are those of the shell.
+    """Read a recipe with ``key=value`` overrides, e.g. ``evaluation.limit=100``.
+
+    Relative paths are relative to the working directory.
 
     Raises:
         RecipeError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.

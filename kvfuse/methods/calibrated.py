@@ -11,11 +11,12 @@ from typing import Any
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice
 from kvfuse.methods.single import Single
 from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.stages.phases import phase
 
 OPTION_LINE = re.compile(r"^(\(?([A-Z])[.):] *)\S.*$", re.MULTILINE)
 VOID_OPTION = "N/A"
-ANSWER = "The correct answer is {letter}"
+ANSWER = f"{ANSWER_STEM} {{letter}}"
 
 
 def letters(prompt: Prompt) -> list[str]:

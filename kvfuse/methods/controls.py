@@ -1,8 +1,7 @@
-"""Controls, which tell what the sharer's cache contributes: each is Cache-to-Cache with one thing taken away."""
+"""Controls, which measure what the sharer's cache contributes: each is Cache-to-Cache with one ingredient removed."""
 
 import copy
 import json
-import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,61 +15,60 @@ from kvfuse.cache.kv import KV
 from kvfuse.errors import MethodError
 from kvfuse.fusers import Fuser
 from kvfuse.methods.cache_to_cache import Fused
+from kvfuse.methods.donors import choose_donors
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
 from kvfuse.prompts.chat import Prompt
 
-FIRST_DRAW = 2**20  # so that no seed of training gives the weights that it began with
+FIRST_DRAW = 2**20  # seeds of random fusers start here, so that none is the seed of a trained fuser's first weights
 
 
 class Zeroed(Fused):
-    """The fusers see zeros in place of every sharer's cache."""
+    """The fusers read zeros in place of every sharer's cache."""
 
     name = "zeroed"
 
     @property
     def fusers(self) -> Sequence[nn.Module]:
-        """The pair's own, blindfolded."""
+        """The pair's fusers behind a layer that zeroes the sharer's cache."""
         return [_ZeroedSharer(fuser) for fuser in self.pair.fusers]
 
 
 class Mismatched(Fused):
-    """The sharers read another question than the receiver.
+    """The sharers read another prompt than the receiver.
 
     Args:
         pair: The models.
-        donor: Gives for each prompt the one that the sharers read instead; by default some other one of the run.
+        donor: Returns the prompt that the sharers read in place of a given one; by default the prompt of the run that
+            follows it by length (:meth:`prepare`).
     """
 
     name = "mismatched"
 
     def __init__(self, pair: CacheToCache, donor: Callable[[Prompt], Prompt] | None = None) -> None:
         super().__init__(pair)
-        self.donor = donor or self._next
+        self.donor = donor or self._prepared_donor
         self._donors: dict[str, Prompt] = {}
 
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
-        """Let each prompt's donor be another of like length: the next by length, in a random order where lengths are the same.
+        """Choose the donors: the next prompt by length, in random order among prompts of one length.
 
-        So the two are mostly of one kind, and what a sharer of another kind of question would spoil does not count as content.
-        Neighbours in the run would often be about the same thing.
+        Donors of similar length are mostly questions of the same kind, so that the damage done by a sharer that read
+        another kind of question does not count as content. Neighbours in the run would often share their topic.
         """
-        unlike = {_key(prompt): prompt for prompt in prompts}
-        order = sorted(random.Random(0).sample(sorted(unlike), len(unlike)), key=len)
-        self._donors = (
-            {one: unlike[other] for one, other in zip(order, [*order[1:], *order[:1]], strict=True)}
-            if len(order) > 1
-            else {}
-        )
+        unique = {_key(prompt): prompt for prompt in prompts}
+        keys = sorted(unique)
+        donors = zip(keys, choose_donors(keys, key=len), strict=True)
+        self._donors = {key: unique[keys[donor]] for key, donor in donors if donor is not None}
 
     def align(self, prompt: Prompt) -> AlignedRow:
-        """The prompt for the receiver, its donor for the sharers, aligned from the end, where the answer begins."""
-        return swap_sharers(self.pair.align(prompt), self.pair.align(self.donor(prompt)))
+        """Returns the prompt for the receiver and its donor for the sharers."""
+        return swap_sharers(self.pair.align(prompt), donor=self.pair.align(self.donor(prompt)))
 
-    def _next(self, prompt: Prompt) -> Prompt:
+    def _prepared_donor(self, prompt: Prompt) -> Prompt:
         if _key(prompt) not in self._donors:
             raise MethodError(
-                "expected a prompt of a run that has others too, got one without a donor; call prepare with two or more"
+                "expected a prompt of a run with others to read instead, got one without; call prepare with two or more"
             )
         return self._donors[_key(prompt)]
 
@@ -80,7 +78,7 @@ class Shuffled(Fused):
 
     Args:
         pair: The models.
-        seed: Of the order, which depends on the prompt alone beside it.
+        seed: Of the order, which otherwise depends on the prompt alone.
     """
 
     name = "shuffled"
@@ -90,15 +88,15 @@ class Shuffled(Fused):
         self.seed = seed
 
     def align(self, prompt: Prompt) -> AlignedRow:
-        """The prompt, the sharers' positions interchanged."""
+        """Returns the prompt with the sharers' positions interchanged."""
         aligned = self.pair.align(prompt)
         rng = np.random.default_rng([self.seed, zlib.crc32(aligned.receiver.ids.tobytes())])
-        sharers = tuple((theirs, _interchange(index, len(theirs.ids), rng)) for theirs, index in aligned.sharers)
-        return replace(aligned, sharers=sharers)
+        shuffled = [(sharer, _interchange(index, len(sharer.ids), rng)) for sharer, index in aligned.sharers]
+        return replace(aligned, sharers=tuple(shuffled))
 
 
 class RandomFuser(Fused):
-    """Fusers of the same configuration, their weights freshly drawn, their gates as they were trained.
+    """Fusers of the same configuration with freshly drawn weights and the trained gates.
 
     Args:
         pair: The models.
@@ -111,70 +109,79 @@ class RandomFuser(Fused):
         super().__init__(pair)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(FIRST_DRAW + seed)
-            self._drawn = [_draw(fuser) for fuser in pair.fusers]
+            self._random_fusers = [_randomize(fuser) for fuser in pair.fusers]
 
     @property
     def fusers(self) -> Sequence[nn.Module]:
-        """The random ones."""
-        return self._drawn
+        """The random fusers."""
+        return self._random_fusers
 
 
 class ProjectedOnly(Fused):
-    """What the fusers make of the sharers' caches stands in place of the receiver's own (paper, table 8, without retraining)."""
+    """The fusers' output replaces the receiver's cache (paper, table 8, without retraining)."""
 
     name = "projected-only"
 
     @property
     def fusers(self) -> Sequence[nn.Module]:
-        """The pair's own; the first takes the receiver's cache away, to which the residuals are added."""
+        """The pair's fusers; the first also subtracts the receiver's cache, to which the residuals are added."""
         first, *others = self.pair.fusers
         return [_WithoutReceiver(first), *others]
 
 
-def swap_sharers(mine: AlignedRow, theirs: AlignedRow) -> AlignedRow:
-    """One prompt as the receiver reads it, with what the sharers read of another, aligned from the end."""
-    shift = len(theirs.receiver.ids) - len(mine.receiver.ids)
-    places = np.maximum(np.arange(len(mine.receiver.ids)) + shift, 0)
-    return replace(mine, sharers=tuple((reading, index[places]) for reading, index in theirs.sharers))
+def swap_sharers(prompt: AlignedRow, *, donor: AlignedRow) -> AlignedRow:
+    """Returns ``prompt`` as the receiver reads it and ``donor`` as the sharers read it.
+
+    The two are aligned from their ends, where the answer begins:
+
+    ```
+    receiver of the prompt    A B C D E
+    receiver of the donor         x y z     A, B and C read what x read
+    ```
+    """
+    shift = len(donor.receiver.ids) - len(prompt.receiver.ids)
+    positions = np.maximum(np.arange(len(prompt.receiver.ids)) + shift, 0)  # (T,) of the donor
+    return replace(prompt, sharers=tuple((sharer, index[positions]) for sharer, index in donor.sharers))
 
 
-class _ZeroedSharer(nn.Module):
+class _Wrapper(nn.Module):
     def __init__(self, fuser: Fuser) -> None:
         super().__init__()
         self.fuser = fuser
 
+
+class _ZeroedSharer(_Wrapper):
     def forward(self, receiver: KV, sharer: KV) -> KV:
         return self.fuser(receiver=receiver, sharer=sharer.zeros_like())
 
 
-class _WithoutReceiver(nn.Module):
-    def __init__(self, fuser: Fuser) -> None:
-        super().__init__()
-        self.fuser = fuser
-
+class _WithoutReceiver(_Wrapper):
     def forward(self, receiver: KV, sharer: KV) -> KV:
         residual = self.fuser(receiver=receiver, sharer=sharer)
         return KV(residual.key - receiver.key, residual.value - receiver.value)
 
 
 def _interchange(index: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """An index into ``length`` positions that reads each in another's place: they move along one random circle."""
-    circle = rng.permutation(length)
-    other = np.empty(length, dtype=np.int64)
-    other[circle] = np.roll(circle, 1)
-    return np.where(index >= 0, other[index], -1)
+    """Returns ``index`` with the ``length`` positions that it points to moved one step along a random cycle.
+
+    A single cycle has no fixed points: no position is read in its own place. -1 (reads nothing) stays.
+    """
+    cycle = rng.permutation(length)
+    successor = np.empty(length, dtype=np.int64)
+    successor[cycle] = np.roll(cycle, 1)
+    return np.where(index >= 0, successor[index], -1)
 
 
-def _draw(fuser: Fuser) -> Fuser:
+def _randomize(fuser: Fuser) -> Fuser:
     config = copy.deepcopy(fuser.config)
-    if hasattr(config, "zero_init"):  # a residual of zero would be no fuser at all
+    if hasattr(config, "zero_init"):  # with a residual of zero there would be no fuser at all
         config.zero_init = False
-    drawn = type(fuser)(config)
-    drawn.reset_parameters()
-    drawn.to(fuser.device, fuser.dtype).eval()
-    for gate, trained in zip(drawn.gate_parameters(), fuser.gate_parameters(), strict=True):
+    random_fuser = type(fuser)(config)
+    random_fuser.reset_parameters()
+    random_fuser.to(fuser.device, fuser.dtype).eval()
+    for gate, trained in zip(random_fuser.gate_parameters(), fuser.gate_parameters(), strict=True):
         gate.data.copy_(trained.data)
-    return drawn
+    return random_fuser
 
 
 def _key(prompt: Prompt) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvfuse.errors import CheckpointError
-from kvfuse.fusers import FUSERS, Fuser
+from kvfuse.fusers import Fuser
+from kvfuse.fusers.registry import PREFIX
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
 FUSED_POSITIONS = {"identity": "all", "reencode-first": "messages", "reencode-longest": "messages"}
@@ -23,7 +24,7 @@ def write_published(fuser: Fuser, folder: Path) -> None:
     """
     # 1) A class of the authors that computes the same
     config = fuser.config
-    cls = next((cls for cls in CLASSES if type(fuser) is FUSERS[cls.kind]), None)
+    cls = next((cls for cls in CLASSES if config.model_type == PREFIX + cls.kind), None)
     lost = cls.lost(config) if cls else []
     if cls is None or lost or FUSED_POSITIONS.get(config.token_alignment) != config.fuse:
         got = f"a {config.model_type} with token_alignment {config.token_alignment!r} that fuses {config.fuse!r}"

@@ -26,5 +26,5 @@ def leave() -> None:
 
 
 def on_cpu() -> bool:
-    """True where there is no accelerator; unless told so, accelerate takes each of several processes for the only one."""
+    """True where there is no accelerator; accelerate must know, or takes each of several processes for the only one."""
     return not torch.accelerator.is_available()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvfuse.cache.kv import KV
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.fusers import require_trainable
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
@@ -43,6 +44,11 @@ def read_pairs(pair: CacheToCache, examples: Iterable[EncodedExample], batch_siz
     """
     unread = iter(examples)
     while batch := list(islice(unread, batch_size)):
-        tokens = pair.fuser_inputs(stack([example.prompt for example in batch]))
+        prompt = stack([example.prompt for example in batch])
+        if prompt.ids.shape[1] < 2:  # the last token of a prompt is never fused
+            continue
+        caches = pair.read(prompt, 1)
+        receiver, sharer = read_cache(caches.receiver), read_cache(caches.sharers[0])
+        tokens = pair.select_tokens(prompt, receiver=receiver, sharer=sharer)
         if tokens is not None:
             yield tokens.receiver, tokens.sharer

@@ -1,11 +1,12 @@
-"""A method as a model of lm-evaluation-harness, whose tasks, few-shot examples, cache and result files are used as they are.
+"""A method as a model of lm-evaluation-harness, which provides tasks, few-shot examples, caching and result files.
 
-``python -m kvfuse.evaluation`` is the harness's own command line with this model and kvfuse's tasks known to it.
+``python -m kvfuse.evaluation`` is the harness's own command line with this model and kvfuse's tasks registered.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,29 +19,35 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from kvfuse.errors import EvaluationError
-from kvfuse.evaluation.harness.requests import by_options, cut, from_chat, generation_options, options_key, to_prompt
-from kvfuse.language_model import LanguageModel
-from kvfuse.methods import Method, MethodContext, Single, find_method, make_method
-from kvfuse.model import CacheToCache
+from kvfuse.evaluation.asking import in_batches
+from kvfuse.evaluation.harness.requests import (
+    by_options,
+    cut,
+    from_chat,
+    generation_options,
+    load_method,
+    options_key,
+    to_prompt,
+)
+from kvfuse.evaluation.tasks.readouts import NO_SCORE
+from kvfuse.methods import Method
 from kvfuse.prompts.chat import Message
 from kvfuse.support.processes import processes
 
-NO_SCORE = -1e9
-"""The log-likelihood of an option that could not be scored; lower than any, and still a number in JSON."""
 Unit = tuple[str, list[int]]
-"""A context and the requests that share it, by their places."""
-Answerer = Callable[[Sequence[Unit]], list[list[Any]]]
-"""Answers a batch: for each unit the results of its requests."""
+"""A context and the indices of the requests that share it, which are answered together."""
+AnswerUnits = Callable[[Sequence[Unit]], list[list[Any]]]
+"""Answers a batch: returns for each unit the results of its requests."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A question that could not be answered, asked in a batch and once more alone.
+    """A question that could not be answered, neither in a batch nor alone.
 
     Attributes:
         task: Name of its task.
-        doc_id: Its place in the task.
-        error: Kind and words of the last error.
+        doc_id: Its index in the task.
+        error: Class and message of the last error.
     """
 
     task: str
@@ -50,39 +57,35 @@ class Failure:
 
 @register_model("kvfuse")
 class HarnessModel(LM):
-    """A method that the harness asks.
+    """A method that the harness can evaluate.
 
     Chats stay messages until a model reads them through its own template; without the harness's ``apply_chat_template``
     a prompt is plain text.
 
     Args:
-        method: Who answers.
-        batch_size: Prompts in a batch.
-        progress: Show how far it is.
+        method: Answers.
+        batch_size: Number of prompts per batch.
+        progress: Show a progress bar.
 
     Attributes:
-        failures: Questions that this process could not answer, those of a run that its cache remembers included. Their
-            answers are empty, and of options :data:`NO_SCORE`.
+        failures: Questions that this process could not answer, also in the run that it continues. Their answers are
+            empty, the scores of their options :data:`NO_SCORE`.
     """
 
     def __init__(self, method: Method, batch_size: int | str = 8, progress: bool = True) -> None:
         super().__init__()
         self.method, self.batch_size, self.progress = method, int(batch_size), progress
         self.failures: list[Failure] = []
-        self.state = processes()
-        self._rank, self._world_size, self._device = (
-            self.state.process_index,
-            self.state.num_processes,
-            self.state.device,
-        )
+        self.state = state = processes()
+        self._rank, self._world_size, self._device = state.process_index, state.num_processes, state.device
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """What ``--model_args method=cache-to-cache,receiver=…,sharer=…,fuser=…`` says, and ``--batch_size``.
+        """Make a model of ``--model_args method=cache-to-cache,receiver=...,sharer=...,fuser=...`` and ``--batch_size``.
 
-        ``--device`` is passed over, as the harness's own default is a GPU even where there is none; say ``device_map=…``.
+        ``--device`` is ignored, since the harness's default is a GPU even where there is none; use ``device_map=...``.
 
         Raises:
             MethodError, PairError: See :func:`load_method`.
@@ -96,50 +99,39 @@ class HarnessModel(LM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, cut at the first of the strings that a request names in ``until``."""
+        """Returns the answers, cut at the first of the strings that a request lists in ``until``."""
         answers: dict[int, str] = {}
-        everything = self._everything("generate_until", requests)
-        for key, places in by_options(requests).items():
+        contexts = self._contexts_of_run("generate_until", requests)
+        for key, indices in by_options(requests).items():
             stops, options = generation_options(key)
-            self.method.prepare([to_prompt(context) for context in everything[key]], **options)
-
-            def answer(
-                units: Sequence[Unit], stops: list[str] = stops, options: dict[str, Any] = options
-            ) -> list[list[str]]:
-                replies = self.method.generate([to_prompt(context) for context, _ in units], **options)
-                return [[cut(reply.text, stops)] for reply in replies]
-
-            units = [(requests[place].args[0], [place]) for place in places]
-            answers |= self._ask("generate_until", requests, units, answer, "", len(everything[key]))
-        return [answers[place] for place in range(len(requests))]
+            self.method.prepare(list(map(to_prompt, contexts[key])), **options)
+            units = [(requests[index].args[0], [index]) for index in indices]
+            generate = partial(self._generate, stops=stops, options=options)
+            answers |= self._answer("generate_until", requests, units, generate, "", len(contexts[key]))
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each continuation its log-probability after its context, and whether it is the greedy one."""
-        places: dict[str, list[int]] = defaultdict(list)
-        for place, request in enumerate(requests):
-            places[request.args[0]].append(place)
-        everything = self._everything("loglikelihood", requests)[""]
-        self.method.prepare([to_prompt(context) for context in everything])
-
-        def answer(units: Sequence[Unit]) -> list[list[tuple[float, bool]]]:
-            options = [[requests[place].args[1] for place in places] for _, places in units]
-            scores = self.method.score([to_prompt(context) for context, _ in units], options)
-            return [[(one.log_likelihood, one.greedy) for one in some] for some in scores]
-
-        answers = self._ask("loglikelihood", requests, list(places.items()), answer, (NO_SCORE, False), len(everything))
-        return [answers[place] for place in range(len(requests))]
+        """Returns each continuation's log-probability after its context, and whether it is the greedy one."""
+        indices: dict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            indices[request.args[0]].append(index)
+        contexts = self._contexts_of_run("loglikelihood", requests)[""]
+        self.method.prepare(list(map(to_prompt, contexts)))
+        score, failed = partial(self._score, requests=requests), (NO_SCORE, False)
+        answers = self._answer("loglikelihood", requests, list(indices.items()), score, failed, len(contexts))
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not offered: what a sharer knows of a text is not asked by scoring it whole. Raises EvaluationError."""
+        """Raises EvaluationError: perplexities are not offered, since they ask no question that a sharer could answer."""
         raise EvaluationError(
             "expected a task with questions, got one about perplexity, which no method here answers; choose another"
         )
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-        """The chat as JSON: each model reads it through a template of its own.
+        """Returns the chat as JSON: each model reads it through its own template.
 
         Raises:
-            EvaluationError: The task begins the answer itself (``gen_prefix``), behind which no template here goes on.
+            EvaluationError: The task begins the answer itself (``gen_prefix``), which templates cannot continue.
         """
         if not add_generation_prompt:
             raise EvaluationError(
@@ -149,25 +141,27 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests, which hold messages and no template."""
+        """Part of the key of the harness's request cache, whose requests hold messages and no template."""
         return "kvfuse"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """For the harness's records."""
+        """The chat template in the harness's records."""
         return "each model's own"
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take the harness's ``use_cache``, and recall what failed in the run that it is from."""
+        """Use the harness's ``use_cache``, and recall the failures of the run that it is from."""
         super().set_cache_hook(cache_hook)
         stored = () if cache_hook.dbdict is None else cache_hook.dbdict.values()
-        self.failures += [Failure(**one["failure"]) for one in stored if isinstance(one, dict) and "failure" in one]
+        self.failures += [
+            Failure(**value["failure"]) for value in stored if isinstance(value, dict) and "failure" in value
+        ]
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of all processes."""
+        """Returns the tensors of all processes."""
         return gather(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Of all processes, at one of them."""
+        """Returns the objects of all processes, in the process ``dst``."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size if self.rank == dst else None
@@ -178,108 +172,77 @@ class HarnessModel(LM):
         """Wait for all processes."""
         self.state.wait_for_everyone()
 
-    def _everything(self, kind: str, requests: Sequence[Instance]) -> dict[str, list[str]]:
-        """The contexts of a whole run by generation options, in the order of the questions.
+    def _generate(self, units: Sequence[Unit], *, stops: list[str], options: dict[str, Any]) -> list[list[str]]:
+        answers = self.method.generate([to_prompt(context) for context, _ in units], **options)
+        return [[cut(answer.text, stops)] for answer in answers]
 
-        Those of other processes, and those that the cache has answered already, belong to it too: a control that hands one
-        question's cache to another must not choose otherwise because a run was shared or killed.
+    def _score(self, units: Sequence[Unit], *, requests: Sequence[Instance]) -> list[list[tuple[float, bool]]]:
+        options = [[requests[index].args[1] for index in indices] for _, indices in units]
+        scores = self.method.score([to_prompt(context) for context, _ in units], options)
+        return [[(score.log_likelihood, score.greedy) for score in row] for row in scores]
+
+    def _contexts_of_run(self, kind: str, requests: Sequence[Instance]) -> dict[str, list[str]]:
+        """Returns all contexts of the run by generation options, in the order of the questions.
+
+        They include those of other processes and those that the cache has answered already: a control that gives one
+        question's cache to another must choose the same ones whether or not a run was shared or killed.
         """
         asked = {(options_key(one), str(one.task_name), one.doc_id or 0, one.args[0]) for one in requests}
-        tasks, stored = sorted({task for _, task, _, _ in asked}), self.cache_hook.dbdict
-        known = set() if stored is None else {tuple(one) for one in stored.get(hash_args("run", [kind, *tasks]), [])}
+        key = [kind, *sorted({task for _, task, _, _ in asked})]
+        # 1) those that the run was begun with, from the cache
+        stored = self.cache_hook.dbdict
+        known = set() if stored is None else {tuple(row) for row in stored.get(hash_args("run", key), [])}
+        # 2) at the start of a run those of all processes
         if not asked <= known:
             known |= asked if self.world_size == 1 else set(chain.from_iterable(self._gather_everywhere(asked)))
-            self.cache_hook.add_partial("run", [kind, *tasks], sorted(known))
-        contexts: dict[str, list[str]] = defaultdict(list)
-        for key, _, _, context in sorted(known):
-            contexts[key].append(context)
-        return {key: list(dict.fromkeys(some)) for key, some in contexts.items()}
+            self.cache_hook.add_partial("run", key, sorted(known))
+        contexts: dict[str, dict[str, None]] = defaultdict(dict)  # of each context the first
+        for options, _, _, context in sorted(known):
+            contexts[options][context] = None
+        return {options: list(found) for options, found in contexts.items()}
 
     def _gather_everywhere(self, asked: set[Any]) -> list[set[Any]]:
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, asked)
         return gathered
 
-    def _ask(
-        self, kind: str, requests: Sequence[Instance], units: list[Unit], answer: Answerer, none: Any, in_all: int
+    def _answer(
+        self, kind: str, requests: Sequence[Instance], units: list[Unit], answer: AnswerUnits, failed: Any, in_run: int
     ) -> dict[int, Any]:
-        """Answer, the longest first, and write each answer into the harness's cache at once.
+        """Answer in batches, and write each answer into the harness's cache at once.
 
         Args:
             kind: Of the requests.
             requests: All of this process.
-            units: What to answer.
-            answer: How.
-            none: The result of what fails.
-            in_all: Contexts of the whole run.
+            units: To answer.
+            answer: Answers a batch of units.
+            failed: The result of a request that fails.
+            in_run: Number of contexts of the whole run.
 
         Raises:
-            EvaluationError: Not one was answered, now or in a run before.
+            EvaluationError: Nothing was answered, neither now nor in the run that this one continues.
         """
         answers: dict[int, Any] = {}
-        units, failed = sorted(units, key=lambda unit: -len(unit[0])), 0
-        for (_, places), results in tqdm(
-            ask(units, answer, self.batch_size),
-            self.method.name,
-            len(units),
-            disable=not self.progress or self.rank > 0,
-        ):
-            failed += isinstance(results, Exception)
+        batches = in_batches(units, answer, self.batch_size, length=lambda unit: len(unit[0]))
+        hidden, num_failed = not self.progress or self.rank > 0, 0
+        for (_, indices), results in tqdm(batches, self.method.name, len(units), disable=hidden):
             if isinstance(results, Exception):
-                self._record([requests[place] for place in places], results)
-                answers.update((place, none) for place in places)
+                self._record([requests[index] for index in indices], results)
+                answers.update((index, failed) for index in indices)
+                num_failed += 1
                 continue
-            for place, result in zip(places, results, strict=True):
-                answers[place] = result
-                self.cache_hook.add_partial(kind, requests[place].args, result)
-        if units and failed == len(units) >= in_all // self.world_size:
+            for index, result in zip(indices, results, strict=True):
+                answers[index] = result
+                self.cache_hook.add_partial(kind, requests[index].args, result)
+        if units and num_failed == len(units) >= in_run // self.world_size:
             raise EvaluationError(
                 f"expected answers by {self.method.name}, got none; the last error was {self.failures[-1].error}"
             )
         return answers
 
     def _record(self, requests: Sequence[Instance], error: Exception) -> None:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        for task, doc_id in dict.fromkeys((one.task_name, one.doc_id) for one in requests):
-            failure = Failure(task, doc_id, words)
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        for task, doc_id in dict.fromkeys((request.task_name, request.doc_id) for request in requests):
+            failure = Failure(task, doc_id, message)
             self.failures.append(failure)
             self.cache_hook.add_partial("failure", [task, doc_id], {"failure": asdict(failure)})
-
-
-def ask(units: Sequence[Unit], answer: Answerer, batch_size: int) -> Iterator[tuple[Unit, list[Any] | Exception]]:
-    """Each unit with its results. Where a batch fails, each of it is asked alone once more; what fails again comes with its error."""
-    for start in range(0, len(units), batch_size):
-        batch = units[start : start + batch_size]
-        try:
-            yield from zip(batch, answer(batch), strict=True)
-        except Exception:  # whatever it is, it concerns this batch and no other
-            yield from ((unit, _ask_alone(unit, answer)) for unit in batch)
-
-
-def _ask_alone(unit: Unit, answer: Answerer) -> list[Any] | Exception:
-    try:
-        return answer([unit])[0]
-    except Exception as error:
-        return error
-
-
-def load_method(method: str = "cache-to-cache", **options: Any) -> Method:
-    """A method by name, its models loaded from folders or the Hub; a model alone needs no fuser.
-
-    Args:
-        method: A key of :data:`kvfuse.methods.METHODS`, or an installed one.
-        options: Of :meth:`CacheToCache.from_pretrained`, its models' included, and of :func:`kvfuse.methods.make_method`.
-
-    Raises:
-        MethodError, PairError: There is no such method, or it lacks something.
-    """
-    find_method(method)
-    of_method = {field.name for field in fields(MethodContext)} - {"sharer"}
-    settings = {name: options.pop(name) for name in of_method & options.keys()}
-    if "fuser" not in options and method in options:  # the receiver or the sharer
-        others = ("receiver", "sharer")
-        return Single(
-            method,
-            LanguageModel.from_pretrained(options[method], **{k: v for k, v in options.items() if k not in others}),
-        )
-    return make_method(method, CacheToCache.from_pretrained(**options), **settings)

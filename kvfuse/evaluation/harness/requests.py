@@ -1,56 +1,78 @@
-"""What the harness asks for, in kvfuse's terms: contexts are prompts, generation options those of transformers."""
+"""lm-evaluation-harness's terms in kvfuse's: model arguments make a method, contexts are prompts, options those of ``generate``."""
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from kvfuse.language_model import LanguageModel
+from kvfuse.methods import Method, MethodContext, Single, find_method, make_method
+from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message, Prompt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 DEFAULT_NEW_TOKENS = 256
-CHAT = '{"messages": '
+CHAT_PREFIX = '{"messages": '
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")
+
+
+def load_method(method: str = "cache-to-cache", **options: Any) -> Method:
+    """Load a method's models from folders or the Hub; the receiver or the sharer alone needs no fuser.
+
+    Args:
+        method: A key of :data:`kvfuse.methods.METHODS`, or the name of an installed one.
+        options: Of :meth:`CacheToCache.from_pretrained`, and of :func:`kvfuse.methods.make_method`.
+
+    Raises:
+        MethodError, PairError: The method is unknown, or lacks something.
+    """
+    find_method(method)
+    names = {field.name for field in fields(MethodContext)} - {"sharer"}  # a model here, not an index
+    settings = {name: options.pop(name) for name in names & options.keys()}
+    if "fuser" not in options and method in options:  # the receiver or the sharer
+        loading = {key: value for key, value in options.items() if key not in ("receiver", "sharer")}
+        return Single(method, LanguageModel.from_pretrained(options[method], **loading))
+    return make_method(method, CacheToCache.from_pretrained(**options), **settings)
 
 
 def from_chat(chat: Sequence[Message]) -> str:
-    """A chat as the one string that the harness takes for a context."""
+    """Returns a chat as a single string, which is what the harness takes for a context."""
     return json.dumps({"messages": list(chat)}, ensure_ascii=False)
 
 
 def to_prompt(context: str) -> Prompt:
-    """The messages that :func:`from_chat` wrote; any other context is plain text."""
-    return json.loads(context)["messages"] if context.startswith(CHAT) else context
+    """Returns the messages that :func:`from_chat` wrote; any other context is plain text."""
+    return json.loads(context)["messages"] if context.startswith(CHAT_PREFIX) else context
 
 
 def options_key(request: "Instance") -> str:
-    """What to group requests by: how to generate, in JSON, if that is asked at all."""
+    """Returns a request's generation options as JSON, to group requests by; empty for other requests."""
     return json.dumps(request.args[1], sort_keys=True) if isinstance(request.args[1], dict) else ""
 
 
 def by_options(requests: Sequence["Instance"]) -> dict[str, list[int]]:
-    """The places of requests by :func:`options_key`."""
+    """Returns the indices of requests by :func:`options_key`."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, request in enumerate(requests):
-        groups[options_key(request)].append(place)
+    for index, request in enumerate(requests):
+        groups[options_key(request)].append(index)
     return groups
 
 
 def generation_options(key: str) -> tuple[list[str], dict[str, Any]]:
-    """Strings to stop at, and options of transformers' ``generate``, which has none of sampling where it is not asked for."""
+    """Returns stop strings and options of transformers' ``generate``, which refuses sampling options where it is greedy."""
     options = {"do_sample": False, **json.loads(key)}
     until = options.pop("until", None) or []
     options["max_new_tokens"] = options.pop("max_gen_toks", options.get("max_new_tokens", DEFAULT_NEW_TOKENS))
     if not options["do_sample"]:
-        options = {
-            key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k", "min_p")
-        }
+        options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
     return [until] if isinstance(until, str) else list(until), options
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of the strings to stop at."""
+    """Returns a text up to the first of the stop strings."""
     for stop in filter(None, stops):
         text = text.split(stop)[0]
     return text

@@ -1,4 +1,4 @@
-"""Several runs side by side, and how sure it is that they differ."""
+"""Several runs side by side, with paired differences between them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from kvfuse.support.files import write_file
 
 
 def write_comparison(folders: Sequence[str | Path], page: str | Path) -> None:
-    """Set runs side by side and write it as a page, and as Markdown beside it.
+    """Set runs side by side and write the comparison as a page, and as Markdown in the same folder.
 
     Args:
         folders: Of two or more runs; differences are to the first.
@@ -34,122 +34,111 @@ def write_comparison(folders: Sequence[str | Path], page: str | Path) -> None:
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
-    """The comparison's blocks, in order.
+    """Yields the comparison's blocks, in order.
 
     Args:
         runs: Two or more.
-        names: What to call them.
+        names: Of the runs.
     """
-    records = [metrics(run) for run in runs]
-    tasks = [by_task(run.predictions) for run in runs]
+    records, scores = [metrics(run) for run in runs], [by_task(run.predictions) for run in runs]
     yield Heading(f"Evaluation: {', '.join(names)}", level=1)
     yield from notes(runs)
     yield Facts({name: ", ".join(record["tasks"]) for name, record in zip(names, records, strict=True)})
     for task in dict.fromkeys(task for record in records for task in record["tasks"]):
+        figures = [record["tasks"].get(task) for record in records]
+        published = [[row for row in run.published if row.task == task] for run in runs]
         yield Heading(task)
-        published = [[one for one in run.published if one.task == task] for run in runs]
-        yield from _task(
-            [record["tasks"].get(task) for record in records], [one.get(task) for one in tasks], names, published
-        )
+        yield from _accuracies(figures, names, published)
+        yield from _differences([run_scores.get(task) for run_scores in scores], names)
     if any(record["latency"] for record in records):
         yield from _latency([record["latency"] for record in records], names)
     yield from _configurations([run.config for run in runs], names)
 
 
-def _task(
-    figures: Sequence[Figures | None],
-    scores: Sequence[TaskScores | None],
-    names: Sequence[str],
-    published: Sequence[Sequence[Published]],
+def _accuracies(
+    figures: Sequence[Figures | None], names: Sequence[str], published: Sequence[Sequence[Published]]
 ) -> Iterator[Block]:
-    methods = list(dict.fromkeys(method for one in figures if one for method in one["methods"]))
-    rows = []
-    for method in dict.fromkeys([*methods, *(one.method for some in published for one in select(some))]):
-        cells = [accuracy_cell(one["methods"].get(method) if one else None) for one in figures]
-        rows.append(
-            [method, *(beside(cell, select(some, method)) for cell, some in zip(cells, published, strict=True))]
-        )
-    yield Table(["score, % [95%]", *names], rows)
+    methods = [method for task in figures if task for method in task["methods"]]
+    methods += [row.method for rows in published for row in select(rows)]
+    table = []
+    for method in dict.fromkeys(methods):
+        cells = [accuracy_cell(task["methods"].get(method) if task else None) for task in figures]
+        quoted = [beside(cell, select(rows, method)) for cell, rows in zip(cells, published, strict=True)]
+        table.append([method, *quoted])
+    yield Table(["score, % [95%]", *names], table)
     if any(map(select, published)):
         yield Text(
-            "Behind a stroke: published; each run's own report has the sources, and why rows cannot be run as published."
+            "After a slash: published. Each run's own report has the sources, and why rows cannot be run as published."
         )
-    for name, one in zip(names, figures, strict=True):
-        if one:
-            yield Text(one["verdict"], lead=f"{name}.")
-    first, *others = zip(names, scores, strict=True)
-    for other in others:
-        yield from _difference(first, other, methods)
+    for name, task in zip(names, figures, strict=True):
+        if task:
+            yield Text(task["verdict"], lead=f"{name}.")
 
 
-def _difference(
-    one: tuple[str, TaskScores | None], other: tuple[str, TaskScores | None], methods: Sequence[str]
-) -> Iterator[Block]:
-    """The later run minus the first, where they have asked the same items; else a note that says why not."""
-    (first, before), (name, after) = one, other
-    if before is None or after is None:
-        return
-    if before.items.keys() != after.items.keys():
-        common = len(before.items.keys() & after.items.keys())
-        counts = f"{len(before.items):,} items in {first}, {len(after.items):,} in {name}, {common:,} of them the same"
-        yield Text(f"{counts}: no paired differences, the accuracies are of different items.")
-        return
-    rows = [[method, points(*gain, signed=True)] for method in methods if (gain := _paired(before, after, method))]
-    if rows:
-        yield Heading(f"{name} minus {first}", level=3)
-        yield Table(["method", "difference, points [95%]"], rows)
-    if changed := sum(before.items[item].prompt_hash != row.prompt_hash for item, row in after.items.items()):
-        yield Text(f"The items are the same, but {changed:,} of them were asked in other words.")
+def _differences(scores: Sequence[TaskScores | None], names: Sequence[str]) -> Iterator[Block]:
+    """Yields the later runs minus the first; where their items differ, a note in place of a table."""
+    before, first = scores[0], names[0]
+    for after, name in zip(scores[1:], names[1:], strict=True):
+        if before is None or after is None:
+            continue
+        if before.items.keys() != after.items.keys():
+            common = len(before.items.keys() & after.items.keys())
+            counts = (
+                f"{len(before.items):,} items in {first}, {len(after.items):,} in {name}, {common:,} of them the same"
+            )
+            yield Text(f"{counts}: no paired differences, the accuracies are of different items.")
+            continue
+        gains = {method: _gain(before, after, method) for method in before.scores}
+        rows = [[method, points(*gain, signed=True)] for method, gain in gains.items() if gain]
+        if rows:
+            yield Heading(f"{name} minus {first}", level=3)
+            yield Table(["method", "difference, points [95%]"], rows)
+        if changed := sum(before.items[item].prompt_hash != row.prompt_hash for item, row in after.items.items()):
+            yield Text(f"The items are the same, but {changed:,} of them were asked in other words.")
 
 
-def _paired(before: TaskScores, after: TaskScores, method: str) -> tuple[float, tuple[float, float]] | None:
-    """One method's scores in a later run minus those in the first, on the items that both have answered."""
+def _gain(before: TaskScores, after: TaskScores, method: str) -> tuple[float, tuple[float, float]] | None:
+    """Returns a method's scores in ``after`` minus those in ``before``, on the items answered in both."""
     if method not in before.scores or method not in after.scores:
         return None
-    order = [list(after.items).index(item) for item in before.items]
-    both = before.answered(method) & after.answered(method)[order]
-    if not both.any():
+    column = {item: index for index, item in enumerate(after.items)}
+    order = [column[item] for item in before.items]
+    answered = before.answered(method) & after.answered(method)[order]
+    if not answered.any():
         return None
-    gain = paired((after.mean(method)[order] - before.mean(method))[both], before.groups[both])
+    gain = paired((after.mean(method)[order] - before.mean(method))[answered], before.groups[answered])
     return gain["difference"], gain["interval"]
 
 
 def _latency(latencies: Sequence[Figures], names: Sequence[str]) -> Iterator[Block]:
-    methods = list(dict.fromkeys(method for one in latencies for method in one))
-    cells = [
-        [f"{1000 * one[method]['median']:.1f}" if method in one else "-" for one in latencies] for method in methods
-    ]
+    methods = dict.fromkeys(method for latency in latencies for method in latency)
+    medians = [{method: f"{1000 * one['median']:.1f}" for method, one in latency.items()} for latency in latencies]
     yield Heading("Latency")
-    yield Text(
-        "Medians of single questions; they compare methods of one run, and runs only where the machine was the same."
-    )
-    yield Table(["median ms", *names], [[method, *row] for method, row in zip(methods, cells, strict=True)])
+    yield Text("Medians of single questions. They compare methods of a run; runs only where the machine was the same.")
+    rows = [[method, *(median.get(method, "-") for median in medians)] for method in methods]
+    yield Table(["median ms", *names], rows)
 
 
 def _configurations(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Block]:
-    """The keys in which the runs differ."""
+    """Yields the keys in which the runs differ."""
     flat = [dict(_leaves(config)) for config in configs]
-    keys = [
-        key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key, "-") for one in flat}) > 1
+    rows = [
+        [key, *(config.get(key, "-") for config in flat)] for key in dict.fromkeys(key for one in flat for key in one)
     ]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
     yield Heading("Configuration")
-    if keys:
-        yield Table(
-            ["key", *names], [[key, *(one.get(key, "-") for one in flat)] for key in keys], named=1 + len(names)
-        )
-    else:
-        yield Text("The same in all runs.")
+    yield Table(["key", *names], differing, named=1 + len(names)) if differing else Text("The same in all runs.")
 
 
-def _leaves(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", str(value)
+            yield f"{prefix}{key}", str(value)
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
-    """Folders by their last part; by the whole path where two are alike."""
+    """Returns the last parts of the folders' paths, or the whole paths where two parts are the same."""
     short = [Path(folder).resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else list(map(str, folders))

@@ -1,4 +1,4 @@
-"""A page as a list of blocks, written as one HTML file that needs nothing else, and as GitHub Markdown."""
+"""A report as a list of blocks -> one self-contained HTML file, and GitHub Markdown."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Heading:
-    """The page's title (level 1), or that of a section."""
+    """The title of the page (level 1) or of a section."""
 
     text: str
     level: int = 2
@@ -19,7 +19,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; ``lead`` is set in bold before it."""
+    """A paragraph, with ``lead`` in bold before it."""
 
     text: str
     lead: str = ""
@@ -27,14 +27,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """Short pieces of information, each with its name."""
+    """A list of names and values."""
 
     facts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first ``named`` columns hold words, the others figures."""
+    """Cells as text. The first ``named`` columns hold words, the others figures."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -43,20 +43,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element and what it shows; Markdown leaves it out, since a table has the same figures."""
+    """An SVG element with its caption. Markdown leaves it out, since a table has the same figures."""
 
     svg: str
     caption: str
 
     @property
     def markup(self) -> Markup:
-        """For the template, which escapes everything else."""
+        """The SVG for the template, which escapes everything else."""
         return Markup(self.svg)
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be shown as it is."""
+    """Preformatted text."""
 
     text: str
 
@@ -65,21 +65,17 @@ Block = Heading | Text | Facts | Table | Picture | Code
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The page: no script, nothing loaded, light or dark as the reader has it."""
+    """Returns the page: no scripts, no external resources, light or dark by the reader's preference."""
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(template).render(
-        blocks=[(type(block).__name__, block) for block in blocks], title=_title(blocks)
-    )
+    title = next(block.text for block in blocks if isinstance(block, Heading))
+    named = [(type(block).__name__, block) for block in blocks]
+    return environment.from_string(template).render(blocks=named, title=title)
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The same without pictures."""
+    """Returns the blocks as Markdown, without pictures."""
     return "\n\n".join(_markdown(block) for block in blocks if not isinstance(block, Picture)) + "\n"
-
-
-def _title(blocks: Sequence[Block]) -> str:
-    return next(block.text for block in blocks if isinstance(block, Heading))
 
 
 def _markdown(block: Block) -> str:
@@ -91,17 +87,16 @@ def _markdown(block: Block) -> str:
         case Facts():
             return "\n".join(f"- {_plain(name)}: {_plain(fact)}" for name, fact in block.facts.items())
         case Table():
-            marks = ["---" if i < block.named else "---:" for i in range(len(block.header))]
-            lines = [
-                marks if row is None else [_plain(cell) for cell in row] for row in (block.header, None, *block.rows)
-            ]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            header, *rows = ([_plain(cell) for cell in row] for row in (block.header, *block.rows))
+            rule = ["---" if i < block.named else "---:" for i in range(len(header))]  # figures to the right
+            return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
         case Code():
+            # a fence longer than any run of backticks within
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
             return f"{fence}\n{block.text.rstrip()}\n{fence}"
     raise TypeError(f"expected a block of text, got {type(block).__name__}")
 
 
 def _plain(text: str) -> str:
-    """One line that Markdown shows as it is: what a model says is no markup."""
+    """Returns the text as one line of Markdown in which nothing is markup: models may write anything."""
     return re.sub(r"([\\`*_<>|~]|(?<=\])\()", r"\\\1", " ".join(text.split()))

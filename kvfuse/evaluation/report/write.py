@@ -1,4 +1,4 @@
-"""A run's folder -> ``metrics.json``, ``report.html`` and ``report.md``: verdict first, then every figure it rests on."""
+"""A run's folder -> ``metrics.json``, ``report.html`` and ``report.md``: the verdict first, then every figure behind it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,29 @@ from kvfuse.support.plots import svg
 
 HTML, MARKDOWN = "report.html", "report.md"
 FEW_CATEGORIES = 12
-"""With more of them, only receiver, sharer and cache-to-cache are drawn by category; the table has all methods."""
+"""With more categories, only receiver, sharer and cache-to-cache are drawn; the table has all methods."""
+
+EXPLANATIONS = (
+    "Intervals are 95%. An accuracy has Wilson's interval where items are independent and each is right or wrong. Otherwise, "
+    "and for differences, items are resampled 2,000 times, in whole groups where several share a topic. With several fuser "
+    "seeds, an item's score is its mean over seeds: intervals are about other items, not about other seeds, whose accuracies "
+    "are listed.",
+    "Helped: only the first of a pair has it right; hurt: only the second. Kept: of the items that the receiver, or the sharer, "
+    "has right alone, the share that the method has right, too.{graded} McNemar's exact test counts each item once, for the "
+    "side of most of its seeds, and as independent: where items come in groups, trust the interval. Holm's p-values allow for "
+    "testing all pairs of the task.",
+    "Mismatched: the sharer has read another question. Cache-to-cache minus mismatched is the part that needs the sharer to "
+    "have read this one; any cache does the rest of a gain, such as removing a preference for an answer letter. Failed: no "
+    "answer, counted as wrong. Not read: nothing could be extracted from the answer. After a slash: the published value.",
+)
+GRADED = " A graded item is right from a score of 50 on."
 
 
 def write_report(folder: str | Path) -> Figures:
-    """Work out all figures of a run and write them into its folder, as numbers, as a page and as Markdown.
+    """Compute all figures of a run and write them into its folder, as numbers, as a page and as Markdown.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
 
     Raises:
         EvaluationError: See :func:`kvfuse.evaluation.predictions.read_run`.
@@ -41,12 +56,13 @@ def write_report(folder: str | Path) -> Figures:
 
 
 def report(run: Run, record: Figures) -> Iterator[Block]:
-    """The report's blocks, in order.
+    """Yields the report's blocks, in order.
 
     Args:
-        run: What was asked and answered.
+        run: Predictions, timings and configuration.
         record: Its figures, from :func:`kvfuse.evaluation.scoring.metrics.metrics`.
     """
+    # 1) the summary: models, verdicts, mean over tasks
     yield Heading(f"Evaluation: {run.name}", level=1)
     yield from notes([run])
     yield Facts(_facts(run, record))
@@ -56,33 +72,36 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
         yield Heading("Mean over tasks")
         rows = [[name, accuracy_cell(one), _gain_cell(one.get("gain"))] for name, one in record["average"].items()]
         yield Table(["method", "mean score, % [95%]", "gain over the receiver [95%]"], rows)
+    # 2) the figures of each task, and of time
     for name, task in record["tasks"].items():
-        yield from _task(name, task, [one for one in run.published if one.task == name and one.unit == "%"])
+        yield from _task(name, task, [row for row in run.published if row.task == name and row.unit == "%"])
     if record["latency"]:
-        yield from _latency(record["latency"], [one for one in run.published if one.unit != "%"])
+        yield from _latency(record["latency"], [row for row in run.published if row.unit != "%"])
+    # 3) single answers, and how all of it was made
     yield from failures(run.predictions)
     for name in record["tasks"]:
         yield from samples(name, [row for row in run.predictions if row.task == name])
     yield Heading("How to read it")
-    yield from _explanations(graded=any(task["graded"] for task in record["tasks"].values()))
+    graded = GRADED if any(task["graded"] for task in record["tasks"].values()) else ""
+    yield from (Text(paragraph.format(graded=graded)) for paragraph in EXPLANATIONS)
     yield Heading("Configuration")
     yield Code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "not recorded")
 
 
 def notes(runs: Sequence[Run]) -> Iterator[Block]:
-    """What a reader of these runs must know first."""
+    """Yields the notes of these runs' configurations, each once."""
     for note in dict.fromkeys(run.note for run in runs if run.note):
         yield Text(note, lead="Note.")
 
 
-def accuracy_cell(one: Mapping[str, Any] | None) -> str:
-    """A method's accuracy with its interval, or a dash where it was not run."""
-    return points(one["accuracy"], one["interval"]) if one else "-"
+def accuracy_cell(method: Mapping[str, Any] | None) -> str:
+    """Returns a method's accuracy with its interval, or a dash where it was not run."""
+    return points(method["accuracy"], method["interval"]) if method else "-"
 
 
 def _facts(run: Run, record: Figures) -> dict[str, str]:
     facts = {key: _name(run.config[key]) for key in ("receiver", "sharer", "sharers", "fuser") if run.config.get(key)}
-    facts["tasks"] = "; ".join(_counted(name, task) for name, task in record["tasks"].items())
+    facts["tasks"] = "; ".join(_title(name, task) for name, task in record["tasks"].items())
     facts["methods"] = ", ".join(dict.fromkeys(row.method for row in run.predictions))
     if seeds := sorted({row.seed for row in run.predictions if row.seed is not None}):
         facts["fuser seeds"] = ", ".join(map(str, seeds))
@@ -90,36 +109,35 @@ def _facts(run: Run, record: Figures) -> dict[str, str]:
 
 
 def _name(value: Any) -> str:
-    """A model or fuser as a configuration has it: a name, several, or keys with values."""
+    """Returns a model or fuser of a configuration as text: a name, a list of names, or keys with values."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_name(one)}" for key, one in value.items())
+        return ", ".join(f"{key} {_name(part)}" for key, part in value.items())
     return ", ".join(map(_name, value)) if isinstance(value, list) else str(value)
 
 
-def _counted(name: str, task: Figures) -> str:
-    about = f" in {task['groups']:,} groups" if task["groups"] < task["items"] else ""
-    return f"{name} ({task['items']:,} items{about})"
+def _title(name: str, task: Figures) -> str:
+    groups = f" in {task['groups']:,} groups" if task["groups"] < task["items"] else ""
+    return f"{name} ({task['items']:,} items{groups})"
 
 
 def _verdicts(record: Figures) -> Iterator[Block]:
-    """And what a reader must know before believing them."""
+    """Yields the verdicts, then the reasons to distrust them: failures, missing answers."""
     tasks = record["tasks"]
     for name, task in tasks.items():
         yield Text(task["verdict"], lead=f"{name}.")
-    methods = [(task, one) for task in tasks.values() for one in task["methods"].values()]
-    if failed := sum(one["failed"] for _, one in methods):
+    methods = [(task, method) for task in tasks.values() for method in task["methods"].values()]
+    if failed := sum(method["failed"] for _, method in methods):
         yield Text(f"{failed:,} failed. They count as wrong and are listed below.", lead="Failures.")
-    if any(one["items"] < task["items"] for task, one in methods):
-        yield Text(
-            "Not finished: some methods have not answered every item with every seed. Figures are of the items that they have."
-        )
+    if any(method["items"] < task["items"] for task, method in methods):
+        unfinished = "Not finished: some methods have not answered every item with every seed."
+        yield Text(f"{unfinished} Figures are of the items that they have answered.")
 
 
 def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[Block]:
     measure = "score" if task["graded"] else "accuracy"
     axis = f"{measure} (%), 95% interval"
-    yield Heading(_counted(name, task))
-    yield _methods_table(task, measure, {one.method: one for one in select(published)})
+    yield Heading(_title(name, task))
+    yield _methods_table(task, measure, {row.method: row for row in select(published)})
     yield from sources(published)
     estimates = [(method, one["accuracy"], one["interval"]) for method, one in task["methods"].items()]
     yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
@@ -132,60 +150,53 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
 
 
 def _methods_table(task: Figures, measure: str, published: Mapping[str, Published]) -> Table:
-    header = [
-        "method",
-        f"{measure}, % [95%]",
-        "seeds",
-        "kept of receiver's",
-        "kept of sharer's",
-        "items",
-        "failed",
-        "not read",
-    ]
+    kept = ["kept of receiver's", "kept of sharer's"]
+    header = ["method", f"{measure}, % [95%]", "seeds", *kept, "items", "failed", "not read"]
     rows = []
     for name in dict.fromkeys([*task["methods"], *published]):
-        one = task["methods"].get(name)
-        rows.append([name, accuracy_cell(one), *(_method_cells(one) if one else ["-"] * 6)])
+        method = task["methods"].get(name)
+        rows.append([name, accuracy_cell(method), *(_method_cells(method) if method else ["-"] * 6)])
         if published:
             rows[-1].append(f"{published[name].value:.1f}" if name in published else "-")
     return Table([*header, "published"] if published else header, rows)
 
 
-def _method_cells(one: Figures) -> list[str]:
-    seeds = [f"{100 * share:.1f}" for share in one["seeds"].values()]
-    kept = [f"{100 * one['kept'][other]['share']:.1f}" if other in one["kept"] else "-" for other in (RECEIVER, SHARER)]
-    return [" ".join(seeds) or "-", *kept, f"{one['items']:,}", str(one["failed"]), str(one["unread"])]
+def _method_cells(method: Figures) -> list[str]:
+    seeds = " ".join(f"{100 * share:.1f}" for share in method["seeds"].values())
+    kept = [method["kept"].get(other) for other in (RECEIVER, SHARER)]
+    shares = [f"{100 * found['share']:.1f}" if found else "-" for found in kept]
+    return [seeds or "-", *shares, f"{method['items']:,}", str(method["failed"]), str(method["unread"])]
 
 
 def _differences(name: str, task: Figures) -> Iterator[Block]:
     pairs = _ordered_pairs(task)
     header = ["pair", "difference, points [95%]", "helped", "hurt", "McNemar p", "p, Holm", "items"]
     yield Heading("Differences", level=3)
-    yield Table(header, [[_pair_name(one), _gain_cell(one), *_pair_cells(one)] for one in pairs])
-    shown = [one for one in pairs if one["method"] == FUSED or one["against"] == RECEIVER] or pairs
-    gains = [(_pair_name(one), one["difference"], one["interval"]) for one in shown]
-    drawn = figures.forest(gains, "difference (points), 95% interval", zero=True)
-    yield Picture(svg(drawn, f"{name} pairs"), f"{name}: paired differences; hollow: not told from zero.")
+    yield Table(header, [[_pair_name(pair), _gain_cell(pair), *_pair_cells(pair)] for pair in pairs])
+    drawn = [pair for pair in pairs if pair["method"] == FUSED or pair["against"] == RECEIVER] or pairs
+    gains = [(_pair_name(pair), pair["difference"], pair["interval"]) for pair in drawn]
+    picture = figures.forest(gains, "difference (points), 95% interval", zero=True)
+    yield Picture(svg(picture, f"{name} pairs"), f"{name}: paired differences; hollow: the interval contains zero.")
 
 
 def _ordered_pairs(task: Figures) -> list[Figures]:
-    """Every pair once: cache-to-cache minus the others, the others minus the receiver, then the rest."""
+    """Returns every pair once: cache-to-cache minus the others, the others minus the receiver, then the rest."""
     methods = [name for name in task["methods"] if name not in (FUSED, RECEIVER)]
     wanted = [(FUSED, RECEIVER), *((FUSED, name) for name in methods), *((name, RECEIVER) for name in methods)]
-    wanted += [(one["method"], one["against"]) for one in task["pairs"]]
-    once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in wanted:
-        once.setdefault(frozenset(pair), pair)
-    return [found for pair in once.values() if (found := difference(task, *pair))]
+    wanted += [(pair["method"], pair["against"]) for pair in task["pairs"]]
+    unique: dict[frozenset[str], tuple[str, str]] = {}
+    for names in wanted:
+        unique.setdefault(frozenset(names), names)
+    return [pair for names in unique.values() if (pair := difference(task, *names))]
 
 
-def _pair_name(one: Figures) -> str:
-    return f"{one['method']} - {one['against']}"
+def _pair_name(pair: Figures) -> str:
+    return f"{pair['method']} - {pair['against']}"
 
 
-def _pair_cells(one: Figures) -> list[str]:
-    counts = [figures.number(one["helped"]), figures.number(one["hurt"])]
-    return [*counts, *("<0.0001" if p < 1e-4 else f"{p:.4f}" for p in (one["p"], one["p_holm"])), f"{one['items']:,}"]
+def _pair_cells(pair: Figures) -> list[str]:
+    p_values = ["<0.0001" if p < 1e-4 else f"{p:.4f}" for p in (pair["p"], pair["p_holm"])]
+    return [figures.number(pair["helped"]), figures.number(pair["hurt"]), *p_values, f"{pair['items']:,}"]
 
 
 def _gain_cell(gain: Figures | None) -> str:
@@ -194,25 +205,16 @@ def _gain_cell(gain: Figures | None) -> str:
 
 def _overlap(name: str, task: Figures) -> Iterator[Block]:
     methods, regions = task["overlap"]["methods"], task["overlap"]["regions"]
-    averaged = " Averages over the fuser's seeds." if len(task["methods"][FUSED]["seeds"]) > 1 else ""
     yield Heading("Who has which items right", level=3)
     if RECEIVER in methods:
-        two = _without_sharer(regions)
-        caption = f"{name}: fusing hurt {figures.number(two[RECEIVER])} items and helped {figures.number(two[FUSED])}. Areas to scale.{averaged}"
-        yield Picture(svg(figures.venn([RECEIVER, FUSED], two), f"{name} two"), caption)
-    if len(methods) == 3:
-        yield Picture(
-            svg(figures.venn(methods, regions), f"{name} three"), f"{name}: with the sharer. Not to scale.{averaged}"
-        )
-    rows = [[region.replace("+", " and ") or "nobody", figures.number(count)] for region, count in regions.items()]
-    yield Table(["right, and nobody else of these", "items"], rows)
-
-
-def _without_sharer(regions: Mapping[str, float]) -> dict[str, float]:
-    two = {"": 0.0, RECEIVER: 0.0, FUSED: 0.0, f"{RECEIVER}+{FUSED}": 0.0}
-    for region, count in regions.items():
-        two["+".join(one for one in region.split("+") if one in (RECEIVER, FUSED))] += count
-    return two
+        averaged = " Averages over the fuser's seeds." if len(task["methods"][FUSED]["seeds"]) > 1 else ""
+        known = figures.knowledge(methods, regions)
+        hurt = sum(items["wrong"] for knew, items in known.items() if RECEIVER in knew)
+        helped = sum(items["right"] for knew, items in known.items() if RECEIVER not in knew)
+        counts = f"fusing hurt {figures.number(hurt)} items and helped {figures.number(helped)}"
+        yield Picture(svg(figures.overlap(known), f"{name} overlap"), f"{name}: {counts}.{averaged}")
+    rows = [[region.replace("+", " and ") or "none", figures.number(count)] for region, count in regions.items()]
+    yield Table(["right, the others wrong", "items"], rows)
 
 
 def _categories(name: str, task: Figures, axis: str, published: Sequence[Published]) -> Iterator[Block]:
@@ -220,85 +222,39 @@ def _categories(name: str, task: Figures, axis: str, published: Sequence[Publish
     yield Heading("By category", level=3)
     rows = []
     for category, one in categories.items():
-        cells = [
-            f"{100 * one['methods'][method]['accuracy']:.1f}" if method in one["methods"] else "-" for method in methods
-        ]
-        quoted = [
-            beside(cell, select(published, method, part=category)) for method, cell in zip(methods, cells, strict=True)
-        ]
-        rows.append([category, f"{one['items']:,}", *quoted])
+        found = {method: f"{100 * figure['accuracy']:.1f}" for method, figure in one["methods"].items()}
+        cells = [beside(found.get(method, "-"), select(published, method, part=category)) for method in methods]
+        rows.append([category, f"{one['items']:,}", *cells])
     yield Table(["category", "items", *methods], rows)
-    drawn = (
-        methods
-        if len(rows) <= FEW_CATEGORIES
-        else [one for one in methods if one in (RECEIVER, SHARER, FUSED)] or methods[:3]
-    )
-    yield Picture(
-        svg(figures.by_category(figures.shares(categories, drawn), axis), f"{name} categories"), f"{name}: by category."
-    )
+    main = [method for method in methods if method in (RECEIVER, SHARER, FUSED)] or methods[:3]
+    drawn = figures.shares(categories, methods if len(rows) <= FEW_CATEGORIES else main)
+    yield Picture(svg(figures.by_category(drawn, axis), f"{name} categories"), f"{name}: by category.")
 
 
 def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block]:
     phases = all_phases(latency)
-    asked = max(one["questions"] for one in latency.values())
+    questions = max(method["questions"] for method in latency.values())
     yield Heading("Latency")
     yield Text(
-        f"{asked:,} questions asked one at a time, warm, the methods by turns. p95: the 95th percentile. Phases: means in ms."
+        f"{questions:,} questions asked one at a time, warm, the methods in turns. p95: the 95th percentile. Phases: means in ms."
     )
-    header = [
-        "method",
-        "median ms",
-        "p95 ms",
-        *(phase.replace("_", " ") for phase in phases),
-        "other",
-        "tokens in",
-        "out",
-    ]
-    yield Table(
-        header, [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()]
-    )
+    columns = [*(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
+    rows = [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()]
+    yield Table(["method", "median ms", "p95 ms", *columns], rows)
     if published:
-        told = "; ".join(dict.fromkeys(one.source for one in published))
-        yield Text(
-            f"{told}. Its times are of its own machine: compare them with each other, not with those measured here.",
-            lead="Published:",
-        )
+        origins = "; ".join(dict.fromkeys(row.source for row in published))
+        caveat = "These times are of another machine: compare them with each other, not with those measured here."
+        yield Text(f"{origins}. {caveat}", lead="Published:")
     yield Picture(svg(figures.latency(latency, phases), "latency"), "Where the time of a question goes.")
 
 
-def _latency_cells(name: str, one: Figures, phases: Sequence[str], published: Sequence[Published]) -> list[str]:
-    spent = figures.stack(one)
-    times = [
-        beside(f"{spent[phase]:.1f}" if phase in spent else "-", select(published, name, "ms", phase))
-        for phase in phases
+def _latency_cells(name: str, method: Figures, phases: Sequence[str], published: Sequence[Published]) -> list[str]:
+    spent = {phase: f"{time:.1f}" for phase, time in figures.milliseconds(method).items()}
+    times = [beside(spent.get(phase, "-"), select(published, name, "ms", phase)) for phase in phases]
+    counts = {"in": method["tokens_in"], "out": method["tokens"]}
+    tokens = [
+        beside("-" if count is None else f"{count:.1f}", select(published, name, "tokens", part))
+        for part, count in counts.items()
     ]
-    counts = {
-        part: "-" if one[key] is None else f"{one[key]:.1f}" for part, key in (("in", "tokens_in"), ("out", "tokens"))
-    }
-    tokens = [beside(count, select(published, name, "tokens", part)) for part, count in counts.items()]
-    return [
-        beside(f"{1000 * one['median']:.1f}", select(published, name, "ms")),
-        f"{1000 * one['p95']:.1f}",
-        *times,
-        *tokens,
-    ]
-
-
-def _explanations(graded: bool) -> Iterator[Block]:
-    yield Text(
-        "Intervals hold 95%. An accuracy's is Wilson's where items are independent and each is right or wrong. Else, and for differences, "
-        "items are resampled 2,000 times, in whole groups where several are about the same thing. With several fuser seeds an item's score "
-        "is its mean over seeds: intervals are about other items, not about other seeds, whose accuracies stand beside them."
-    )
-    threshold = " A graded item is right from a score of 50 on." if graded else ""
-    yield Text(
-        "Helped: only the first of a pair has it right; hurt: only the second. Kept: of what the receiver, or the sharer, has right alone, "
-        f"the share that the method has right too.{threshold} McNemar's exact test counts each item once, for the side of most of its "
-        "seeds, and as independent: where items come in groups, trust the interval. Holm's p-values allow for all pairs of the task having "
-        "been looked at."
-    )
-    yield Text(
-        "Mismatched: the sharer has read another question. Cache-to-cache minus mismatched is what needs the sharer to have read this one; "
-        "the rest of a gain is what any cache does, such as removing a preference for an answer letter. Failed: no answer, counted as "
-        "wrong. Not read: there is an answer, but nothing could be extracted from it. Behind a stroke: what a paper has."
-    )
+    median = beside(f"{1000 * method['median']:.1f}", select(published, name, "ms"))
+    return [median, f"{1000 * method['p95']:.1f}", *times, *tokens]

@@ -21,13 +21,13 @@ from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 from kvfuse.stages.phases import PHASES
 
 RIGHT = 0.5
-"""An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, the circles."""
+"""An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, overlap."""
 
 Figures = dict[str, Any]
 
 
 def metrics(run: Run) -> Figures:
-    """Everything that a run's report shows, shares and seconds as plain numbers; ``metrics.json`` is this."""
+    """Returns all figures of a run's report, shares and seconds as plain numbers; ``metrics.json`` holds them."""
     tasks = by_task(run.predictions)
     return {
         **({"note": run.note} if run.note else {}),
@@ -38,7 +38,7 @@ def metrics(run: Run) -> Figures:
 
 
 def task_figures(task: TaskScores) -> Figures:
-    """The figures of one task."""
+    """Returns the figures of one task."""
     figures: Figures = {
         "items": len(task.items),
         "groups": len(set(task.groups)),
@@ -53,171 +53,164 @@ def task_figures(task: TaskScores) -> Figures:
 
 
 def paired(difference: np.ndarray, groups: np.ndarray) -> Figures:
-    """A paired difference with its interval.
+    """Returns a paired difference with its interval.
 
     Args:
         difference: ``(items,)``, of scores.
-        groups: What each item is about.
+        groups: ``(items,)``, the topic of each item.
     """
     mean, interval = bootstrap_mean(difference, groups)
     return {"difference": mean, "interval": interval}
 
 
 def average(tasks: Sequence[TaskScores]) -> Figures:
-    """By method, the mean over tasks and its gain over the receiver's, for methods that have answered in all of them."""
-    out = {}
+    """Returns the mean over tasks and its gain over the receiver's, by method, for methods that answered in all tasks."""
+    with_receiver, figures = all(RECEIVER in task.scores for task in tasks), {}
     for name in tasks[0].scores:
-        if all(name in task.scores and task.answered(name, *_present(task, RECEIVER)).any() for task in tasks):
-            mean, interval = bootstrap_average([_scores(task, name) for task in tasks])
-            out[name] = {"accuracy": mean, "interval": interval}
-            if name != RECEIVER and all(RECEIVER in task.scores for task in tasks):
-                gain, interval = bootstrap_average([_gains(task, name) for task in tasks])
-                out[name]["gain"] = {"difference": gain, "interval": interval}
-    return out
-
-
-def all_phases(latency: Figures) -> list[str]:
-    """The phases of all methods; see :func:`latency`."""
-    return _in_order(one["phases"] for one in latency.values())
+        if not all(name in task.scores and task.answered(name, *_present(task, RECEIVER)).any() for task in tasks):
+            continue
+        mean, interval = bootstrap_average([_of(task, task.mean(name), name) for task in tasks])
+        figures[name] = {"accuracy": mean, "interval": interval}
+        if with_receiver and name != RECEIVER:
+            gains = [_of(task, task.gain(name, over=RECEIVER), name, RECEIVER) for task in tasks]
+            mean, interval = bootstrap_average(gains)
+            figures[name]["gain"] = {"difference": mean, "interval": interval}
+    return figures
 
 
 def latency(timings: Sequence[Timing]) -> Figures:
-    """By method: median, mean and 95th percentile of the seconds, mean seconds of each phase, mean tokens."""
+    """Returns seconds by method (median, mean, 95th percentile, mean of each phase) and mean numbers of tokens."""
     by_method: dict[str, list[Timing]] = {}
     for row in timings:
         by_method.setdefault(row.method, []).append(row)
     return {name: _latency(rows) for name, rows in by_method.items()}
 
 
+def all_phases(latency: Figures) -> list[str]:
+    """Returns the phases of all methods, in order; see :func:`latency`."""
+    return _in_order(method["phases"] for method in latency.values())
+
+
 def _latency(rows: Sequence[Timing]) -> Figures:
-    seconds = [row.seconds for row in rows]
+    seconds, phases = [row.seconds for row in rows], _in_order(row.phases for row in rows)
     return {
         "questions": len(rows),
         "median": float(np.median(seconds)),
         "p95": float(np.percentile(seconds, 95)),
         "mean": fmean(seconds),
-        "phases": {
-            phase: fmean(row.phases.get(phase, 0.0) for row in rows) for phase in _in_order(row.phases for row in rows)
-        },
+        "phases": {phase: fmean(row.phases.get(phase, 0.0) for row in rows) for phase in phases},
         "tokens_in": _mean_known(row.tokens_in for row in rows),
         "tokens": _mean_known(row.tokens for row in rows),
     }
 
 
-def _in_order(some: Iterable[Iterable[str]]) -> list[str]:
-    """Every phase once, those that are known in the order of a question's way."""
-    found = dict.fromkeys(phase for phases in some for phase in phases)
+def _in_order(phases_of_rows: Iterable[Iterable[str]]) -> list[str]:
+    """Returns every phase once, the known ones in the order in which a question passes them."""
+    found = dict.fromkeys(phase for phases in phases_of_rows for phase in phases)
     return [*(phase for phase in PHASES if phase in found), *(phase for phase in found if phase not in PHASES)]
 
 
 def _method(task: TaskScores, name: str) -> Figures:
-    done, rows = task.answered(name), [row for row in task.rows if row.method == name]
-    mean, interval = accuracy(*_scores(task, name))
-    seeds = [float(one.mean()) for one in task.scores[name][:, done]]
+    answered, rows = task.answered(name), [row for row in task.rows if row.method == name]
+    mean, interval = accuracy(*_of(task, task.mean(name), name))
+    by_seed = zip(task.seeds[name], task.scores[name][:, answered], strict=True)
+    kept = {other: _kept(task, name, of=other) for other in _present(task, RECEIVER, SHARER) if other != name}
     return {
         "accuracy": mean,
         "interval": interval,
-        "items": int(done.sum()),
-        "seeds": dict(zip(map(str, task.seeds[name]), seeds, strict=True)) if task.seeds[name] != [None] else {},
+        "items": int(answered.sum()),
+        "seeds": {str(seed): float(scores.mean()) for seed, scores in by_seed if seed is not None},
         "failed": sum(row.failed is not None for row in rows),
         "unread": sum(row.failed is None and row.extracted is None for row in rows),
         "tokens": _mean_known(row.tokens for row in rows),
-        "kept": {
-            other: kept
-            for other in _present(task, RECEIVER, SHARER)
-            if other != name and (kept := _kept(task, name, other))
-        },
+        "kept": {other: figures for other, figures in kept.items() if figures is not None},
     }
 
 
-def _kept(task: TaskScores, name: str, other: str) -> Figures | None:
-    """Of the items that another method has right, the share that this one has right too."""
-    knew = task.answered(name, other) & (task.mean(other) >= RIGHT)
-    if not knew.any():
+def _kept(task: TaskScores, name: str, *, of: str) -> Figures | None:
+    """Returns the share of the items that ``of`` has right which ``name`` has right, too."""
+    known = task.answered(name, of) & (task.mean(of) >= RIGHT)
+    if not known.any():
         return None
-    share, interval = accuracy((task.scores[name][:, knew] >= RIGHT).mean(axis=0), task.groups[knew])
-    return {"share": share, "interval": interval, "items": int(knew.sum())}
+    share, interval = accuracy((task.scores[name][:, known] >= RIGHT).mean(axis=0), task.groups[known])
+    return {"share": share, "interval": interval, "items": int(known.sum())}
 
 
 def _pairs(task: TaskScores) -> list[Figures]:
-    """Every pair of methods, the later of the file minus the earlier; p-values adjusted over all pairs of the task."""
-    pairs = [
-        _pair(task, name, other) for other, name in combinations(task.scores, 2) if task.answered(name, other).any()
-    ]
-    for pair, adjusted in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
-        pair["p_holm"] = adjusted
-    return pairs
+    """Returns all pairs of methods, each the later one in the file minus the earlier one.
+
+    The p-values are adjusted over all pairs of the task.
+    """
+    names = [(name, other) for other, name in combinations(task.scores, 2) if task.answered(name, other).any()]
+    pairs = [_pair(task, name, other) for name, other in names]
+    adjusted = holm([pair["p"] for pair in pairs])
+    return [{**pair, "p_holm": p_value} for pair, p_value in zip(pairs, adjusted, strict=True)]
 
 
 def _pair(task: TaskScores, name: str, other: str) -> Figures:
-    """With several seeds, helped and hurt are averages over them, and an item is one in the test, for the side of most of its seeds."""
-    both = task.answered(name, other)
-    mine, theirs = (scores[:, both] >= RIGHT for scores in task.stacked_layers(name, other))
-    leaning = mine.mean(axis=0) - theirs.mean(axis=0)
+    """Helped and hurt are averages over seeds; in the test, an item counts once, for the side of most of its seeds."""
+    answered = task.answered(name, other)
+    right, other_right = (scores[:, answered] >= RIGHT for scores in task.pair_seeds(name, other))  # (seeds, items)
+    balance = right.mean(axis=0) - other_right.mean(axis=0)
     return {
         "method": name,
         "against": other,
-        "items": int(both.sum()),
-        **paired((task.mean(name) - task.mean(other))[both], task.groups[both]),
-        "helped": float((mine & ~theirs).sum(axis=1).mean()),
-        "hurt": float((~mine & theirs).sum(axis=1).mean()),
-        "p": mcnemar(int((leaning > 0).sum()), int((leaning < 0).sum())),
+        "items": int(answered.sum()),
+        **paired(*_of(task, task.gain(name, over=other), name, other)),
+        "helped": float((right & ~other_right).sum(axis=1).mean()),
+        "hurt": float((~right & other_right).sum(axis=1).mean()),
+        "p": mcnemar(int((balance > 0).sum()), int((balance < 0).sum())),
     }
 
 
 def _content(task: TaskScores) -> Figures | None:
-    """What of cache-to-cache needs the sharer to have read this question: its score minus the mismatched control's."""
+    """Returns the part of cache-to-cache that needs the sharer to have read this question.
+
+    It is cache-to-cache minus the mismatched control; its share of the gain is given where there is a gain.
+    """
     methods = _present(task, FUSED, MISMATCHED, RECEIVER)
-    if len(methods) < 3 or not (done := task.answered(*methods)).any():
+    if len(methods) < 3 or not (answered := task.answered(*methods)).any():
         return None
-    fused, mismatched, receiver = (task.mean(name)[done] for name in methods)
-    groups = task.groups[done]
-    content, gain = paired(fused - mismatched, groups), paired(fused - receiver, groups)
-    share, interval = (
-        bootstrap_ratio(fused - mismatched, fused - receiver, groups) if gain["interval"][0] > 0 else (None, None)
-    )
-    return {**content, "gain": gain, "share_of_gain": share, "share_interval": interval, "items": int(done.sum())}
+    content_by_item, groups = _of(task, task.gain(FUSED, over=MISMATCHED), *methods)
+    gain_by_item, _ = _of(task, task.gain(FUSED, over=RECEIVER), *methods)
+    gain, share, interval = paired(gain_by_item, groups), None, None
+    if gain["interval"][0] > 0:
+        share, interval = bootstrap_ratio(part=content_by_item, whole=gain_by_item, groups=groups)
+    content = {"gain": gain, "share_of_gain": share, "share_interval": interval, "items": int(answered.sum())}
+    return {**paired(content_by_item, groups), **content}
 
 
 def _overlap(task: TaskScores) -> Figures | None:
-    """Items by who has them right, e.g. ``receiver+sharer``: neither more nor fewer; averages over seeds."""
+    """Returns the number of items that exactly these methods have right, e.g. ``receiver+sharer``, averaged over seeds."""
     methods = _present(task, RECEIVER, SHARER, FUSED)
-    if FUSED not in methods or len(methods) < 2 or not (done := task.answered(*methods)).any():
+    if FUSED not in methods or len(methods) < 2 or not (answered := task.answered(*methods)).any():
         return None
-    seeds = len(task.scores[FUSED])
-    right = {name: np.resize(task.scores[name][:, done] >= RIGHT, (seeds, done.sum())) for name in methods}
-    regions = [some for size in range(len(methods) + 1) for some in combinations(methods, size)]
-    counts = {"+".join(some): np.all([right[name] == (name in some) for name in methods], axis=0) for some in regions}
-    return {
-        "methods": methods,
-        "regions": {region: float(count.sum(axis=1).mean()) for region, count in counts.items()},
-    }
+    shape = len(task.scores[FUSED]), int(answered.sum())
+    right = {name: np.resize(task.scores[name][:, answered] >= RIGHT, shape) for name in methods}  # (seeds, items)
+    regions = [names for size in range(len(methods) + 1) for names in combinations(methods, size)]
+    matches = {names: np.all([right[name] == (name in names) for name in methods], axis=0) for names in regions}
+    counts = {"+".join(names): float(match.sum(axis=1).mean()) for names, match in matches.items()}
+    return {"methods": methods, "regions": counts}
 
 
 def _categories(task: TaskScores) -> Figures:
-    category = np.array([str(row.category) for row in task.items.values()])
-    if len(set(category)) < 2:
-        return {}
-    return {str(name): _category(task, category == name) for name in sorted(set(category))}
+    names = sorted(set(task.categories))
+    return {str(name): _category(task, task.categories == name) for name in names} if len(names) > 1 else {}
 
 
-def _category(task: TaskScores, these: np.ndarray) -> Figures:
-    out = {}
+def _category(task: TaskScores, in_category: np.ndarray) -> Figures:
+    methods = {}
     for name in task.scores:
-        if (done := these & task.answered(name)).any():
-            mean, interval = accuracy(task.mean(name)[done], task.groups[done])
-            out[name] = {"accuracy": mean, "interval": interval}
-    return {"items": int(these.sum()), "methods": out}
+        if (chosen := in_category & task.answered(name)).any():
+            mean, interval = accuracy(task.mean(name)[chosen], task.groups[chosen])
+            methods[name] = {"accuracy": mean, "interval": interval}
+    return {"items": int(in_category.sum()), "methods": methods}
 
 
-def _scores(task: TaskScores, name: str) -> tuple[np.ndarray, np.ndarray]:
-    done = task.answered(name)
-    return task.mean(name)[done], task.groups[done]
-
-
-def _gains(task: TaskScores, name: str) -> tuple[np.ndarray, np.ndarray]:
-    both = task.answered(name, RECEIVER)
-    return (task.mean(name) - task.mean(RECEIVER))[both], task.groups[both]
+def _of(task: TaskScores, values: np.ndarray, *methods: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values and groups of the items that all of these methods have answered."""
+    answered = task.answered(*methods)
+    return values[answered], task.groups[answered]
 
 
 def _mean_known(counts: Iterable[int | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""The result of a calculation, read off what a model wrote, and whether two are the same."""
+"""Read results off replies (a number, a formula, a text) and compare them."""
 
 import re
 import unicodedata
@@ -11,9 +11,17 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|(?<![\d.)])[-+
 ANSWER = re.compile(r"(?i)\banswer\s*(?:is)?\s*[:=]?\s*([^\n]+)")
 
 
+def same_answer(reply: str, answer: str) -> bool:
+    """Returns whether a reply is the right answer; thoughts, surrounding white space and case do not count."""
+    return strip_thoughts(reply).casefold() == answer.strip().casefold()
+
+
 def extract_number(text: str) -> str | None:
-    """The number that a reply ends in, in plain digits: the one behind ``####``, else in the last box, else of the last line
-    that says "answer", else the last. Currency, units and separators of thousands are not part of it."""
+    """Returns the number that a reply ends in, in plain digits.
+
+    It is the number after ``####``, else in the last box, else on the last line that says "answer", else the last number.
+    Currency, units and thousands separators are not part of it.
+    """
     reply = unicodedata.normalize("NFKC", strip_thoughts(text)).replace("−", "-").replace("\\$", "$").replace("$", " ")
     reply = reply.replace("{,}", ",")
     boxed = _boxed(reply)
@@ -23,36 +31,33 @@ def extract_number(text: str) -> str | None:
 
 
 def extract_result(text: str) -> str | None:
-    """The formula that a reply ends in: in its last box, else behind the last "Answer:", else between its last dollar signs."""
+    """Returns the formula that a reply ends in: its last box, else after the last "Answer:", else the last ``$...$``."""
     reply = strip_thoughts(text)
-    answers = ANSWER.findall(reply)
-    dollars = re.findall(r"\$([^$]+)\$", reply)
-    found = _boxed(reply) or (answers[-1] if answers else None) or (dollars[-1] if dollars else None)
+    candidates = [_boxed(reply), *ANSWER.findall(reply)[-1:], *re.findall(r"\$([^$]+)\$", reply)[-1:]]
+    found = next(filter(None, candidates), None)
     return found.strip().rstrip(".") if found else None
 
 
-def same_result(one: str, other: str) -> bool:
-    """Whether two formulas in LaTeX say the same: spelled alike or equal as numbers; where math_verify is installed, also by algebra."""
-    mine, theirs = _normalised(one), _normalised(other)
-    if mine == theirs or (_value(mine) is not None and _value(mine) == _value(theirs)):
+def same_result(reply: str, answer: str) -> bool:
+    """Returns whether two LaTeX formulas are equal: as spelled, as numbers, or by algebra if math_verify is installed."""
+    first, second = _normalized(reply), _normalized(answer)
+    if first == second or (_value(first) is not None and _value(first) == _value(second)):
         return True
     try:
         from math_verify import parse, verify
     except ImportError:
         return False
-    return bool(verify(parse(f"${other}$"), parse(f"${one}$")))
+    return bool(verify(parse(f"${answer}$"), parse(f"${reply}$")))
 
 
 def _boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{}``, braces within it included."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    """Returns the content of the last ``\\boxed{}``, with the braces within it; None where a brace is missing."""
+    _, box, content = text.rpartition("\\boxed{")
+    depth = 1  # of braces
+    for end, character in enumerate(content if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : place]
+            return content[:end]
     return None
 
 
@@ -61,14 +66,17 @@ def _plain_digits(number: str) -> str:
     return str(value.quantize(Decimal(1))) if value == value.to_integral_value() else format(value.normalize(), "f")
 
 
-def _normalised(formula: str) -> str:
-    """One spelling of what LaTeX can spell in several ways."""
+def _normalized(formula: str) -> str:
+    """Returns one spelling of what LaTeX can spell in several ways."""
     formula = unicodedata.normalize("NFKC", formula).strip().strip("$").rstrip(".")
+    # 1) markup without meaning: text commands, sizes, spaces, units
     formula = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", r"\1", formula)
     formula = re.sub(r"\\(?:left|right|,|;|!|:|quad|displaystyle|\$|%)|\^\\circ|\^\{\\circ\}|[\s$%]|°", "", formula)
+    # 2) fractions as a/b
     formula = re.sub(r"\\[dt]frac", r"\\frac", formula).replace("−", "-")
     formula = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", formula)
     formula = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", formula)
+    # 3) thousands separators, "x =" before the result, roots without braces
     formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula)
     return re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", re.sub(r"\A[a-zA-Z]=", "", formula))
 

@@ -1,6 +1,6 @@
-"""Intervals and tests for accuracies and their differences, where questions about one thing are not independent.
+"""Intervals and tests for accuracies and their differences, where questions about one topic are not independent.
 
-Every figure that comes with an interval is a pair ``(figure, (low, high))`` at 95%.
+Every figure with an interval is a pair ``(figure, (low, high))`` at 95%.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ Interval = tuple[float, float]
 Values = Sequence[float] | np.ndarray
 Groups = Sequence[str] | np.ndarray
 
-DRAWS = 2000
+NUM_RESAMPLES = 2000
+PERCENTILES = (2.5, 97.5)
 
 
-def bootstrap_mean(values: Values, groups: Groups, draws: int = DRAWS, seed: int = 0) -> tuple[float, Interval]:
-    """Mean of a figure with its 95% interval, by the percentile bootstrap over groups.
+def bootstrap_mean(values: Values, groups: Groups, draws: int = NUM_RESAMPLES, seed: int = 0) -> tuple[float, Interval]:
+    """Returns the mean with its 95% interval, by the percentile bootstrap over groups.
 
     For a paired difference, give the differences question by question.
 
     Args:
-        values: One figure a question.
-        groups: What each question is about; whole groups are drawn, since their questions stand or fall together.
+        values: One figure per question.
+        groups: The topic of each question. Whole groups are drawn, since their questions stand or fall together.
         draws: Number of resamples.
         seed: Of the resamples.
     """
@@ -30,45 +31,44 @@ def bootstrap_mean(values: Values, groups: Groups, draws: int = DRAWS, seed: int
 
 
 def bootstrap_average(
-    tasks: Sequence[tuple[Values, Groups]], draws: int = DRAWS, seed: int = 0
+    tasks: Sequence[tuple[Values, Groups]], draws: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean of the means of several tasks, each resampled for itself; see :func:`bootstrap_mean`."""
-    means = np.mean(
-        [_resampled_means(values, groups, draws, seed + i) for i, (values, groups) in enumerate(tasks)], axis=0
-    )
-    return float(np.mean([np.mean(values) for values, _ in tasks])), _percentiles(means)
+    """Returns the mean of the means of several tasks, each resampled separately; see :func:`bootstrap_mean`."""
+    resampled = [_resampled_means(values, groups, draws, seed + i) for i, (values, groups) in enumerate(tasks)]
+    return float(np.mean([np.mean(values) for values, _ in tasks])), _interval(np.mean(resampled, axis=0))
 
 
 def bootstrap_ratio(
-    part: Values, whole: Values, groups: Groups, draws: int = DRAWS, seed: int = 0
+    *, part: Values, whole: Values, groups: Groups, draws: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean of one figure as a share of the mean of another, both of the same questions; see :func:`bootstrap_mean`.
+    """Returns the mean of ``part`` as a share of the mean of ``whole``, both of the same questions.
 
-    The interval says little unless that of ``whole`` is well away from zero.
+    The interval says little unless that of ``whole`` is well away from zero. See :func:`bootstrap_mean`.
     """
     parts, wholes = (_resampled_means(values, groups, draws, seed) for values in (part, whole))
-    return float(np.mean(part) / np.mean(whole)), _percentiles(parts[wholes != 0] / wholes[wholes != 0])
+    known = wholes != 0
+    return float(np.mean(part) / np.mean(whole)), _interval(parts[known] / wholes[known])
 
 
 def accuracy(scores: Values, groups: Groups) -> tuple[float, Interval]:
-    """Mean score with its 95% interval.
+    """Returns the mean score with its 95% interval.
 
-    Wilson's interval where questions are independent and simply right or wrong. The bootstrap otherwise; but where all questions
-    are right, or all wrong, it has no width, and Wilson's over groups is taken: so many independent things were asked about.
+    It is Wilson's interval where questions are independent and right or wrong, else the bootstrap's. But where all
+    questions are right, or all wrong, the bootstrap has no width, and Wilson's interval over groups is taken instead.
 
     Args:
-        scores: One a question, 0 to 1.
-        groups: What each is about.
+        scores: One per question, 0 to 1.
+        groups: The topic of each question.
     """
-    scores, number = np.asarray(scores, dtype=float), len(np.unique(groups))
-    mean, alike = float(scores.mean()), bool((scores == scores[0]).all())
-    if np.isin(scores, (0, 1)).all() and (number == len(scores) or alike):
-        return mean, wilson(round(mean * number), number)
+    scores, num_groups = np.asarray(scores, dtype=float), len(np.unique(groups))
+    mean, constant = float(scores.mean()), bool((scores == scores[0]).all())
+    if np.isin(scores, (0, 1)).all() and (num_groups == len(scores) or constant):
+        return mean, wilson(round(mean * num_groups), num_groups)
     return bootstrap_mean(scores, groups)
 
 
 def wilson(right: int, number: int) -> Interval:
-    """Wilson's 95% score interval of a proportion (Wilson 1927, without continuity correction)."""
+    """Returns Wilson's 95% score interval of a proportion (Wilson 1927, without continuity correction)."""
     from scipy.stats import binomtest
 
     interval = binomtest(right, number).proportion_ci(method="wilson")
@@ -76,13 +76,13 @@ def wilson(right: int, number: int) -> Interval:
 
 
 def mcnemar(helped: int, hurt: int) -> float:
-    """McNemar's exact test (1947): how likely so uneven a split of the questions on which two methods differ is by chance.
+    """McNemar's exact test (1947): the probability of so uneven a split of the questions on which two methods differ.
 
-    Questions count as independent of each other. 1 where the methods differ nowhere.
+    Questions count as independent. 1 where the methods differ nowhere.
 
     Args:
-        helped: Questions that only the one has right.
-        hurt: Questions that only the other has right.
+        helped: Number of questions that only the first method has right.
+        hurt: Number of questions that only the second method has right.
     """
     from scipy.stats import binomtest
 
@@ -90,7 +90,7 @@ def mcnemar(helped: int, hurt: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests at once, adjusted by Holm's method (1979): below 0.05 once in twenty families with no effect at all."""
+    """Returns the p-values of several tests adjusted by Holm's method (1979), which bounds the family-wise error rate."""
     order = np.argsort(p_values, kind="stable")
     scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -99,23 +99,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _resampled_means(values: Values, groups: Groups, draws: int, seed: int) -> np.ndarray:
-    """``(draws,)``: the mean over questions of as many groups as there are, drawn with replacement."""
-    _, which = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(which, weights=np.asarray(values, dtype=float)), np.bincount(which)
-    times = _times_drawn(len(counts), draws, seed)
-    return (times @ sums) / (times @ counts)
+    """``(draws,)``: the mean over the questions of as many groups as there are, drawn with replacement."""
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    sums, sizes = np.bincount(group_of, weights=np.asarray(values, dtype=float)), np.bincount(group_of)
+    counts = _draw_counts(len(sizes), draws, seed)
+    return (counts @ sums) / (counts @ sizes)
 
 
-@lru_cache(maxsize=4)  # every figure of a task resamples the same groups, and drawing takes longer than the rest
-def _times_drawn(number: int, draws: int, seed: int) -> np.ndarray:
-    """``(draws, number)``: how often each of so many groups is in each resample."""
-    drawn = np.random.default_rng(seed).integers(0, number, (draws, number))
-    times = np.empty((draws, number))
-    for row, groups in zip(times, drawn, strict=True):
-        row[:] = np.bincount(groups, minlength=number)
-    return times
+@lru_cache(maxsize=4)  # all figures of a task resample the same groups, and drawing takes longer than the rest
+def _draw_counts(num_groups: int, draws: int, seed: int) -> np.ndarray:
+    """``(draws, num_groups)``: how often each group is in each resample."""
+    drawn = np.random.default_rng(seed).integers(0, num_groups, (draws, num_groups))
+    counts = np.empty((draws, num_groups))
+    for row, groups in zip(counts, drawn, strict=True):
+        row[:] = np.bincount(groups, minlength=num_groups)
+    return counts
 
 
-def _percentiles(drawn: np.ndarray) -> Interval:
-    low, high = np.percentile(drawn, [2.5, 97.5])
+def _interval(resampled: np.ndarray) -> Interval:
+    low, high = np.percentile(resampled, PERCENTILES)
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""A task of the harness by name: from the Hub or from local files, with another template where one is given."""
+"""Tasks of the harness by name, from the Hub or from local files, with another template on request."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,16 @@ FOLDER = Path(__file__).parent
 
 
 def task_names() -> list[str]:
-    """The tasks that come with kvfuse: ``…_generate`` reads an answer off what is written, ``…_options`` compares log-likelihoods."""
+    """Returns kvfuse's own tasks: ``..._generate`` extracts a written answer, ``..._options`` compares log-likelihoods."""
     return sorted(file.stem for file in FOLDER.glob("[!_]*.yaml"))
 
 
 def task_manager(harness_tasks: bool = False, **metadata: Any) -> "TaskManager":
-    """What the harness loads tasks with; ``simple_evaluate`` needs it beside them, or it makes one of its own for half a minute.
+    """Returns the harness's loader of tasks. Pass it to ``simple_evaluate``, which takes half a minute to make its own.
 
     Args:
-        harness_tasks: Know the harness's own tasks, too.
-        metadata: What :func:`kvfuse.evaluation.tasks.sources.load` is told of each task.
+        harness_tasks: Include the harness's own tasks.
+        metadata: Arguments of :func:`kvfuse.evaluation.tasks.sources.load` for every task.
 
     Raises:
         EvaluationError: The harness is not installed.
@@ -46,42 +46,38 @@ def load_task(
     harness_tasks: bool = False,
     max_new_tokens: int | None = None,
 ) -> "Task | Group":
-    """A task as ``lm_eval.simple_evaluate(tasks=[...])`` takes it, its questions read.
+    """Returns a task as ``lm_eval.simple_evaluate(tasks=[...])`` takes it, with its questions loaded.
 
     Args:
         name: One of :func:`task_names`, or of the harness's own tasks.
-        data_dir: Folder of the data's files, or one that has them in a folder named like the data, e.g. ``mmlu-redux``; by
-            default they come from the Hub. Of kvfuse's tasks only.
-        template: A Jinja file in place of the task's prompt. It is given ``question``, ``kind``, and for multiple choice
-            ``choices`` and ``letters``.
-        limit: At most so many questions, the first.
+        data_dir: Folder of the data's files, or one with a folder named like the data in it, e.g. ``mmlu-redux``; by
+            default they come from the Hub. For kvfuse's own tasks only.
+        template: A Jinja file in place of the task's prompt, with the variables ``question``, ``kind``, and for multiple
+            choice ``choices`` and ``letters``.
+        limit: Number of questions, from the first.
         only: Subjects, locales or kinds to ask about.
-        harness_tasks: Know the harness's own tasks, too; finding them takes half a minute.
-        max_new_tokens: Longest answer, in place of the task's own.
+        harness_tasks: Include the harness's own tasks; finding them takes half a minute.
+        max_new_tokens: Maximal length of an answer, in place of the task's own.
 
     Raises:
-        EvaluationError: There is no such task, its data are not there or not as they should be, or the template is none.
+        EvaluationError: The task is unknown, its data are missing or wrong, or the template cannot be read.
     """
     settings = {"data_dir": None if data_dir is None else str(data_dir), "limit": limit, "only": only}
     manager = task_manager(harness_tasks, **settings)
     if name not in manager.all_tasks:
-        raise EvaluationError(
-            f"expected a task of {', '.join(task_names())}, got {name!r}; did you mean {nearest(name, manager.all_tasks)!r}?"
-        )
+        known, similar = ", ".join(task_names()), nearest(name, manager.all_tasks)
+        raise EvaluationError(f"expected a task of {known}, got {name!r}; did you mean {similar!r}?")
     loaded = manager.load(name)
     text = None if template is None else _read_template(template)
-    for one in loaded["tasks"].values():
-        ask = one.config.doc_to_text if text is None else text
-        if isinstance(ask, str) and ask not in one.features:
-            one.set_config("doc_to_text", Template(ask))
-            one.fewshot_cfg.doc_to_text = Template(ask)
-        if max_new_tokens is not None and one.config.generation_kwargs:
-            one.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+    for task in loaded["tasks"].values():  # several in a group
+        _set_prompt(task, text)
+        if max_new_tokens is not None and task.config.generation_kwargs:
+            task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
     return loaded.get("groups", {}).get(name) or loaded["tasks"][name]
 
 
 class Template:
-    """A prompt's template, compiled once; the harness compiles it for each question, which takes longer than the tiny models do."""
+    """A prompt's template, compiled once; the harness would compile it for every question."""
 
     def __init__(self, text: str) -> None:
         from lm_eval.utils import env
@@ -89,16 +85,24 @@ class Template:
         self.text, self.render = text, env.from_string(text).render
 
     def __call__(self, doc: dict[str, Any]) -> str:
-        """The prompt of one question."""
+        """Returns the prompt of a question."""
         return self.render(**doc)
 
     def __str__(self) -> str:
-        """For the harness's records."""
+        """Returns the source, for the harness's records."""
         return self.text
 
     def __deepcopy__(self, memo: Any) -> "Template":
-        """It never changes; compiled code cannot be copied."""
+        """Returns itself: it is immutable, and compiled code cannot be copied."""
         return self
+
+
+def _set_prompt(task: "Task", text: str | None) -> None:
+    """Compile a task's template, or the given one; a function or a column stays as it is."""
+    source = task.config.doc_to_text if text is None else text
+    if isinstance(source, str) and source not in task.features:
+        task.set_config("doc_to_text", Template(source))
+        task.fewshot_cfg.doc_to_text = Template(source)
 
 
 def _read_template(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""How LongBench scores its data sets (Bai et al., arXiv 2308.14508): overlap of words, ROUGE-L, classes, paragraphs, counts, code."""
+"""LongBench's scores (Bai et al., arXiv 2308.14508): overlap of words, ROUGE-L, classes, paragraphs, counts, code."""
 
 import difflib
 import re
@@ -17,20 +17,25 @@ FAMILIES = {
     "count": "passage_count",
     "code": "lcc repobench-p",
 }
-"""How the data sets ask, after which their prompts differ; ``examples`` have worked ones in their text."""
+"""Data sets by the form of their prompts; ``examples`` have worked examples in their text."""
+PUNCTUATION = string.punctuation + "。，、；：？！“”‘’（）《》"
+ARTICLES = ("a", "an", "the")
 
 
 def family_of(data_set: str) -> str:
-    """The key of :data:`FAMILIES` that a data set belongs to. Raises ValueError for one that is not of LongBench."""
+    """Returns the key of :data:`FAMILIES` that a data set belongs to. Raises ValueError if it is not of LongBench."""
     name = data_set.removesuffix("_e")
-    found = [family for family, names in FAMILIES.items() if name in names.split()]
-    if not found:
-        raise ValueError(f"data set {data_set!r}, none of LongBench")
-    return found[0]
+    for family, names in FAMILIES.items():
+        if name in names.split():
+            return family
+    raise ValueError(f"data set {data_set!r}, none of LongBench")
 
 
 def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The best score over the right answers, 0 to 1. After worked examples the reply's first line counts: the rest is more of them."""
+    """Returns the best score over the right answers, 0 to 1.
+
+    After worked examples only the reply's first line counts, since models continue with more examples.
+    """
     reply = strip_thoughts(results[0]).lstrip("\n")
     if doc["family"] == "examples":
         reply = reply.split("\n")[0]
@@ -39,33 +44,33 @@ def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def word_f1(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Harmonic mean of the shares of words in common; of Chinese each character is a word."""
-    mine, theirs = _words(reply), _words(answer)
-    common = sum((Counter(mine) & Counter(theirs)).values())
-    return 2 * common / (len(mine) + len(theirs)) if common else 0.0
+    """Returns the harmonic mean of the shares of common words; in Chinese, each character is a word."""
+    said, wanted = _words(reply), _words(answer)
+    common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * common / (len(said) + len(wanted)) if common else 0.0
 
 
 def rouge_l(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """F-measure of the longest common subsequence of words."""
+    """Returns the F-measure of the longest common subsequence of words."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Tokenizer()).score(answer, reply)["rougeL"].fmeasure
 
 
 def class_share(reply: str, answer: str, classes: Sequence[str]) -> float:
-    """One over the number of classes named, if the right one is among them; a name within the right one's is no other class."""
+    """Returns one over the number of classes in the reply if the right one is among them; parts of its name do not count."""
     named = [name for name in classes if name in reply and (name == answer or name not in answer)]
     return 1 / len(named) if answer in named else 0.0
 
 
 def number_share(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """The share of the numbers in a reply that are the answer's: of a paragraph, or of paragraphs."""
+    """Returns the share of the reply's numbers (of a paragraph, or of paragraphs) that are the answer's."""
     wanted, named = re.findall(r"\d+", answer), re.findall(r"\d+", reply)
     return named.count(wanted[0]) / len(named) if named and wanted else 0.0
 
 
 def code_similarity(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Likeness of the first line of code, 0 to 1; lines of Markdown or comment are passed over."""
+    """Returns the similarity of the first line of code, 0 to 1, past lines of Markdown or comment."""
     lines = [line for line in reply.split("\n") if line.strip() and not any(mark in line for mark in ("`", "#", "//"))]
     return round(difflib.SequenceMatcher(None, lines[0] if lines else "", answer).ratio(), 2)
 
@@ -80,13 +85,13 @@ SCORERS: dict[Callable[[str, str, Sequence[str]], float], str] = {
 
 
 class _Tokenizer:
-    """rouge_score's own drops what is not ASCII."""
+    """Words, and single characters of Chinese; rouge_score's own tokenizer drops everything but ASCII."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[一-鿿]|[^\W一-鿿]+", text.lower())
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case without articles and punctuation."""
-    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation + "。，、；：？！“”‘’（）《》")
-    return [word for word in _Tokenizer().tokenize(kept) if word not in ("a", "an", "the")]
+    """Returns words in lower case without articles and punctuation."""
+    letters = "".join(letter for letter in text.lower() if letter not in PUNCTUATION)
+    return [word for word in _Tokenizer().tokenize(letters) if word not in ARTICLES]

@@ -1,4 +1,4 @@
-"""Made-up questions in the form of every data set, for smoke runs and tests."""
+"""Made-up questions in the format of every data set, for smoke runs and tests."""
 
 import json
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ def write(folder: Path, source: str, subjects: Sequence[str] = (), count: int = 
     """Write questions that differ in a number, as files that tasks read with ``data_dir``.
 
     Args:
-        folder: For all data sets.
+        folder: Of all data sets.
         source: A key of :data:`ROWS`.
-        subjects: A file each; by default one for all.
-        count: Questions a file; of LongBench, lengths of all three kinds by turns.
+        subjects: One file each; by default a single file.
+        count: Number of questions per file; LongBench's are of all three kinds of length in turn.
     """
     field = next(name for name in QUESTIONS if name in ROWS[source])
     for subject in subjects or ["questions"]:

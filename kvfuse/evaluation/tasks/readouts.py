@@ -1,80 +1,80 @@
-"""From a model's replies to what is right: the functions that the tasks' YAML names."""
+"""From a model's replies to right or wrong: the functions that the tasks' YAML refers to."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from kvfuse.evaluation.harness.adapter import NO_SCORE
 from kvfuse.evaluation.scoring.extraction import extract_option, strip_thoughts
-from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_result
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_answer, same_result
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
+
+NO_SCORE = -1e9
+"""The log-likelihood of an option that could not be scored: lower than any, and still a number in JSON."""
 
 Document = dict[str, Any]
 
 
 def options(doc: Document) -> list[str]:
-    """What may follow a question: the sentence that its prompt asks for, once per letter, up to the letter.
+    """Returns the sentence that the prompt asks for, once per letter, up to the letter.
 
-    The options differ in their last token alone, so that comparing sentences compares letters.
+    The options differ in their last token only, so that comparing sentences compares letters.
     """
-    return [f"The correct answer is {letter}" for letter in doc["letters"]]
+    return [f"{ANSWER_STEM} {letter}" for letter in doc["letters"]]
 
 
-def without_choices(prompt: Prompt) -> Prompt:
-    """A multiple-choice prompt of these tasks without its options, and any other prompt as it is."""
-    *before, last = as_chat(prompt)
-    question = str(last["content"]).partition("\n\nChoices:\n")[0]
-    return [*before, {**last, "content": question.removeprefix("Question: ")}]
+def target(doc: Document) -> str:
+    """Returns the right sentence."""
+    return f"{options(doc)[doc['answer']]}."
 
 
 def letters(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
-    """The letters that replies settle on; empty where that is none."""
+    """Returns the letters that replies settle on; empty for none."""
     return [
-        [extract_option(one, doc["letters"], doc["choices"]) or "" for one in some]
-        for some, doc in zip(replies, docs, strict=True)
+        [extract_option(reply, doc["letters"], doc["choices"]) or "" for reply in of_doc]
+        for of_doc, doc in zip(replies, docs, strict=True)
     ]
 
 
 def numbers(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
-    """The numbers that replies end in."""
-    return [[extract_number(one) or "" for one in some] for some in replies]
+    """Returns the numbers that replies end in; empty for none."""
+    return [[extract_number(reply) or "" for reply in of_doc] for of_doc in replies]
 
 
 def formulas(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
-    """The formulas that replies end in."""
-    return [[extract_result(one) or "" for one in some] for some in replies]
+    """Returns the formulas that replies end in; empty for none."""
+    return [[extract_result(reply) or "" for reply in of_doc] for of_doc in replies]
 
 
 def texts(replies: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[str]]:
-    """The replies, thoughts left out."""
-    return [[strip_thoughts(one) for one in some] for some in replies]
+    """Returns the replies without thoughts."""
+    return [[strip_thoughts(reply) for reply in of_doc] for of_doc in replies]
 
 
 def same_letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Whether the letter is the right one, and whether there was one."""
-    return _judged(results[0] == doc["letters"][doc["answer"]], results)
+    """Returns whether the letter is right (``acc``), and whether there is one (``answered``)."""
+    return _graded(results[0] == doc["letters"][doc["answer"]], results)
 
 
 def same_text(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Whether the reply is the answer, letter by letter."""
-    return _judged(results[0] == doc["answer"], results)
+    """Returns whether the reply is the answer, by :func:`same_answer`."""
+    return _graded(same_answer(results[0], doc["answer"]), results)
 
 
 def same_number(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Whether the number is the answer's."""
-    return _judged(bool(results[0]) and results[0] == extract_number(doc["answer"]), results)
+    """Returns whether the number is the answer's."""
+    return _graded(bool(results[0]) and results[0] == extract_number(doc["answer"]), results)
 
 
 def same_formula(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Whether the formula says what the answer says."""
-    return _judged(bool(results[0]) and same_result(results[0], doc["answer"]), results)
+    """Returns whether the formula equals the answer."""
+    return _graded(bool(results[0]) and same_result(results[0], doc["answer"]), results)
 
 
 def likeliest(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the right option is the likeliest, and whether the options could be scored."""
+    """Returns whether the right option is the likeliest, and whether the options could be scored."""
     scores = [score for score, _ in results]
     scored = min(scores) > NO_SCORE
     return {"acc": float(scored and scores.index(max(scores)) == doc["answer"]), "answered": float(scored)}
 
 
-def _judged(right: bool, results: Sequence[str]) -> dict[str, float]:
+def _graded(right: bool, results: Sequence[str]) -> dict[str, float]:
     return {"acc": float(right), "answered": float(bool(results[0]))}

@@ -28,6 +28,7 @@ ENCODING_MODULES = (
     "kvfuse.prompts.template_spans",
     "kvfuse.prompts.tokenized",
     "kvfuse.prompts.message_axis",
+    "kvfuse.prompts.multiple_choice",
     "kvfuse.prompts.alignment",
     "kvfuse.prompts.reencode",
     "kvfuse.prompts.response",

@@ -6,6 +6,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from kvfuse.prompts.chat import Message
+from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.support.rows import Row
 
 ROLES = {
@@ -15,7 +16,7 @@ ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
 }
-ANSWER_FORM = 'Compare all choices, settle on the best one, and reply in this form alone: "The correct answer is X."'
+ANSWER_FORM = f'Compare all choices, settle on the best one, and reply in this form alone: "{ANSWER_STEM} X."'
 
 
 def messages(row: Row) -> list[Message]:
@@ -124,7 +125,7 @@ def _multiple_choice(question: str, choices: Sequence[str], answer: int) -> list
         raise ValueError(f"wrong shape: answer {answer} to {len(choices)} choices")
     lines = [f"{letter}. {_text(choice)}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     request = "\n".join([f"Question: {_text(question)}", "", "Choices:", *lines, "", ANSWER_FORM])
-    return _exchange(request, f"The correct answer is {ascii_uppercase[answer]}.")
+    return _exchange(request, f"{ANSWER_STEM} {ascii_uppercase[answer]}.")
 
 
 def _exchange(request: Any, answer: Any) -> list[Message]:

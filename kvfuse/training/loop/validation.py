@@ -116,4 +116,4 @@ def mismatch(example: EncodedExample, donor: EncodedExample) -> EncodedExample:
     # A response longer than the donor's sees all of the donor's
     sharers = tuple((ids, index[np.minimum(seen, len(index) - 1)]) for ids, index in donor.response.sharers)
     response = Response(example.response.ids, sharers)
-    return replace(example, prompt=swap_sharers(example.prompt, donor.prompt), response=response)
+    return replace(example, prompt=swap_sharers(example.prompt, donor=donor.prompt), response=response)
