@@ -87,9 +87,11 @@ def main(
     repeats: Annotated[int, typer.Option(help="Number of runs, of which the quickest counts.")] = 5,
 ) -> None:
     """Measure each alignment strategy at each size and print."""
-    tokenizers = [load_tokenizer(name) for name in (receiver, sharer)]
+    receiver_tokenizer, sharer_tokenizer = load_tokenizer(receiver), load_tokenizer(sharer)
     cases = (
-        alignment_rows(mixed_text(size), *tokenizers, strategy, repeats) for strategy in STRATEGIES for size in SIZES
+        alignment_rows(mixed_text(size), receiver_tokenizer, sharer_tokenizer, strategy, repeats)
+        for strategy in STRATEGIES
+        for size in SIZES
     )
     report(chain.from_iterable(cases), json_file)
 

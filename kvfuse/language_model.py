@@ -130,8 +130,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if not tokenizer.is_fast:
         raise PairError(f"expected a fast tokenizer, got {type(tokenizer).__name__}; convert it to tokenizer.json")
+    # 1) All of tokenizer.json, without what a call sets
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: value for key, value in rules.items() if key not in ("padding", "truncation", "version")}
+    # 2) Keys in one order, whatever wrote the file
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,10 +149,12 @@ def check_identity(model: LanguageModel, *, role: str, expected: dict[str, Any])
     Raises:
         PairError: Its cache has another shape, or tokenizer or weights are another model's.
     """
+    # 1) Shapes are known of every fuser
     name, kv = expected["name"], KVSpec(**expected["kv"])
     trained_with = f"({model.name}); the fuser was trained with {role} {name!r}"
     if model.kv_spec != kv:
         raise PairError(f"expected a {role} with {kv}, got {model.kv_spec} {trained_with}")
+    # 2) Tokenizer and weights of those that were not read from a published folder
     if "tokenizer" in expected and model.identity.tokenizer != expected["tokenizer"]:
         raise PairError(f"expected the tokenizer of {name!r}, got another one {trained_with}")
     comparable = "weights" in expected and not getattr(model.model, "is_quantized", False)
@@ -174,6 +178,7 @@ def _context(config: PreTrainedConfig) -> int | None:
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
     """A few weights of tensors spread evenly over the model, in the model's dtype."""
+    # sorted by name, so that the order of modules does not matter
     tensors = [tensor for _, tensor in sorted(model.named_parameters())]
     chosen = tensors[:: max(1, len(tensors) // SAMPLED_TENSORS)]
     return tuple(round(value, 9) for tensor in chosen for value in _sample(tensor))

@@ -151,6 +151,7 @@ def _keep(layouts: dict[Shape, Layout], shape: Shape, layout: Layout) -> None:
 
 
 def _check_written(chat: Sequence[Message], contents: tuple[str, ...], spans: tuple[Span, ...]) -> None:
+    # a template may drop a message that is a string, but parts that are missing were not understood
     written = {span.message for span in spans}
     for number, (message, content) in enumerate(zip(chat, contents, strict=True)):
         if isinstance(message.get("content"), list) and content.strip() and number not in written:

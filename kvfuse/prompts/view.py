@@ -179,12 +179,14 @@ def page(view: AlignmentView) -> str:
 def _texts(tokenized: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> TokenTexts:
     """The text of each token; a piece of a character, which has none, as that character with dots."""
     texts = tokenizer.batch_decode([[token] for token in tokenized.ids], clean_up_tokenization_spaces=False)
+    # a tokenizer decodes a piece of a character to U+FFFD
     covers = [tokenized.prompt.text[start:end] for start, end in tokenized.offsets]
     texts = [f"{part}…" if part and "\ufffd" in text else text for text, part in zip(texts, covers, strict=True)]
     return TokenTexts(tokenizer.name_or_path, tokenized, tuple(map(_visible, texts)))
 
 
 def _visible(text: str) -> str:
+    # an accent needs a letter to stand on
     carrier = "◌" if text and unicodedata.combining(text[0]) else ""
     return carrier + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.translate(VISIBLE))
 
@@ -193,6 +195,7 @@ def _pairs(view: AlignmentView) -> Iterator[tuple[int | None, int | None]]:
     """Receiver and sharer positions in reading order; None instead of a partner for tokens that are not fused."""
     unread = [position for position in range(len(view.sharer.texts)) if position not in view.readers][::-1]
     for position, (aligned, read) in enumerate(zip(view.index.tolist(), view.reads.tolist(), strict=True)):
+        # sharer tokens up to this one that nothing reads
         while unread and unread[-1] <= aligned:
             yield None, unread.pop()
         yield position, read if read >= 0 else None

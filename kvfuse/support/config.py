@@ -42,6 +42,7 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
         path, found, value = word.partition("=")
         if not found:
             raise RecipeError(f"expected key=value, got {word!r}; write for example train.steps=100")
+        # walk to the section before the last dot, adding those that are missing
         section, (*outer, key) = content, path.split(".")
         for name in outer:
             section = section.setdefault(name, {})
@@ -79,6 +80,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], foreign: Collection[
     first = error.errors()[0]
     path, got = first["loc"], first["input"]
     key = ".".join(map(str, path))
+    # the kinds of errors that have a better advice than pydantic's
     if first["type"] == "extra_forbidden":
         known = [*_section_at(kind, path[:-1]).model_fields, *(foreign if len(path) == 1 else ())]
         return str(unknown_key(key, known))

@@ -31,6 +31,7 @@ def find_plugin(
     Raises:
         KVFuseError: The name is unknown (the nearest is named), or a package offers something else.
     """
+    # a package is imported only if its name is asked for
     offered = {point.name: point for point in entry_points(group=group)}
     if name not in known and name in offered:
         register(name, offered[name].load())
