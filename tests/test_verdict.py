@@ -8,7 +8,7 @@ from kvfuse.evaluation.scoring.metrics import metrics
 
 
 def verdict_of(**scores):
-    """Of methods that are right on so many of a hundred items, the first ones unless said otherwise; intervals left empty."""
+    """The verdict on methods that have the given number of 100 items right (the first), or the given items; no intervals."""
     rows = []
     for name, score in scores.items():
         right = range(score) if isinstance(score, int) else score

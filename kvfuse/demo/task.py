@@ -1,4 +1,4 @@
-"""The embedded pair's held-out questions as a task of the harness (``kvfuse/evaluation/tasks/embedded_generate.yaml``)."""
+"""The embedded pair's held-out questions as a task of the harness (``evaluation/tasks/embedded_generate.yaml``)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

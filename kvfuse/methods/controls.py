@@ -90,6 +90,7 @@ class Shuffled(Fused):
     def align(self, prompt: Prompt) -> AlignedRow:
         """Returns the prompt with the sharers' positions interchanged."""
         aligned = self.pair.align(prompt)
+        # the same prompt is shuffled in the same way in every run
         rng = np.random.default_rng([self.seed, zlib.crc32(aligned.receiver.ids.tobytes())])
         shuffled = [(sharer, _interchange(index, len(sharer.ids), rng)) for sharer, index in aligned.sharers]
         return replace(aligned, sharers=tuple(shuffled))
@@ -157,6 +158,7 @@ class _ZeroedSharer(_Wrapper):
 
 class _WithoutReceiver(_Wrapper):
     def forward(self, receiver: KV, sharer: KV) -> KV:
+        # the caller adds the receiver's cache, which cancels the subtraction
         residual = self.fuser(receiver=receiver, sharer=sharer)
         return KV(residual.key - receiver.key, residual.value - receiver.value)
 
@@ -164,7 +166,7 @@ class _WithoutReceiver(_Wrapper):
 def _interchange(index: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
     """Returns ``index`` with the ``length`` positions that it points to moved one step along a random cycle.
 
-    A single cycle has no fixed points: no position is read in its own place. -1 (reads nothing) stays.
+    A single cycle has no fixed points: no position is replaced by itself. -1 (reads nothing) stays.
     """
     cycle = rng.permutation(length)
     successor = np.empty(length, dtype=np.int64)
@@ -179,6 +181,7 @@ def _randomize(fuser: Fuser) -> Fuser:
     random_fuser = type(fuser)(config)
     random_fuser.reset_parameters()
     random_fuser.to(fuser.device, fuser.dtype).eval()
+    # which heads are open is not part of what is random
     for gate, trained in zip(random_fuser.gate_parameters(), fuser.gate_parameters(), strict=True):
         gate.data.copy_(trained.data)
     return random_fuser

@@ -67,6 +67,7 @@ Block = Heading | Text | Facts | Table | Picture | Code
 def to_html(blocks: Sequence[Block]) -> str:
     """Returns the page: no scripts, no external resources, light or dark by the reader's preference."""
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    # everything but the SVG is escaped, and a missing variable is an error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     title = next(block.text for block in blocks if isinstance(block, Heading))
     named = [(type(block).__name__, block) for block in blocks]

@@ -45,6 +45,7 @@ def _answers(rows: Sequence[Prediction], alike: int) -> Table:
     """Returns which methods gave which answer, the right ones first."""
     given: dict[tuple[float, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: -row.score):
+        # methods that give the same answer share a line
         given.setdefault((row.score, row.failed or row.answer), []).append(row.method)
     cells = [
         [_short(answer) or "(nothing)", ", ".join(methods), f"{100 * score:.0f}"]

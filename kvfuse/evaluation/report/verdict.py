@@ -97,7 +97,7 @@ def _calibrated(gain: dict[str, Any] | None) -> str:
 
 def _kept(figures: dict[str, Any]) -> str:
     kept = figures["methods"][FUSED]["kept"].items()
-    shares = [f"{points(one['share'], one['interval'])}% of what the {name} alone has right" for name, one in kept]
+    shares = [f"{points(of['share'], of['interval'])}% of what the {name} alone has right" for name, of in kept]
     return f"Fused, it keeps {' and '.join(shares)}." if shares else ""
 
 

@@ -58,7 +58,10 @@ def rouge_l(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def class_share(reply: str, answer: str, classes: Sequence[str]) -> float:
-    """Returns one over the number of classes in the reply if the right one is among them; parts of its name do not count."""
+    """Returns one over the number of classes in the reply if the right one is among them.
+
+    Classes whose name is part of the right one's do not count.
+    """
     named = [name for name in classes if name in reply and (name == answer or name not in answer)]
     return 1 / len(named) if answer in named else 0.0
 
@@ -71,6 +74,7 @@ def number_share(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 def code_similarity(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the similarity of the first line of code, 0 to 1, past lines of Markdown or comment."""
+    # models wrap code in Markdown fences, or begin with a comment
     lines = [line for line in reply.split("\n") if line.strip() and not any(mark in line for mark in ("`", "#", "//"))]
     return round(difflib.SequenceMatcher(None, lines[0] if lines else "", answer).ratio(), 2)
 
