@@ -101,6 +101,7 @@ def _require_room_and_packages(path: Path) -> None:
 
 def _in_parallel(jobs: Sequence[tuple[Any, ...]]) -> None:
     """Run jobs in parallel, one core each; the first error is raised."""
+    # forked processes would inherit torch's threads
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
@@ -113,6 +114,7 @@ def _one_thread() -> None:
 
 
 def _train_model(path: Path, role: str) -> None:
+    # two different seeds, so that the lessons are drawn independently
     teacher = Teacher(load_places(path / "facts.json"), seed=len(role))
     lessons, recipe = (teacher.sharer(), SHARER) if role == "sharer" else (teacher.receiver(), RECEIVER)
     train_model(lessons, recipe, path / role)

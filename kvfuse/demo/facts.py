@@ -94,6 +94,7 @@ def _country_facts(code: str, record: dict[str, Any], english: Any) -> dict[str,
 
 def _largest_of_each_name(cities: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the most populous city of each name of 4 to 13 plain letters, largest first."""
+    # plain names are easy to tokenize and to phrase questions with
     plain = (city for city in cities if re.fullmatch(r"[A-Z][a-z]{3,12}", city["name"]))
     by_size = sorted(plain, key=lambda city: (-city["population"], city["geonameid"]))
     return list({city["name"]: city for city in reversed(by_size)}.values())[::-1]
@@ -101,6 +102,7 @@ def _largest_of_each_name(cities: Iterable[dict[str, Any]]) -> list[dict[str, An
 
 def _draw_splits(names: list[str], held_out: dict[str, int], rng: random.Random) -> list[tuple[str, str]]:
     """Draw a split for each name; :data:`ALWAYS_TEST` are in the test split."""
+    # a stable sort: shuffled, but for the names that come first
     shuffled = sorted(rng.sample(names, len(names)), key=lambda name: name not in ALWAYS_TEST)
     splits = [split for split, count in held_out.items() for _ in range(count)]
     splits += ["train"] * (len(names) - len(splits))

@@ -90,6 +90,7 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
 def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """Returns a training example; only the reply and its end-of-turn token are labelled."""
     question, reply = lesson
+    # prompt and reply are tokenized apart, as at inference
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids

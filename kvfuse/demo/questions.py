@@ -73,6 +73,7 @@ def phrase(place: Place, relation: str, phrasing: int) -> str:
 
 def ask(place: Place, relations: Iterable[str], rng: random.Random) -> tuple[str, str]:
     """Returns the text and the answer of a question about relations of a place, phrased at random."""
+    # each part of a question gets its own phrasing
     relations = list(relations)
     text = " ".join(phrase(place, relation, rng.randrange(5)) for relation in relations)
     return text, ", ".join(place.facts[relation] for relation in relations)

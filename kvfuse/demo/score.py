@@ -31,6 +31,7 @@ Progress = Callable[[str, int], None]
 
 def make_methods(folder: PairFolder, seed: int, questions: Sequence[Question]) -> dict[str, Method]:
     """Returns all methods by name, with the fuser of a training seed."""
+    # hints and the cascade's threshold are those that the pair was built with
     settings = {
         "hint_request": HINT_REQUEST,
         "hint_reading": HINT_READING,
@@ -140,6 +141,7 @@ def _means(rates: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, float]
 def _method(task: TaskScores, name: str, median_seconds: float) -> dict[str, Any]:
     # the bootstrap also where each question is about another place, which reports give Wilson's interval
     accuracy, interval = bootstrap_mean(task.mean(name), task.groups)
+    # as all columns but the accuracies, tokens are of the first seed
     of_first_seed = [row for row in task.rows if row.method == name and row.seed == task.seeds[name][0]]
     return {
         "accuracy": accuracy,

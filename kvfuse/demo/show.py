@@ -79,6 +79,7 @@ def answer_one(question: str, path: Path | None = None) -> None:
 
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """Returns the table as text: a header, then the methods with accuracies in % (all and by kind), time and tokens."""
+    # a small sample may lack a kind
     kinds = [kind for kind in KINDS if kind in record["kinds"]]
     out = [["method", "all [95%]", *kinds, "median ms", "tokens"]]
     for name, method in record["methods"].items():
@@ -110,6 +111,7 @@ def markdown(record: dict[str, Any]) -> str:
 def reading(record: dict[str, Any]) -> list[str]:
     """Returns the table in words."""
     seconds = {name: method["median_seconds"] for name, method in record["methods"].items()}
+    # nothing is kept where the receiver knows nothing, as in a small sample
     share = "" if record["kept"] is None else f"{100 * record['kept']:.1f}%"
     kept = f"Of what the receiver alone answers right, cache-to-cache keeps {share}."
     gains = ", ".join(f"{_points(record['gains'][name])} over {name}" for name in RIVALS)
@@ -127,6 +129,7 @@ def side_by_side(predictions: Sequence[Prediction]) -> Table:
     answers: dict[str, dict[str, Prediction]] = {}  # by method and question, of the first seed
     for row in predictions:
         answers.setdefault(row.method, {}).setdefault(row.item, row)
+    # the first of each kind, so that the same questions are shown every time
     fused = answers[FUSED].values()
     chosen = [next((row for row in fused if row.category == kind and row.score), None) for kind in KINDS]
     chosen.append(next((row for row in fused if not row.score), None))

@@ -21,6 +21,7 @@ def load(only: str | Sequence[str] | None = None, limit: int | None = None, **_:
     Raises:
         EvaluationError: There are no questions of these kinds.
     """
+    # the limit counts questions of all kinds, as in the demo
     kinds = {only} if isinstance(only, str) else set(only or ())
     items = (
         {"question": question.text, "answer": question.answer, "kind": question.kind, "group": question.place}

@@ -206,6 +206,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 def _cut_half_line(file: BinaryIO) -> None:
     """Truncate to the end of the last whole line."""
+    # usually the last byte ends a line, and nothing has to be read
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - 1, 0))
     if end and file.read(1) != b"\n":

@@ -56,6 +56,7 @@ def tiny(recipe: EvaluationRecipe, out: Path) -> EvaluationRecipe:
 
 def _section(section: EvaluationSection, folder: Path) -> dict[str, Any]:
     """Returns the keys that make an evaluation small."""
+    # a router belongs to the receiver's tokens, so the recipe's cannot be used
     router = {"router": str(folder / "router.safetensors")} if "router" in section.settings else {}
     return {
         "data": folder,
@@ -92,6 +93,7 @@ def _fuser(folder: Path, sharer: int, seed: int) -> Path:
 
 def _write(folder: Path, num_sharers: int, num_seeds: int) -> None:
     """Write models, fusers, a router, examples and questions, which are the same every time."""
+    # each sharer has its own vocabulary, so that alignment is not the identity
     receiver = _model(folder / "receiver", "qwen3")
     for index in range(num_sharers):
         sharer = _model(folder / f"sharer-{index}", "llama", 300 + index)

@@ -56,6 +56,7 @@ class Mismatched(Fused):
         Donors of similar length are mostly questions of the same kind, so that the damage done by a sharer that read
         another kind of question does not count as content. Neighbours in the run would often share their topic.
         """
+        # a question that occurs twice must not be its own donor
         unique = {_key(prompt): prompt for prompt in prompts}
         keys = sorted(unique)
         donors = zip(keys, choose_donors(keys, key=len), strict=True)

@@ -55,6 +55,7 @@ def options_key(request: "Instance") -> str:
 
 def group_by(requests: Sequence["Instance"], key: Callable[["Instance"], str]) -> dict[str, list[int]]:
     """Returns the indices of requests by their key."""
+    # groups and their members stay in the order of the requests
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[key(request)].append(index)

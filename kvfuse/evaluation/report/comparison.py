@@ -40,6 +40,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
         runs: Two or more.
         names: Of the runs.
     """
+    # 1) figures of every run, then task by task
     records, scores = [metrics(run) for run in runs], [by_task(run.predictions) for run in runs]
     yield Heading(f"Evaluation: {', '.join(names)}", level=1)
     yield from notes(runs)
@@ -50,6 +51,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
         yield Heading(task)
         yield from _accuracies(figures, names, published)
         yield from _differences([run_scores.get(task) for run_scores in scores], names)
+    # 2) time, and the reasons why figures may differ
     if any(record["latency"] for record in records):
         yield from _latency([record["latency"] for record in records], names)
     yield from _configurations([run.config for run in runs], names)
@@ -90,6 +92,7 @@ def _differences(scores: Sequence[TaskScores | None], names: Sequence[str]) -> I
             )
             yield Text(f"{counts}: no paired differences, the accuracies are of different items.")
             continue
+        # methods that only one of the runs has are left out
         gains = {method: _gain(before, after, method) for method in before.scores}
         rows = [[method, points(*gain, signed=True)] for method, gain in gains.items() if gain]
         if rows:
@@ -124,6 +127,7 @@ def _latency(latencies: Sequence[Figures], names: Sequence[str]) -> Iterator[Blo
 
 def _configurations(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Block]:
     """Yields the keys in which the runs differ."""
+    # nested keys -> dotted ones, e.g. evaluation.limit
     flat = [dict(_leaves(config)) for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = [[key, *(config.get(key, "-") for config in flat)] for key in keys]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,6 @@ class Picture:
 
     svg: str
     caption: str
-
-    @property
-    def markup(self) -> Markup:
-        """The SVG for the template, which escapes everything else."""
-        return Markup(self.svg)
 
 
 @dataclass(frozen=True)

@@ -57,5 +57,6 @@ def sources(published: Sequence[Published]) -> Iterator[Block]:
     for source, rows in groupby(published, key=lambda row: row.source):
         figures = (f"{row.method} {row.value:g}{f' ({row.part})' if row.part else ''}" for row in rows)
         yield Text(", ".join(figures) + ".", lead=f"Published, {source}:")
+    # a reason holds for all figures of a method, and is given once
     for method, why_not in dict.fromkeys((row.method, row.why_not) for row in published if row.why_not):
         yield Text(why_not, lead=f"{method}, not run as published:")

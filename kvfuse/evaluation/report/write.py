@@ -86,6 +86,7 @@ def accuracy_cell(method: Mapping[str, Any] | None) -> str:
 
 
 def _facts(run: Run, record: Figures) -> dict[str, str]:
+    # a configuration names one or several of each
     facts = {key: _name(run.config[key]) for key in ("receiver", "sharer", "sharers", "fuser") if run.config.get(key)}
     facts["tasks"] = "; ".join(_title(name, task) for name, task in record["tasks"].items())
     facts["methods"] = ", ".join(dict.fromkeys(row.method for row in run.predictions))
@@ -111,7 +112,7 @@ def _verdicts(record: Figures) -> Iterator[Block]:
     tasks = record["tasks"]
     for name, task in tasks.items():
         yield Text(task["verdict"], lead=f"{name}.")
-    # what speaks against them, in general
+    # reasons to distrust all of them
     methods = [(task, method) for task in tasks.values() for method in task["methods"].values()]
     if failed := sum(method["failed"] for _, method in methods):
         yield Text(f"{failed:,} failed. They count as wrong and are listed below.", lead="Failures.")
@@ -127,7 +128,7 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
     yield Heading(_title(name, task))
     yield _methods_table(task, measure, {row.method: row for row in select(published)})
     yield from sources(published)
-    estimates = [(name, method["accuracy"], method["interval"]) for name, method in task["methods"].items()]
+    estimates = [(label, method["accuracy"], method["interval"]) for label, method in task["methods"].items()]
     yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
     # 2) pairs of methods, their overlap, and categories, where there are several
     if task["pairs"]:
@@ -236,7 +237,7 @@ def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block
     columns = [*(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
     rows = [[name, *_latency_cells(name, method, [*phases, "other"], published)] for name, method in latency.items()]
     yield Table(["method", "median ms", "p95 ms", *columns], rows)
-    if published:
+    if published:  # with a caveat, as published times are of other machines
         origins = "; ".join(dict.fromkeys(row.source for row in published))
         caveat = "These times are of another machine: compare them with each other, not with those measured here."
         yield Text(f"{origins}. {caveat}", lead="Published:")

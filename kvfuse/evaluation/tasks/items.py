@@ -63,6 +63,7 @@ def ceval(row: Row, subject: str) -> Item:
 
 def mmmlu(row: Row, subject: str) -> Item:
     """MMMLU; its kind is the language."""
+    # mmlu_DE-DE -> DE_DE
     language = subject.removeprefix("mmlu_").replace("-", "_")
     return choice(row["Question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["Answer"]), language)
 
@@ -74,6 +75,7 @@ def mmlu_pro(row: Row, subject: str) -> Item:
 
 def gpqa(row: Row, subject: str) -> Item:
     """GPQA, which lists the right answer first: its options are shuffled, seeded by the question."""
+    # the order must not depend on the position in the file
     order = random.Random(row["Question"]).sample(range(4), 4)
     options = [row[GPQA_OPTIONS[index]].strip() for index in order]
     return choice(row["Question"], options, order.index(0), row.get("High-level domain") or "")

@@ -45,6 +45,7 @@ def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 def word_f1(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the harmonic mean of the shares of common words; in Chinese, each character is a word."""
+    # as in SQuAD: common words counted with their multiplicity
     said, wanted = _words(reply), _words(answer)
     common = sum((Counter(said) & Counter(wanted)).values())
     return 2 * common / (len(said) + len(wanted)) if common else 0.0
@@ -68,6 +69,7 @@ def class_share(reply: str, answer: str, classes: Sequence[str]) -> float:
 
 def number_share(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the share of the reply's numbers (of a paragraph, or of paragraphs) that are the answer's."""
+    # a reply that lists all paragraphs gets a fraction
     wanted, named = re.findall(r"\d+", answer), re.findall(r"\d+", reply)
     return named.count(wanted[0]) / len(named) if named and wanted else 0.0
 
