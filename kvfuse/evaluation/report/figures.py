@@ -89,14 +89,11 @@ def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) 
         categories: From :func:`kvfuse.evaluation.scoring.metrics.task_figures`.
         methods: To draw.
     """
-    return {
-        category: {
-            name: (figure["accuracy"], figure["interval"])
-            for name in methods
-            if (figure := figures["methods"].get(name))
-        }
-        for category, figures in categories.items()
-    }
+    shares = {}
+    for category, figures in categories.items():
+        found = {name: figures["methods"][name] for name in methods if name in figures["methods"]}
+        shares[category] = {name: (figure["accuracy"], figure["interval"]) for name, figure in found.items()}
+    return shares
 
 
 @styled
