@@ -65,7 +65,7 @@ def mixed_text(size: int, seed: int = 0) -> str:
     return "".join(parts)[:size]
 
 
-def alignment_rows(text: str, receiver: Any, sharer: Any, strategy: str, repeats: int) -> Iterator[Row]:
+def alignment_rows(text: str, strategy: str, repeats: int, *, receiver: Any, sharer: Any) -> Iterator[Row]:
     """The quickest of ``repeats`` runs: seconds within the tokenizers, and in alignment besides."""
     align(text[:100], receiver, [(sharer, strategy)])  # builds the table of re-encoding
     # alignment tokenizes too: its own time is the rest
@@ -91,11 +91,10 @@ def main(
 ) -> None:
     """Measure each alignment strategy at each size and print."""
     logging.set_verbosity_error()  # texts longer than a model's context are intended
-    timed_receiver, timed_sharer = (TimedTokenizer(load_tokenizer(name)) for name in (receiver, sharer))
+    names = {"receiver": receiver, "sharer": sharer}
+    tokenizers = {role: TimedTokenizer(load_tokenizer(name)) for role, name in names.items()}
     cases = (
-        alignment_rows(mixed_text(size), timed_receiver, timed_sharer, strategy, repeats)
-        for strategy in STRATEGIES
-        for size in SIZES
+        alignment_rows(mixed_text(size), strategy, repeats, **tokenizers) for strategy in STRATEGIES for size in SIZES
     )
     report(chain.from_iterable(cases), json_file)
 
