@@ -62,7 +62,7 @@ def mixed_text(size: int, seed: int = 0) -> str:
     return "".join(parts)[:size]
 
 
-def alignment_rows(text: str, receiver: Any, sharer: Any, strategy: str, repeats: int) -> Iterator[Row]:
+def alignment_rows(text: str, strategy: str, repeats: int, *, receiver: Any, sharer: Any) -> Iterator[Row]:
     """The quickest of ``repeats`` runs: seconds within the tokenizers, and in alignment besides."""
     align(text[:100], receiver, [(sharer, strategy)])  # builds the table of re-encoding
     # alignment tokenizes too: its own time is the rest
@@ -87,11 +87,10 @@ def main(
     repeats: Annotated[int, typer.Option(help="Number of runs, of which the quickest counts.")] = 5,
 ) -> None:
     """Measure each alignment strategy at each size and print."""
-    receiver_tokenizer, sharer_tokenizer = load_tokenizer(receiver), load_tokenizer(sharer)
+    names = {"receiver": receiver, "sharer": sharer}
+    tokenizers = {role: load_tokenizer(name) for role, name in names.items()}
     cases = (
-        alignment_rows(mixed_text(size), receiver_tokenizer, sharer_tokenizer, strategy, repeats)
-        for strategy in STRATEGIES
-        for size in SIZES
+        alignment_rows(mixed_text(size), strategy, repeats, **tokenizers) for strategy in STRATEGIES for size in SIZES
     )
     report(chain.from_iterable(cases), json_file)
 

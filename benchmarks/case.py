@@ -77,7 +77,9 @@ class Case:
     def low_rank(self) -> Fuser:
         """A small fuser for the same models."""
         alignment = self.pair.fusers[0].config.token_alignment
-        return random_fuser(self.pair.receiver, self.pair.sharers[0], "low-rank", token_alignment=alignment)
+        return random_fuser(
+            "low-rank", receiver=self.pair.receiver, sharer=self.pair.sharers[0], token_alignment=alignment
+        )
 
     def row(self, figure: str, value: float, unit: str) -> Row:
         """A row about this case, with its bar if it has one."""

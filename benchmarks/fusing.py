@@ -76,7 +76,9 @@ def growth_rows(case: Case) -> Iterator[Row]:
     """Time to fuse a token of a long prompt against a token of a short one."""
     # both lengths take turns, so that they meet the same machine
     cases = {str(tokens): replace(case, tokens=tokens) for tokens in (SHORT_TOKENS, case.tokens)}
-    taken = in_turns({tokens: partial(_seconds_per_token, one) for tokens, one in cases.items()}, case.repeats)
+    taken = in_turns(
+        {tokens: partial(_seconds_per_token, of_length) for tokens, of_length in cases.items()}, case.repeats
+    )
     for tokens, seconds in taken.items():
         yield case.timed_row(f"fuse per token, {tokens}", milliseconds(seconds), "ms")
     short, long = taken.values()

@@ -110,9 +110,9 @@ def summary(name: str, runs: list[dict[str, Any]]) -> str:
     # losses at three of the measured steps, then accuracies, then open gates
     points = list(runs[0]["bits"])
     half, end = points[len(points) // 2 - 1], points[-1]
-    gates = [sum(map(sum, one["open"].values())) for one in runs]
-    columns = [_spread([one["bits"][point] for one in runs], "{:.3f}") for point in (points[0], half, end)]
-    columns += [_spread([100 * one[figure] for one in runs], "{:.1f}") for figure in ("accuracy", "kept")]
+    gates = [sum(map(sum, of_seed["open"].values())) for of_seed in runs]
+    columns = [_spread([of_seed["bits"][point] for of_seed in runs], "{:.3f}") for point in (points[0], half, end)]
+    columns += [_spread([100 * of_seed[figure] for of_seed in runs], "{:.1f}") for figure in ("accuracy", "kept")]
     columns.append(", ".join(map(str, gates)) if runs[0]["open"] else "")
     return f"| {name} | {' | '.join(columns)} |"
 

@@ -59,10 +59,10 @@ def random_pair(
     receiver = _model("qwen3", receiver_sizes, dtype, device)
     sharer = _model("qwen2", sharer_sizes, dtype, device)
     options = {**(fuser_sizes if kind == "c2c" else {}), **options}
-    return CacheToCache(receiver, [sharer], [random_fuser(receiver, sharer, kind, **options)])
+    return CacheToCache(receiver, [sharer], [random_fuser(kind, receiver=receiver, sharer=sharer, **options)])
 
 
-def random_fuser(receiver: LanguageModel, sharer: LanguageModel, kind: str, **options: Any) -> Fuser:
+def random_fuser(kind: str, *, receiver: LanguageModel, sharer: LanguageModel, **options: Any) -> Fuser:
     """Returns a fuser with open gates, in the receiver's dtype and on its device; by default models read equal ids."""
     options = {"gate_init": 1.0, "token_alignment": "identity", **options}
     with receiver.model.device:

@@ -35,7 +35,8 @@ def test_weights_are_those_of_all_fused_tokens(tiny):
             rows, tokens = batch.fused_positions.nonzero(as_tuple=True)
             sources = batch.prompt.sharers[0].index[rows, tokens]
             picked = batch.clean.tokens(rows, tokens), batch.sharers[0].tokens(rows, sources)
-            hidden = fuser._fuse_features(to_groups(picked[1], fuser.sharer_layers), to_groups(picked[0]))
+            both = torch.cat([to_groups(picked[1], layers=fuser.sharer_layers), to_groups(picked[0])], -1)
+            hidden = fuser.fusion(fuser.fusion_in(both))
             weights.append(torch.sigmoid(fuser.weighting_out(fuser.weighting(hidden))))
             assert to_groups(picked[0]).shape[1] == weights[-1].shape[1]
     weights = torch.cat(weights, 1)

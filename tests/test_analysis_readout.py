@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfuse.analysis.answering import ask
-from kvfuse.analysis.readout import ROLES, eager_attention, mix, read, read_alone, read_batches, roles
+from kvfuse.analysis.readout import ROLES, eager_attention, read, read_alone, read_batches, roles
 from kvfuse.analysis.study import Study
 from kvfuse.cache.kv import KV
 from kvfuse.methods import make_method
@@ -42,8 +42,8 @@ def test_variants_of_one_prompt_are_rows(study):
 
 
 def test_mixing_all_or_nothing_is_one_of_the_two(batch):
-    assert torch.equal(mix(batch.clean, batch.fused, torch.tensor(True)).key, batch.fused.key)
-    assert torch.equal(mix(batch.clean, batch.fused, torch.tensor(False)).value, batch.clean.value)
+    assert torch.equal(batch.mix(batch.fused, torch.tensor(True)).key, batch.fused.key)
+    assert torch.equal(batch.mix(batch.fused, torch.tensor(False)).value, batch.clean.value)
 
 
 def test_the_receiver_alone_reads_its_clean_cache(study, batch):

@@ -21,20 +21,22 @@ def linear(tokens=400):
 
 def test_ridge_finds_a_linear_map():
     x, y = linear()
-    assert (ridge(x, y)(x) - y).abs().max() < 0.2
+    assert (ridge(source=x, target=y)(x) - y).abs().max() < 0.2
     assert torch.equal(mean(y)(x)[0], y.mean(0))
 
 
 def test_the_perceptron_learns_by_stages():
     x, y = linear()
-    errors = [float((one(x) - y).square().mean()) for one in perceptrons(x, y, 32, (0, 50, 400), seed=0)]
+    maps = perceptrons(source=x, target=y, hidden=32, stages=(0, 50, 400), seed=0)
+    errors = [float((one(x) - y).square().mean()) for one in maps]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.05 * errors[0]
 
 
 def test_the_perceptron_is_the_same_for_the_same_seed():
     x, y = linear(50)
-    first, again = (perceptrons(x, y, 8, (0, 5), seed=3)[-1](x) for _ in range(2))
+    options = {"source": x, "target": y, "hidden": 8, "stages": (0, 5), "seed": 3}
+    first, again = (perceptrons(**options)[-1](x) for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -46,9 +48,9 @@ def test_standardizing_is_undone():
 
 def test_coverage_of_known_clouds():
     cloud = np.random.default_rng(0).normal(size=(200, 3))
-    assert coverage(cloud, cloud) == {"inside": 1.0, "reached": 1.0}
-    assert coverage(cloud, cloud + 100) == {"inside": 0.0, "reached": 0.0}
-    few = coverage(cloud, cloud[:1].repeat(200, 0))
+    assert coverage(target=cloud, points=cloud) == {"inside": 1.0, "reached": 1.0}
+    assert coverage(target=cloud, points=cloud + 100) == {"inside": 0.0, "reached": 0.0}
+    few = coverage(target=cloud, points=cloud[:1].repeat(200, 0))
     assert few["inside"] == 1.0
     assert few["reached"] < 0.2
 

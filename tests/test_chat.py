@@ -72,7 +72,7 @@ def check_spans(rendered, repeated=False):
         end = span.end
 
 
-def said(rendered, number):
+def text_of(rendered, number):
     return "".join(rendered.text[span.start : span.end] for span in rendered.spans if span.message == number)
 
 
@@ -102,7 +102,7 @@ def check_messages(messages, tokenizer, keep):
     check_spans(rendered)
     assert rendered.text == read_by_model(messages, tokenizer)
     for number, message in enumerate(messages):
-        assert visible(said(rendered, number)) == visible(keep(message["role"], message["content"]))
+        assert visible(text_of(rendered, number)) == visible(keep(message["role"], message["content"]))
     if keep is not without_flags:  # a flag changes what the template writes
         assert outside(rendered) == frame(messages, tokenizer)
 
@@ -171,14 +171,17 @@ def test_tools_are_called(content, model, shared):
     tokenizer = real_tokenizer(shared, model)
     rendered = render(result(content), tokenizer, tools=[TOOL])
     check_spans(rendered)
-    assert [said(rendered, number) for number in (0, 1, 3)] == ["Weather?", "", "Weather?"]
-    written = visible(said(rendered, 2))
+    assert [text_of(rendered, number) for number in (0, 1, 3)] == ["Weather?", "", "Weather?"]
+    written = visible(text_of(rendered, 2))
     unescaped = [character for character in visible(content) if character not in '"\\']
     assert [character for character in written if character not in '"\\'] == unescaped, "as JSON, if need be"
     if tokenizer.chat_template:
         assert rendered.text == read_by_model(result(content), tokenizer, tools=[TOOL])
         empty = [{**message, "content": message["content"] or ""} for message in result(content)]
-        assert [said(render(empty, tokenizer, tools=[TOOL]), number) for number in (0, 3)] == ["Weather?", "Weather?"]
+        assert [text_of(render(empty, tokenizer, tools=[TOOL]), number) for number in (0, 3)] == [
+            "Weather?",
+            "Weather?",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,7 @@ def test_word_that_the_template_looks_for_is_message(system):
         "{% if '/no_think' in messages[0].content %}!{% endif %}"
     )
     rendered = render(chat("/no_think", system=system), tokenizer)
-    assert [said(rendered, number) for number in (0, 1)] == [system, "/no_think"]
+    assert [text_of(rendered, number) for number in (0, 1)] == [system, "/no_think"]
     assert len(rendered.spans) == 2
 
 
@@ -263,7 +266,9 @@ def test_plain_text_is_one_message():
 
 def test_outer_space_is_message_where_the_template_keeps_it():
     rendered = render(CHATS["outer space"], tiny_tokenizer(template="tagged"))
-    assert [said(rendered, number) for number in range(4)] == [message["content"] for message in CHATS["outer space"]]
+    assert [text_of(rendered, number) for number in range(4)] == [
+        message["content"] for message in CHATS["outer space"]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,10 @@ def test_without_the_receiver_several_residuals_add_up(pair):
 def test_a_shuffled_sharer_is_read_everywhere_but_in_place(pair):
     method = Shuffled(pair)
     for prompt in PROMPTS:
-        mine, shuffled = (aligned.sharers[0][1] for aligned in (pair.align(prompt), method.align(prompt)))
-        assert np.array_equal(mine < 0, shuffled < 0)
-        assert not (mine == shuffled)[mine >= 0].any()
-        assert len(set(mine[mine >= 0])) == len(set(shuffled[shuffled >= 0]))
+        plain, shuffled = (aligned.sharers[0][1] for aligned in (pair.align(prompt), method.align(prompt)))
+        assert np.array_equal(plain < 0, shuffled < 0)
+        assert not (plain == shuffled)[plain >= 0].any()
+        assert len(set(plain[plain >= 0])) == len(set(shuffled[shuffled >= 0]))
         assert np.array_equal(shuffled, method.align(prompt).sharers[0][1])
         assert not np.array_equal(shuffled, Shuffled(pair, seed=1).align(prompt).sharers[0][1])
 

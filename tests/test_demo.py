@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+from answers import answers, run_of, timings
 from typer.testing import CliRunner
 
 from kvfuse.cli import app
@@ -11,8 +12,10 @@ from kvfuse.demo.facts import collect_places
 from kvfuse.demo.lessons import SHARERS_LANGUAGE, Teacher, state_hint
 from kvfuse.demo.pair_folder import SHIPPED, PairFolder
 from kvfuse.demo.questions import KINDS, all_questions
-from kvfuse.demo.score import donors, held_out, sample
+from kvfuse.demo.score import donors, figures, held_out, sample
 from kvfuse.errors import CheckpointError, RecipeError
+from kvfuse.evaluation.report.verdict import difference
+from kvfuse.evaluation.scoring.metrics import metrics
 from kvfuse.training.recipe import load_recipe
 
 METHODS = {"receiver", "sharer", "text-to-text", "routing", "cascade", "cache-to-cache", "zeroed", "mismatched"}
@@ -52,7 +55,7 @@ def test_fusers_are_trained_on_no_held_out_fact(folder):
 
 
 def test_lessons_keep_the_two_models_apart(folder):
-    """The sharer is taught one language for all; what the receiver is told in hints is true no more often than chance."""
+    """The sharer is taught a single language; hints in the receiver's lessons are true no more often than chance."""
     teacher, facts = Teacher(folder.places, 0), {place.name: place.facts for place in folder.places}
     languages = {place.facts["language"] for place in folder.places}
     lessons = [next(stream) for stream in [teacher.sharer()] for _ in range(3000)]
@@ -164,6 +167,36 @@ def test_a_build_into_a_used_folder_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="new folder"):
         build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_demo_and_the_report_give_the_same_figures():
+    """One set of answers, two summaries: accuracies, kinds, gains and times agree."""
+    kinds, places = ["compound", "both-know"] * 6, [f"place {i // 3}" for i in range(12)]
+    rows = [
+        answers(name, [float((i + 2 * index) % 4 < 2) for i in range(12)], groups=places, category=kinds, seed=seed)
+        for index, name in enumerate(sorted(METHODS))
+        for seed in ((0, 1) if name in ("cache-to-cache", "zeroed", "mismatched") else (None,))
+    ]
+    rows = [[row.model_copy(update={"tokens": 4}) for row in of_method] for of_method in rows]
+    run = run_of(*rows, timings=[row for name in METHODS for row in timings(name, [0.1, 0.3, 0.2])])
+    demo, report = figures(run), metrics(run)
+    task = report["tasks"]["t"]
+    for name in METHODS:
+        method = demo["methods"][name]
+        assert (method["accuracy"], method["interval"]) == (
+            task["methods"][name]["accuracy"],
+            task["methods"][name]["interval"],
+        )
+        assert method["median_seconds"] == report["latency"][name]["median"] == 0.2
+        assert method["generated_tokens"] == 4
+        for kind in ("compound", "both-know"):
+            assert demo["kinds"][kind][name] == task["categories"][kind]["methods"][name]["accuracy"]
+        if name != "cache-to-cache":
+            pair = difference(task, "cache-to-cache", name)
+            assert demo["gains"][name]["difference"] == pytest.approx(pair["difference"])
+            assert demo["gains"][name]["interval"] == pytest.approx(pair["interval"])
+    assert demo["kept"] == task["methods"]["cache-to-cache"]["kept"]["receiver"]["share"]
+    assert demo["seeds"] == [0, 1]
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ REGIONS = {
     "receiver+sharer+cache-to-cache": 1234,
 }
 KNOWN = {
-    "receiver+sharer": {"right": 1234, "wrong": 3},
     "receiver": {"right": 4, "wrong": 10},
     "sharer": {"right": 1, "wrong": 0},
+    "receiver+sharer": {"right": 1234, "wrong": 3},
     "": {"right": 2.5, "wrong": 5},
 }
 
@@ -112,12 +112,12 @@ def test_items_are_counted_by_who_knew_them():
 
 def test_every_count_has_its_bar():
     axes = figures.overlap(KNOWN).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [1234, 4, 1, 2.5, 3, 10, 0, 5]
-    assert [text.get_text() for text in axes.texts] == ["1,234", "4", "1", "2.5", "3", "10", "0", "5"]
+    assert [bar.get_width() for bar in axes.patches] == [4, 1, 1234, 2.5, 10, 0, 3, 5]
+    assert [text.get_text() for text in axes.texts] == ["4", "1", "1,234", "2.5", "10", "0", "3", "5"]
     assert [text.get_text() for text in axes.get_yticklabels()] == [
-        "both",
         "only the receiver",
         "only the sharer",
+        "both",
         "neither",
     ]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["right when fused", "wrong when fused"]

@@ -118,16 +118,16 @@ def stock(receiver):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_one_model_answers_and_scores_as_in_the_harness(stock, receiver, batch_size):
     model = HarnessModel(Single("receiver", receiver), batch_size, progress=False)
-    mine, theirs = evaluate(model, GENERATION, CHOICE), evaluate(stock, GENERATION, CHOICE)
-    for one, other in zip(mine[GENERATION["task"]], theirs[GENERATION["task"]], strict=True):
+    found, expected = evaluate(model, GENERATION, CHOICE), evaluate(stock, GENERATION, CHOICE)
+    for one, other in zip(found[GENERATION["task"]], expected[GENERATION["task"]], strict=True):
         assert one["resps"][0][0] == other["resps"][0][0].strip()
         assert one["prompt_hash"] == other["prompt_hash"]
-    for one, other in zip(mine[CHOICE["task"]], theirs[CHOICE["task"]], strict=True):
-        for (likelihood, greedy), (expected, expected_greedy) in zip(
+    for one, other in zip(found[CHOICE["task"]], expected[CHOICE["task"]], strict=True):
+        for (likelihood, greedy), (stock_likelihood, stock_greedy) in zip(
             one["filtered_resps"], other["filtered_resps"], strict=True
         ):
-            assert float(likelihood) == pytest.approx(float(expected), abs=1e-4)
-            assert greedy == expected_greedy
+            assert float(likelihood) == pytest.approx(float(stock_likelihood), abs=1e-4)
+            assert greedy == stock_greedy
 
 
 def test_chats_reach_each_model_through_its_own_template(pair):

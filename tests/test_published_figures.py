@@ -1,11 +1,11 @@
-"""Published figures: a paper's table becomes a row each, and stands beside what was measured."""
+"""Published figures: a paper's table becomes a row each, and stands with_published what was measured."""
 
 import pytest
 
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
 from kvfuse.evaluation.recipe import EvaluationRecipe
-from kvfuse.evaluation.report.published_figures import as_rows, beside, select, sources
+from kvfuse.evaluation.report.published_figures import as_rows, select, sources, with_published
 from kvfuse.support.config import check
 
 TABLE = {
@@ -33,10 +33,10 @@ def test_cells_have_the_published_figure_after_a_slash():
         figure("receiver", 250, unit="ms"),
         figure("receiver", 350, unit="ms"),
     ]
-    assert beside("1.0", select(rows, "receiver")) == "1.0 / 3"
-    assert beside("1.0", select(rows, "receiver", part="easy")) == "1.0 / 4"
-    assert beside("1.0", select(rows, "receiver", "ms")) == "1.0 / 300"
-    assert beside("1.0", select(rows, "sharer")) == "1.0"
+    assert with_published("1.0", select(rows, "receiver")) == "1.0 / 3"
+    assert with_published("1.0", select(rows, "receiver", part="easy")) == "1.0 / 4"
+    assert with_published("1.0", select(rows, "receiver", "ms")) == "1.0 / 300"
+    assert with_published("1.0", select(rows, "sharer")) == "1.0"
 
 
 def test_sources_and_reasons_are_told_once():

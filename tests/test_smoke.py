@@ -1,4 +1,4 @@
-"""``kvfuse eval --smoke`` runs every shipped recipe to its last line, fetches nothing, and cannot be taken for a result."""
+"""``kvfuse eval --smoke`` runs every shipped recipe, downloads nothing, and cannot be taken for a result."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every task asks what it should: the published counts on the real files, all options in the prompt, right answers told from wrong."""
+"""Tasks: the published counts on the real files, all options in the prompt, right answers distinguished from wrong."""
 
 import csv
 import json

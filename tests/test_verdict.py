@@ -8,7 +8,7 @@ from kvfuse.evaluation.scoring.metrics import metrics
 
 
 def verdict_of(**scores):
-    """Of methods that are right on so many of a hundred items, the first ones unless said otherwise; intervals left empty."""
+    """The verdict on methods that have the given number of 100 items right (the first), or the given items; no intervals."""
     rows = []
     for name, score in scores.items():
         right = range(score) if isinstance(score, int) else score
@@ -35,7 +35,7 @@ def verdict_of(**scores):
             "no part of it can be shown to need the sharer to have read this question (+1.0 [] points).",
         ),
         ({"mismatched": 80}, "none of it needs the sharer to have read this question"),
-        ({}, "which part of it is communication is unknown, since the mismatched control was not run."),
+        ({}, "which part of it is communication is unknown, since there is no mismatched control."),
     ],
 )
 def test_a_gain_is_split_by_what_needed_this_question(scores, said):
@@ -48,7 +48,7 @@ def test_a_gain_is_split_by_what_needed_this_question(scores, said):
         ({"mismatched": 5}, "this question's cache is worth +15.0 [] points against another's."),
         ({"mismatched": 20}, "Nor can it be shown that it matters which question the sharer read: +0.0 [] points."),
         ({"mismatched": 40}, "This question's cache does worse than another's: -20.0 [] points."),
-        ({}, "The mismatched control was not run."),
+        ({}, "There is no mismatched control."),
     ],
 )
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kvfuse.analysis.study import Question, Study
-from kvfuse.evaluation.asking import answer_all
+from kvfuse.analysis.study import Study
+from kvfuse.evaluation.asking import answer_all, prompt_lengths
 from kvfuse.evaluation.scoring.results import same_answer
 from kvfuse.evaluation.scoring.statistics import Interval, accuracy, bootstrap_mean
 from kvfuse.methods import Method
@@ -48,23 +48,27 @@ def ask(study: Study, method: Method) -> Answered:
     Raises:
         AnalysisError: There are questions without an answer.
     """
-    questions, options = study.with_answers().questions, {"max_new_tokens": longest_answer(study), "do_sample": False}
-    method.prepare([question.prompt for question in questions], **options)
+    questions = study.with_answers().questions
+    prompts, targets = [question.prompt for question in questions], [str(question.answer) for question in questions]
+    options = {"max_new_tokens": longest_answer(study), "do_sample": False}
+    method.prepare(prompts, **options)
 
-    def answer(batch: Sequence[Question]) -> list[tuple[str, float]]:
-        prompts, targets = [question.prompt for question in batch], [str(question.answer) for question in batch]
-        scores = method.score(prompts, [[target] for target in targets])
-        nats = [-score.log_likelihood / len(target) for (score,), target in zip(scores, targets, strict=True)]
-        return [(reply.text, nat) for reply, nat in zip(method.reply(prompts, **options), nats, strict=True)]
+    def answer(indices: list[int]) -> list[tuple[str, float]]:
+        batch = [prompts[index] for index in indices]
+        scores = method.score(batch, [[targets[index]] for index in indices])
+        replies = method.reply(batch, **options)
+        return [(reply.text, -score.log_likelihood) for reply, (score,) in zip(replies, scores, strict=True)]
 
-    answers = answer_all(questions, answer, study.batch_size, length=lambda question: len(str(question.prompt)))
-    replies = [reply for reply, _ in answers]
-    right = [same_answer(reply, str(question.answer)) for reply, question in zip(replies, questions, strict=True)]
-    bits = np.array([nats for _, nats in answers]) / math.log(2)  # (questions,)
-    return Answered(replies, np.array(right), bits, study.groups)
+    # each batch is answered and scored, then everything is put back into the order of the questions
+    answers = answer_all(prompt_lengths(prompts), answer, study.batch_size)
+    replies, nats = [reply for reply, _ in answers], np.array([nats for _, nats in answers])
+    right = np.array([same_answer(reply, target) for reply, target in zip(replies, targets, strict=True)])
+    bits = nats / math.log(2) / np.array(list(map(len, targets)))  # (questions,), per character
+    return Answered(replies, right, bits, study.groups)
 
 
 def longest_answer(study: Study) -> int:
     """Returns the number of tokens of the longest answer, to any of the models, plus one for its end."""
     models = study.pair.receiver, *study.pair.sharers
-    return 1 + max(len(model.tokenizer(str(one.answer))["input_ids"]) for model in models for one in study.questions)
+    answers = [str(question.answer) for question in study.questions]
+    return 1 + max(len(model.tokenizer(answer)["input_ids"]) for model in models for answer in answers)

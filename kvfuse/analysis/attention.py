@@ -57,7 +57,7 @@ def attention_weights(batch: ReadBatch, kv: KV) -> Tensor:
     weights = [layer for layer in weights or () if layer is not None]
     if not weights:
         name = batch.pair.receiver.name
-        raise AnalysisError(f"expected a receiver that tells its attention weights, got {name}; use another")
+        raise AnalysisError(f"expected a receiver that returns its attention weights, got {name}; use another")
     tokens = batch.prompt.ids.shape[1]
     return torch.stack([layer[:, :, -1, -tokens:].float().mean(1).cpu() for layer in weights])
 

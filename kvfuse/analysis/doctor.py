@@ -32,7 +32,7 @@ MIN_COVERAGE = 0.9
 """Share of the messages' characters that both models must read."""
 MIN_FUSED = 0.5
 """Share of the receiver's tokens that must be fused, where all may be."""
-NOT_FINITE = "weights that are no numbers"
+NOT_FINITE = "weights that are not finite"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of logits, relative to the largest: the same sums in another order."""
 
@@ -111,7 +111,7 @@ def _models(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     models = _models_by_name(pair)
     for name, model in models.items():
         size = f"{model.kv_spec}, {model.model.num_parameters():,} parameters, {model.identity.dtype}"
-        seen = f"{model.name}: {size}, context {model.context or 'not told'}"
+        seen = f"{model.name}: {size}, context {model.context or 'unknown'}"
         finite = _is_finite(model.model)
         yield Check(name, seen if finite else f"{seen}; {NOT_FINITE}", finite)
     # different tokenizers are no fault: the alignment is checked below
@@ -144,8 +144,8 @@ def _alignment(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]
         strategy, fuse = fuser.config.token_alignment, fuser.config.fuse
         # shares over all prompts: of tokens, then of characters
         views = [view(prompt, pair.receiver.tokenizer, sharer.tokenizer, strategy, fuse) for prompt in prompts]
-        fused = sum(int((one.reads >= 0).sum()) for one in views) / sum(len(one.reads) for one in views)
-        kept = sum(int(one.kept.sum()) for one in views) / max(1, sum(len(one.kept) for one in views))
+        fused = sum(int((shown.reads >= 0).sum()) for shown in views) / sum(len(shown.reads) for shown in views)
+        kept = sum(int(shown.kept.sum()) for shown in views) / max(1, sum(len(shown.kept) for shown in views))
         tokens = f"{fused:.1%} of the receiver's tokens are fused"
         seen = f"{strategy}: {tokens}, {kept:.1%} of the messages' characters are read by both"
         well = kept >= MIN_COVERAGE and (fused >= MIN_FUSED or fuse == "messages")
@@ -174,7 +174,7 @@ def _fused(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     changed = sum(not same for same, *_ in answers)
     finite = all(bool(part.isfinite().all()) for _, *logits in answers for part in logits)
     seen = f"{changed} of {len(prompts)} answers differ from the receiver's, in the first {NEW_TOKENS} tokens"
-    problem = "logits that are no numbers; load the models in another dtype"
+    problem = "logits that are not finite; load the models in another dtype"
     yield Check("fused answers", seen if finite else problem, finite)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvfuse.analysis.finding import Finding
-from kvfuse.analysis.readout import ReadBatch, mix, read_alone, uses_rope
+from kvfuse.analysis.readout import ReadBatch, read_alone, uses_rope
 from kvfuse.analysis.study import Question, Study
 from kvfuse.cache.kv import KV
 from kvfuse.demo.lessons import HINT_READING, HINT_REQUEST
@@ -52,10 +52,9 @@ class Enriched:
 
     def score(self, layers: Sequence[int]) -> np.ndarray:
         """``(2, B)``: :meth:`ReadBatch.score_answers` with these layers enriched."""
-        own = self.direct.clean
-        chosen = torch.zeros(len(own.key), dtype=torch.bool, device=own.key.device)
+        chosen = torch.zeros(len(self.oracle.key), dtype=torch.bool, device=self.oracle.key.device)  # (L,)
         chosen[list(layers)] = True
-        return self.direct.score_answers(mix(own, self.oracle, chosen[:, None, None, None, None]))
+        return self.direct.score_answers(self.direct.mix(self.oracle, chosen[:, None, None, None, None]))
 
 
 def run(
@@ -97,7 +96,9 @@ def run(
     for indices in asked.batches():
         batch = [asked.questions[index] for index in indices]
         if shots is None:
-            contexts = [as_chat(augmented.prompt) for augmented in hints.augment([one.prompt for one in batch])]
+            contexts = [
+                as_chat(augmented.prompt) for augmented in hints.augment([question.prompt for question in batch])
+            ]
         else:
             contexts = [_few_shot(study, question, shots) for question in batch]
         batches.append(enrich(pair, batch, contexts, positions))
@@ -118,7 +119,7 @@ def run(
         name: [_figures(_score(batches, order[:count])) for count in range(1, len(layers) + 1)]
         for name, order in (("best", ranked), ("worst", ranked[::-1]))
     }
-    categories = np.array([one.category or "all" for batch in batches for one in batch.direct.questions])
+    categories = np.array([question.category or "all" for batch in batches for question in batch.direct.questions])
     figures = {
         "questions": len(asked.questions),
         "context": "a hint" if shots is None else f"{shots} shots",
@@ -150,14 +151,14 @@ def enrich(
     long = [tokenize(chat, pair.receiver.tokenizer) for chat in contexts]
     in_sight = read_alone(pair, questions, long)
     # 1) Find each token of the question in the longer prompt: (B, T) columns of the padded batch.
-    columns = pad_left([kept_tokens(one.ids, other.ids) for one, other in zip(short, long, strict=True)], 0)[0]
+    columns = pad_left([kept_tokens(row.ids, longer.ids) for row, longer in zip(short, long, strict=True)], 0)[0]
     mask = in_sight.prompt.mask
     columns = columns + (mask.shape[1] - mask.sum(1))[:, None]
     # 2) Read the questions alone, at the kept positions if wanted.
     kept = None if positions == "moved" else in_sight.prompt.positions.gather(1, columns)
     direct = read_alone(pair, questions, short, kept)
     # 3) Cut the same tokens out of the longer cache.
-    return Enriched(direct, in_sight, _cut_out(direct, in_sight, columns))
+    return Enriched(direct, in_sight, _cut_out(direct=direct, in_sight=in_sight, columns=columns))
 
 
 def kept_tokens(ids: np.ndarray, longer: np.ndarray) -> np.ndarray:
@@ -235,8 +236,12 @@ def _draw_layers(single: plots.Axes, together: plots.Axes, figures: dict[str, An
 
 def _few_shot(study: Study, question: Question, shots: int) -> Sequence[Message]:
     """Others of the same category about other topics before the question; the draw is the same for equal candidates."""
-    others = [one for one in study.questions if one.category == question.category and one.prompt != question.prompt]
-    others = [one for one in others if one.group is None or one.group != question.group] or list(study.questions)
+    # 1) Candidates: where there are none, any question.
+    similar = [
+        shot for shot in study.questions if shot.category == question.category and shot.prompt != question.prompt
+    ]
+    others = [shot for shot in similar if shot.group is None or shot.group != question.group] or study.questions
+    # 2) Draw them, and write them as turns of a chat.
     turns: list[Message] = []
     for index in np.random.default_rng(study.seed).permutation(len(others))[:shots]:
         answer = {"role": "assistant", "content": str(others[index].answer)}
@@ -244,7 +249,7 @@ def _few_shot(study: Study, question: Question, shots: int) -> Sequence[Message]
     return as_chat(FewShot(Single("receiver", study.pair.receiver), turns).augment([question.prompt])[0].prompt)
 
 
-def _cut_out(direct: ReadBatch, in_sight: ReadBatch, columns: Tensor) -> KV:
+def _cut_out(*, direct: ReadBatch, in_sight: ReadBatch, columns: Tensor) -> KV:
     """Cut the tokens of the question out of the longer cache; keys are rotated to the positions of ``direct``.
 
     Args:

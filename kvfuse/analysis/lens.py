@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfuse.analysis.finding import Finding
-from kvfuse.analysis.readout import ROLES, WAYS, ReadBatch, mix, read, roles, token_texts, visible
+from kvfuse.analysis.readout import ROLES, WAYS, ReadBatch, read, roles, token_texts, visible
 from kvfuse.analysis.study import Question, Study
 from kvfuse.cache.kv import KV
 from kvfuse.errors import AnalysisError
@@ -41,7 +41,9 @@ def run(study: Study, questions: int = 60) -> Finding:
         "questions": len(asked),
         "layers": {way: np.mean([found["layers"][way] for found in looks], axis=0).tolist() for way in WAYS},
         "share_fused": list(SHARES),
-        "probability": {order: np.mean([_at_shares(one[order]) for one in looks], axis=0).tolist() for order in ORDERS},
+        "probability": {
+            order: np.mean([_at_shares(found[order]) for found in looks], axis=0).tolist() for order in ORDERS
+        },
         "most_needed": most_needed(looks),
         "example": looks[int(np.argmax(gains))],
     }
@@ -59,7 +61,7 @@ def look(pair: CacheToCache, question: Question) -> dict[str, Any]:
             "expected prompts with a position that is fused, got one without; use another fuser or other data"
         )
     # 1) All variants of the cache at once, as the rows of one run.
-    variants = mix(batch.clean, batch.fused, _variants(batch, fused)[None, :, None, :, None])
+    variants = batch.mix(batch.fused, _variants(batch, fused)[None, :, None, :, None])
     logits = batch.first_logits(variants)  # (variants, V)
     chances = logits.softmax(-1)[:, wanted].tolist()
     # 2) Split them: the first 0 ... n fused, the last 0 ... n, all but one.

@@ -16,21 +16,21 @@ RIDGE_PENALTY = 0.01
 TOKENS_PER_STEP = 512
 
 
-def mean(y: Tensor) -> Map:
-    """Returns the constant map to the mean of ``y`` ``(N, C)``."""
-    centre = y.mean(0)
+def mean(target: Tensor) -> Map:
+    """Returns the constant map to the mean of ``target`` ``(N, C)``."""
+    centre = target.mean(0)
     return lambda x: centre.expand(len(x), -1)
 
 
-def ridge(x: Tensor, y: Tensor) -> Map:
-    """Returns the ridge regression of ``y`` ``(N, C)`` on ``x`` ``(N, P)``."""
-    equations = NormalEquations(1, x.shape[1], y.shape[1], x.device)
-    equations.add(x[None], y[None])
+def ridge(*, source: Tensor, target: Tensor) -> Map:
+    """Returns the ridge regression of ``target`` ``(N, C)`` on ``source`` ``(N, P)``."""
+    equations = NormalEquations(1, source.shape[1], target.shape[1], source.device)
+    equations.add(source[None], target[None])
     weight, bias = (part[0].float() for part in equations.solve(RIDGE_PENALTY))
     return lambda x: x @ weight + bias
 
 
-def perceptrons(source: Tensor, target: Tensor, hidden: int, stages: Sequence[int], seed: int) -> list[Map]:
+def perceptrons(*, source: Tensor, target: Tensor, hidden: int, stages: Sequence[int], seed: int) -> list[Map]:
     """Train three linear layers with GELU between them by Adam; inputs and outputs are standardized.
 
     Args:
@@ -83,7 +83,7 @@ class Standardizer:
         return x * self.scale + self.mean
 
 
-def coverage(target: np.ndarray, points: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
+def coverage(*, target: np.ndarray, points: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
     """Measure how the points fill the target's space.
 
     Args:

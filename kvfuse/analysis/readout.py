@@ -29,7 +29,7 @@ from kvfuse.stages.decode import score
 from kvfuse.stages.fuse import SelectedTokens
 
 WAYS = ("alone", "fused")
-"""How the receiver answers: from its clean cache, or from the fused one."""
+"""The receiver answers from its clean cache, or from the fused one."""
 ROLES = ("template", "message", "last token")
 
 
@@ -73,6 +73,11 @@ class ReadBatch:
         """``(B, T - 1)`` bool: the positions that a fuser changes."""
         reached = torch.stack([sharer.index >= 0 for sharer in self.prompt.sharers]).any(0)
         return (self.prompt.fuse_mask & reached)[:, :-1]
+
+    def mix(self, kv: KV, chosen: Tensor) -> KV:
+        """Returns ``kv`` where ``chosen``, a bool that broadcasts to ``(L, B, H, T - 1, D)``, else the clean cache."""
+        own = self.clean
+        return KV(torch.where(chosen, kv.key, own.key), torch.where(chosen, kv.value, own.value))
 
     def select_tokens(self, like: Tensor) -> SelectedTokens | None:
         """Returns the aligned tokens that the first fuser sees, in the dtype of ``like``; None where there are none."""
@@ -161,7 +166,7 @@ def read_alone(
         pair: The models.
         questions: The batch.
         rows: The receiver's tokenization of each.
-        positions: ``(B, T)`` int64, in place of the tokens' own.
+        positions: ``(B, T)`` int64, instead of the tokens' own.
     """
     aligned = [AlignedRow(row, np.zeros(len(row.ids), dtype=bool), ()) for row in rows]
     prompt = stack(aligned)
@@ -173,11 +178,6 @@ def shift_positions(prompt: AlignedPrompt, by: int) -> AlignedPrompt:
     """Returns the same batch at positions ``by`` later, for all models."""
     sharers = tuple(replace(sharer, positions=sharer.positions + by) for sharer in prompt.sharers)
     return replace(prompt, positions=prompt.positions + by, sharers=sharers)
-
-
-def mix(clean: KV, fused: KV, chosen: Tensor) -> KV:
-    """Returns ``fused`` where ``chosen``, a bool that broadcasts to ``(L, B, H, T, D)``, and ``clean`` elsewhere."""
-    return KV(torch.where(chosen, fused.key, clean.key), torch.where(chosen, fused.value, clean.value))
 
 
 def in_message(tokenized: TokenizedPrompt) -> np.ndarray:

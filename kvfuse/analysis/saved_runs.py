@@ -98,7 +98,7 @@ def _read_training(folder: Path) -> dict[str, Any] | None:
     # a recipe names one fuser or a list of them
     fusers = np.ravel(_read_mapping(folder / CONFIG).get("fuser") or []).tolist()
     folders = [folder, *(Path(fuser).parent for fuser in fusers[:1] if isinstance(fuser, str))]
-    return next((_read_mapping(place / RESULT) for place in folders if (place / RESULT).is_file()), None)
+    return next((_read_mapping(path / RESULT) for path in folders if (path / RESULT).is_file()), None)
 
 
 def _number(content: dict[str, Any], key: str, folder: Path) -> float:

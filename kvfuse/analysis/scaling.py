@@ -107,7 +107,7 @@ def _curves(found: Sequence[dict[str, Any]], kind: str) -> dict[str, list[Point]
     curves: dict[str, list[Point]] = {}
     for point in found:
         measured = point.get(kind, {})
-        # the gain is drawn as a method of its own
+        # the gain is drawn like a method
         if kind == "gain" and measured:
             measured = {GAIN: {"accuracy": measured["difference"], "interval": measured["interval"]}}
         for name, value in measured.items():

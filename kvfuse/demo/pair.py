@@ -46,8 +46,8 @@ class Recipe:
 
 SHARER = Recipe(
     config=LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-        initializer_range=0.06, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, initializer_range=0.06, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     ),
     vocab_size=600,
     special=("<pad>", "<|eot|>", "<s>", "<|user|>", "<|assistant|>"),
@@ -57,8 +57,8 @@ SHARER = Recipe(
 )  # fmt: skip
 RECEIVER = Recipe(
     config=Qwen3Config(
-        hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=24, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     ),
     vocab_size=700,
     special=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
@@ -74,6 +74,7 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in recipe.special]
+    # special tokens take the first ids, then all bytes
     alphabet, size = pre_tokenizers.ByteLevel.alphabet(), recipe.vocab_size
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -81,14 +82,15 @@ def train_tokenizer(texts: Iterator[str], recipe: Recipe) -> PreTrainedTokenizer
     tokenizer.train_from_iterator(texts, trainer)
     pad, eos, *_ = recipe.special
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, chat_template=recipe.template, model_max_length=CONTEXT,
-        padding_side="left",
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, chat_template=recipe.template,
+        model_max_length=CONTEXT, padding_side="left",
     )  # fmt: skip
 
 
 def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """Returns a training example; only the reply and its end-of-turn token are labelled."""
     question, reply = lesson
+    # prompt and reply are tokenized apart, as at inference
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -99,9 +101,11 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> dict[str, list
 def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: int = 0) -> PreTrainedModel:
     """Train tokenizer and model of a recipe on a stream of lessons, and save both in ``folder`` as float16."""
     torch.manual_seed(seed)
+    # 1) lessons and tokenizer
     drawn = list(itertools.islice(lessons, recipe.steps * recipe.batch_size))
     texts = (text for lesson in drawn[:TOKENIZER_LESSONS] for text in ("assistant\n" + lesson[0], lesson[1]))
     tokenizer = train_tokenizer(texts, recipe)
+    # 2) model
     config = type(recipe.config)(**{**recipe.config.to_dict(), **_special_ids(tokenizer)})
     model = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}[type(config)](config)
     arguments = TrainingArguments(
@@ -121,6 +125,7 @@ def train_model(lessons: Iterator[Lesson], recipe: Recipe, folder: Path, seed: i
         disable_tqdm=True,
         use_cpu=True,
     )
+    # 3) training
     examples = [encode(lesson, tokenizer) for lesson in drawn]
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.remove_callback(PrinterCallback)

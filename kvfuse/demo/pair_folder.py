@@ -74,6 +74,7 @@ class PairFolder:
         if seed not in self.seeds:
             known = ", ".join(map(str, self.seeds))
             raise CheckpointError(f"expected a seed of {known}, got {seed}; choose one of the fusers in {self.path}")
+        # shipped as float16; CPUs are faster in float32
         fuser = load_fuser(self.path / f"fuser-{seed}", dtype=torch.float32)
         return CacheToCache(self.receiver, [self.sharer], [fuser])
 

@@ -73,6 +73,7 @@ def phrase(place: Place, relation: str, phrasing: int) -> str:
 
 def ask(place: Place, relations: Iterable[str], rng: random.Random) -> tuple[str, str]:
     """Returns the text and the answer of a question about relations of a place, phrased at random."""
+    # each part of a question gets its own phrasing
     relations = list(relations)
     text = " ".join(phrase(place, relation, rng.randrange(5)) for relation in relations)
     return text, ", ".join(place.facts[relation] for relation in relations)
@@ -81,6 +82,7 @@ def ask(place: Place, relations: Iterable[str], rng: random.Random) -> tuple[str
 def all_questions(places: Iterable[Place], split: str, seed: int = 0) -> list[Question]:
     """Returns all questions of all kinds about the places of a split, phrased at random."""
     rng = random.Random(seed)
+    # cities have all four relations; countries have no country, so some kinds leave them out
     return [
         Question(*ask(place, relations, rng), kind, place.name, relations)
         for place in places

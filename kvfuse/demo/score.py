@@ -1,4 +1,4 @@
-"""Every method on the embedded pair's held-out questions: accuracy, gains and time, with the evaluator of ``kvfuse eval``."""
+"""Score all methods on the embedded pair's held-out questions, with the evaluator that ``kvfuse eval`` uses."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +31,7 @@ Progress = Callable[[str, int], None]
 
 def make_methods(folder: PairFolder, seed: int, questions: Sequence[Question]) -> dict[str, Method]:
     """Returns all methods by name, with the fuser of a training seed."""
+    # hints and the cascade's threshold are those that the pair was built with
     settings = {
         "hint_request": HINT_REQUEST,
         "hint_reading": HINT_READING,
@@ -68,12 +69,14 @@ def score(
         questions: To ask.
         progress: Called after each answer.
     """
+    # 1) ask
     by_seed = [make_methods(folder, seed, questions) for seed in seeds]
     predictions: list[Prediction] = []
     for seed, methods in zip(seeds, by_seed, strict=True):
         for method in methods.values():
             if method.fuses or seed == seeds[0]:
                 predictions += ask_all(method, questions, seed if method.fuses else None, progress)
+    # 2) time, with the fuser of the first seed
     progress("timing", 0)
     timed = [(str(index), as_prompt(question.text), OPTIONS) for index, question in enumerate(questions)]
     timings = asking.time_methods(list(by_seed[0].values()), TASK, timed, TIMED_QUESTIONS)
@@ -84,7 +87,7 @@ def ask_all(
     method: Method, questions: Sequence[Question], seed: int | None = None, progress: Progress = lambda name, done: None
 ) -> list[Prediction]:
     """Returns a method's graded answers; ``seed`` is that of its fuser."""
-    asked = [asking.Question(as_prompt(one.text), one.answer, one.kind, one.place) for one in questions]
+    asked = [asking.Question(as_prompt(item.text), item.answer, item.kind, item.place) for item in questions]
     report = partial(progress, method.name)
     return asking.ask(method, asked, BATCH_SIZE, task=TASK, seed=seed, progress=report, **OPTIONS)
 
@@ -98,6 +101,7 @@ def figures(run: Run) -> dict[str, Any]:
     """Returns all figures that the demo prints and writes."""
     task, spent = TaskScores(run.predictions), latency(run.timings)
     rates = {name: task.mean(name) for name in task.scores}  # (questions,) each
+    # accuracies are averaged over seeds question by question; intervals are about other places
     known, kinds = rates[RECEIVER] > 0, sorted(set(task.categories))
     gains = {name: paired(task.gain(FUSED, over=name), task.groups) for name in rates if name != FUSED}
     return {
@@ -115,6 +119,7 @@ def sample(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """Returns at most ``limit`` of the questions, spread evenly over kinds and places."""
     if limit is None or limit >= len(questions):
         return list(questions)
+    # every (n / limit)-th question of those sorted by kind, put back into their order
     by_kind = sorted(range(len(questions)), key=lambda i: (questions[i].kind, i))
     return [questions[i] for i in sorted(by_kind[int(step)] for step in np.linspace(0, len(questions) - 1, limit))]
 
@@ -134,7 +139,9 @@ def _means(rates: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, float]
 
 
 def _method(task: TaskScores, name: str, median_seconds: float) -> dict[str, Any]:
+    # the bootstrap also where each question is about another place, which reports give Wilson's interval
     accuracy, interval = bootstrap_mean(task.mean(name), task.groups)
+    # as all columns but the accuracies, tokens are of the first seed
     of_first_seed = [row for row in task.rows if row.method == name and row.seed == task.seeds[name][0]]
     return {
         "accuracy": accuracy,
@@ -145,5 +152,6 @@ def _method(task: TaskScores, name: str, median_seconds: float) -> dict[str, Any
 
 
 def _is_donor(question: Question, donor: Question) -> bool:
+    # a compound answer is "capital, language"
     shared = set(question.answer.split(", ")) & set(donor.answer.split(", "))
     return donor.relations == question.relations and not shared

@@ -15,6 +15,7 @@ from kvfuse.demo.questions import KINDS
 from kvfuse.demo.score import METHODS, OPTIONS, as_prompt, figures, held_out, make_methods, score
 from kvfuse.errors import PromptError
 from kvfuse.evaluation.predictions import Prediction
+from kvfuse.evaluation.report import document
 from kvfuse.evaluation.report.verdict import FUSED, points
 from kvfuse.support.files import write_file
 
@@ -41,12 +42,14 @@ def run(
     torch.set_num_threads(1)  # fastest for models this small
     folder, console = PairFolder(path or SHIPPED), Console()
     seeds, questions = list(seeds or folder.seeds), held_out(folder, limit)
+    # 1) score
     columns = TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bar:
         runs = len(METHODS) + (len(seeds) - 1) * len(METHODS_PER_SEED)
         task = bar.add_task("loading", total=runs * len(questions))
         scored = score(folder, seeds, questions, lambda name, done: bar.update(task, advance=done, description=name))
         bar.update(task, description="done")
+    # 2) show
     record = figures(scored)
     console.print(table(record))
     for line in reading(record):
@@ -76,6 +79,7 @@ def answer_one(question: str, path: Path | None = None) -> None:
 
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """Returns the table as text: a header, then the methods with accuracies in % (all and by kind), time and tokens."""
+    # a small sample may lack a kind
     kinds = [kind for kind in KINDS if kind in record["kinds"]]
     out = [["method", "all [95%]", *kinds, "median ms", "tokens"]]
     for name, method in record["methods"].items():
@@ -101,14 +105,13 @@ def table(record: dict[str, Any]) -> Table:
 def markdown(record: dict[str, Any]) -> str:
     """Returns :func:`rows` and :func:`reading` for the README."""
     header, *body = rows(record)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    cells, sentences = [f"| {' | '.join(row)} |" for row in lines], [f"- {line}" for line in reading(record)]
-    return "\n".join([*cells, "", *sentences])
+    return "\n".join([document.to_markdown([document.Table(header, body)]), *(f"- {line}" for line in reading(record))])
 
 
 def reading(record: dict[str, Any]) -> list[str]:
     """Returns the table in words."""
     seconds = {name: method["median_seconds"] for name, method in record["methods"].items()}
+    # nothing is kept where the receiver knows nothing, as in a small sample
     share = "" if record["kept"] is None else f"{100 * record['kept']:.1f}%"
     kept = f"Of what the receiver alone answers right, cache-to-cache keeps {share}."
     gains = ", ".join(f"{_points(record['gains'][name])} over {name}" for name in RIVALS)
@@ -122,10 +125,11 @@ def reading(record: dict[str, Any]) -> list[str]:
 
 
 def side_by_side(predictions: Sequence[Prediction]) -> Table:
-    """Returns a question of each kind that cache-to-cache answers right, and one that it answers wrong, if there are."""
+    """Returns a question of each kind that cache-to-cache answers right, and one that it answers wrong."""
     answers: dict[str, dict[str, Prediction]] = {}  # by method and question, of the first seed
     for row in predictions:
         answers.setdefault(row.method, {}).setdefault(row.item, row)
+    # the first of each kind, so that the same questions are shown every time
     fused = answers[FUSED].values()
     chosen = [next((row for row in fused if row.category == kind and row.score), None) for kind in KINDS]
     chosen.append(next((row for row in fused if not row.score), None))

@@ -1,4 +1,4 @@
-"""The embedded pair's held-out questions as a task of the harness (``kvfuse/evaluation/tasks/embedded_generate.yaml``)."""
+"""The embedded pair's held-out questions as a task of the harness (``evaluation/tasks/embedded_generate.yaml``)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ def load(only: str | Sequence[str] | None = None, limit: int | None = None, **_:
     Raises:
         EvaluationError: There are no questions of these kinds.
     """
+    # the limit counts questions of all kinds, as in the demo
     kinds = {only} if isinstance(only, str) else set(only or ())
     items = (
         {"question": question.text, "answer": question.answer, "kind": question.kind, "group": question.place}

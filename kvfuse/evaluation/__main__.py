@@ -1,4 +1,4 @@
-"""``python -m kvfuse.evaluation ...``: the command line of lm-evaluation-harness with kvfuse's model and tasks registered.
+"""``python -m kvfuse.evaluation ...``: lm-evaluation-harness's command line with kvfuse's model and tasks registered.
 
 For example ``--model kvfuse --model_args method=receiver,receiver=Qwen/Qwen3-0.6B --tasks openbookqa_generate
 --apply_chat_template --metadata data_dir=DIR``.

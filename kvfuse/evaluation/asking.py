@@ -1,7 +1,7 @@
 """One evaluator for everything that asks methods questions: batching, grading and timing.
 
-The demo and the analyses call it directly, ``kvfuse eval`` through lm-evaluation-harness (:mod:`kvfuse.evaluation.harness`),
-so that their figures cannot differ for any other reason than their questions and settings.
+The demo and the analyses call it directly, ``kvfuse eval`` through lm-evaluation-harness
+(:mod:`kvfuse.evaluation.harness`), so that their figures cannot differ but by their questions and settings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,6 @@ from kvfuse.evaluation.scoring.results import same_answer
 from kvfuse.methods import Answer, Method
 from kvfuse.prompts.chat import Prompt
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 TimedQuestion = tuple[str, Prompt, dict[str, Any]]
@@ -38,39 +37,36 @@ class Question:
 
 
 def in_batches(
-    items: Sequence[T], answer: Callable[[Sequence[T]], Sequence[R]], batch_size: int, *, length: Callable[[T], int]
-) -> Iterator[tuple[T, R | Exception]]:
+    lengths: Sequence[int], answer: Callable[[list[int]], Sequence[R]], batch_size: int
+) -> Iterator[tuple[int, R | Exception]]:
     """Answers items in batches of similar length, so that there is little padding.
 
-    The longest come first: what does not fit into memory is known at the start. A batch that fails is answered again item
-    by item, so that one item cannot spoil the others.
+    The longest come first: items that do not fit into memory fail at the start. A batch that fails is answered again
+    item by item, so that one item cannot spoil the others.
 
     Args:
-        items: What to answer.
-        answer: Returns the results of a batch, in its order.
+        lengths: Of the items, in any unit.
+        answer: Returns the results of the items with the given indices.
         batch_size: Number of items per batch.
-        length: Sorts the items.
 
     Yields:
-        Each item with its result, or with the error that it raised when answered alone.
+        The index of each item with its result, or with the error that it raised when answered alone.
     """
-    ordered = sorted(items, key=length, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        results: list[tuple[T, R | Exception]]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        results: list[tuple[int, R | Exception]]
         try:
             results = list(zip(batch, answer(batch), strict=True))
         except Exception:  # of whatever kind: it concerns this batch only
-            results = [(item, _answer_alone(item, answer)) for item in batch]
+            results = [(index, _answer_alone(index, answer)) for index in batch]
         yield from results
 
 
 def answer_all(
-    items: Sequence[T],
-    answer: Callable[[Sequence[T]], Sequence[R]],
+    lengths: Sequence[int],
+    answer: Callable[[list[int]], Sequence[R]],
     batch_size: int,
-    *,
-    length: Callable[[T], int],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[R]:
     """Returns the results of all items in their order; arguments as of :func:`in_batches`.
@@ -79,20 +75,15 @@ def answer_all(
         progress: Called with the number of items that were just answered.
 
     Raises:
-        Exception: Whatever an item raises that fails alone, too.
+        Exception: The error of an item that fails alone, too.
     """
     results: dict[int, R] = {}
-    for index, result in in_batches(
-        range(len(items)),
-        lambda batch: answer([items[index] for index in batch]),
-        batch_size,
-        length=lambda index: length(items[index]),
-    ):
+    for index, result in in_batches(lengths, answer, batch_size):
         if isinstance(result, Exception):
             raise result
         results[index] = result
         progress(1)
-    return [results[index] for index in range(len(items))]
+    return [results[index] for index in range(len(lengths))]
 
 
 def ask(
@@ -116,14 +107,15 @@ def ask(
         progress: See :func:`answer_all`.
         options: Of transformers' ``generate``.
     """
-    method.prepare([question.prompt for question in questions], **options)
-    answers = answer_all(
-        questions,
-        lambda batch: method.generate([question.prompt for question in batch], **options),
-        batch_size,
-        length=lambda question: len(str(question.prompt)),
-        progress=progress,
-    )
+    # 1) ask
+    prompts = [question.prompt for question in questions]
+    method.prepare(prompts, **options)
+
+    def answer(indices: list[int]) -> list[Answer]:
+        return method.generate([prompts[index] for index in indices], **options)
+
+    answers = answer_all(prompt_lengths(prompts), answer, batch_size, progress)
+    # 2) grade
     return [
         Prediction(
             task=task,
@@ -160,13 +152,20 @@ def time_methods(methods: Sequence[Method], task: str, questions: Sequence[Timed
     """
     if not questions or limit < 1:
         return []
+    # 1) prepare and warm up
     for method in methods:
         method.prepare([prompt for _, prompt, _ in questions], **questions[0][2])
     chosen = questions[:: -(-len(questions) // limit)]
-    for method in methods:  # warm-up
+    for method in methods:
         _time(method, task, *chosen[0])
+    # 2) measure in turns: question by question, all methods
     timings = [_time(method, task, *question) for question in chosen for method in methods]
     return [timing for timing in timings if timing is not None]
+
+
+def prompt_lengths(prompts: Sequence[Prompt]) -> list[int]:
+    """Returns the prompts' numbers of characters, which are the same for all models."""
+    return [len(str(prompt)) for prompt in prompts]
 
 
 def question_text(prompt: Prompt) -> str:
@@ -174,9 +173,9 @@ def question_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def _answer_alone(item: T, answer: Callable[[Sequence[T]], Sequence[R]]) -> R | Exception:
+def _answer_alone(index: int, answer: Callable[[list[int]], Sequence[R]]) -> R | Exception:
     try:
-        return answer([item])[0]
+        return answer([index])[0]
     except Exception as error:
         return error
 

@@ -43,6 +43,7 @@ class Models:
         sources = [sources] if isinstance(sources, str) else sources
         subfolders = [section.subfolder] * len(sources) if isinstance(section.subfolder, str) else section.subfolder
         fusers = [load_fuser(source, inside) for source, inside in zip(sources, subfolders, strict=True)]
+        # the models are already placed, so new fusers follow those of the first seed
         for fuser, loaded in zip(fusers, first.fusers, strict=True):
             fuser.to(loaded.device, loaded.dtype)
         return CacheToCache(first.receiver, first.sharers, fusers, section.fusion)
@@ -56,6 +57,7 @@ def methods_of(recipe: EvaluationRecipe, pair: CacheToCache, seed: int) -> list[
         MethodError: A method lacks something.
     """
     section = recipe.evaluation
+    # files of the recipe -> objects
     settings = {"without_options": without_choices, **section.settings}
     if "router" in settings:
         settings["router"] = _load_router(settings["router"], pair.receiver)

@@ -157,14 +157,14 @@ def read_run(folder: str | Path) -> Run:
     if not predictions:
         raise EvaluationError(f"expected predictions in {folder / PREDICTIONS}, got none; run the evaluation first")
     config = _mapping(folder / CONFIG)
-    quoted, place = config.get("published") or [], f"the published figures of {folder / CONFIG}"
+    quoted, location = config.get("published") or [], f"the published figures of {folder / CONFIG}"
     return Run(
         name=folder.resolve().name,
         predictions=predictions,
         timings=read_timings(folder / LATENCY),
         config=config,
         versions=_mapping(folder / VERSIONS),
-        published=[_validate(Published.model_validate, fields, place) for fields in quoted],
+        published=[_validate(Published.model_validate, fields, location) for fields in quoted],
         note=str((config.get("evaluation") or {}).get("note") or ""),
     )
 
@@ -176,6 +176,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         EvaluationError: A line is no prediction, or two are about the same item.
     """
     rows, lines = list(_read(path, Prediction)), dict[Key, int]()
+    # two answers would both count, e.g. after files were concatenated by hand
     for number, row in enumerate(rows, 1):
         if lines.setdefault(row.key, number) != number:
             raise EvaluationError(
@@ -186,7 +187,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def read_timings(path: Path) -> list[Timing]:
-    """Returns the rows of a file; an empty list where there is no file. Raises EvaluationError for a line that is none."""
+    """Returns the rows of a file, like :func:`read_predictions`. Raises EvaluationError: A line is no timing."""
     return list(_read(path, Timing))
 
 
@@ -205,6 +206,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 def _cut_half_line(file: BinaryIO) -> None:
     """Truncate to the end of the last whole line."""
+    # usually the last byte ends a line, and nothing has to be read
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - 1, 0))
     if end and file.read(1) != b"\n":
@@ -220,15 +222,16 @@ def _read(path: Path, kind: type[RowT]) -> Iterator[RowT]:
         yield _validate(kind.model_validate_json, line, f"{path}, line {number}")
 
 
-def _validate(validate: Callable[[Any], RowT], content: Any, place: str) -> RowT:
+def _validate(validate: Callable[[Any], RowT], content: Any, location: str) -> RowT:
     """Returns a row, or raises the first complaint about it in one line."""
     try:
         return validate(content)
     except ValidationError as error:
+        # pydantic lists all complaints; the first is enough to find the line
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "an object"
         reason, got = first["msg"].lower(), repr(first["input"])[:80]
-        message = f"expected {key} to be right in {place} ({reason}), got {got}; correct or remove it"
+        message = f"expected {key} to be right in {location} ({reason}), got {got}; correct or remove it"
         raise EvaluationError(message) from error
 
 

@@ -40,7 +40,7 @@ class PairSection(Section):
     published: Tables = Field(default_factory=list)
     """Published figures for this pair."""
     why_not: str = ""
-    """Why this pair cannot be run as published. It is then printed, and the pair is skipped unless its fusers exist locally."""
+    """Why this pair cannot be run as published: printed, and the pair skipped unless its fusers exist locally."""
 
     @property
     def can_run(self) -> bool:
@@ -50,10 +50,10 @@ class PairSection(Section):
 
 
 class EvaluationSection(Section):
-    """``evaluation``: methods, tasks and how they are asked."""
+    """``evaluation``: methods, tasks and the form of the questions."""
 
     fusers: Fusers = Field(default_factory=list)
-    """Folders or Hub ids, one per training seed (with several sharers, a list for each); by default the recipe's own."""
+    """Folders or Hub ids, see :data:`Fusers`; by default the fuser that the recipe trains."""
     subfolder: str | list[str] = ""
     """Folder within the fusers' repositories."""
     fusion: Literal["parallel", "sequential"] = "parallel"
@@ -95,7 +95,7 @@ class EvaluationSection(Section):
 
 
 class EvaluationRecipe(Section):
-    """A pair and how it is evaluated."""
+    """A pair and its evaluation."""
 
     receiver: str | None = None
     """Folder or Hub id; by default the model that the fuser names."""
@@ -113,6 +113,7 @@ class EvaluationRecipe(Section):
         def add(section: Any) -> Any:
             return section.model_copy(update={"methods": list(dict.fromkeys([*section.methods, *controls]))})
 
+        # a pair without methods takes the recipe's
         pairs = [add(pair) if pair.methods else pair for pair in self.evaluation.pairs]
         section = add(self.evaluation).model_copy(update={"pairs": pairs})
         return self.model_copy(update={"evaluation": section})
@@ -132,6 +133,7 @@ class EvaluationRecipe(Section):
         return [str(self.output / "fuser")]
 
     def _of(self, pair: PairSection) -> "EvaluationRecipe":
+        # keys that the pair sets replace the recipe's
         own = {key: value for key, value in pair if value and key not in ("name", "receiver", "sharer", "why_not")}
         if pair.fusers:  # which lie elsewhere than the recipe's
             own["subfolder"] = pair.subfolder
@@ -150,6 +152,7 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluati
         MethodError: A method is unknown.
     """
     recipe = check(read_recipe(path, overrides), EvaluationRecipe, FOREIGN_SECTIONS)
+    # unknown methods are found before any data or model is loaded
     for run in recipe.runs():
         for name in run.evaluation.methods:
             find_method(name)

@@ -69,33 +69,15 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool)
     """Run a recipe of one pair. Arguments and errors as of :func:`evaluate`."""
     section = recipe.evaluation
     # 1) load data, then models, so that wrong data are found at once
-    tasks = {
-        name: load_task(
-            name,
-            section.data,
-            section.template,
-            section.limit,
-            section.only or None,
-            section.harness_tasks,
-            section.max_new_tokens,
-        )
-        for name in section.tasks
-    }
+    options = section.model_dump(include={"template", "limit", "harness_tasks", "max_new_tokens"})
+    tasks = {name: load_task(name, section.data, only=section.only or None, **options) for name in section.tasks}
     models = Models(recipe)
     _begin(recipe, folder)
     # 2) ask what is not answered yet
     for method, name, task, seed in _pending(recipe, models, tasks, folder):
         say(f"{name}: {method.name}{'' if seed is None else f', seed {seed}'}")
-        rows = evaluate_task(
-            method,
-            task,
-            name,
-            seed=seed,
-            cache=folder / "unfinished" / f"{name}-{method.name}-{seed}",
-            batch_size=section.batch_size,
-            chat=section.chat,
-            quiet=quiet,
-        )
+        cache = folder / "unfinished" / f"{name}-{method.name}-{seed}"
+        rows = evaluate_task(method, task, name, seed, cache, section.batch_size, chat=section.chat, quiet=quiet)
         if rows:
             append(folder / PREDICTIONS, rows)
     # 3) time and report
@@ -134,6 +116,7 @@ def _time(recipe: EvaluationRecipe, pair: CacheToCache, tasks: "Tasks", folder: 
 def _begin(recipe: EvaluationRecipe, folder: Path) -> None:
     """Write the configuration, or refuse a folder that has another one."""
     if processes().is_main_process:
+        # the whole configuration is compared, so that a folder never mixes answers of two
         config, file = yaml.safe_dump(_config(recipe), sort_keys=False, allow_unicode=True), folder / CONFIG
         if file.exists() and file.read_text(encoding="utf-8") != config:
             raise EvaluationError(
@@ -146,6 +129,7 @@ def _begin(recipe: EvaluationRecipe, folder: Path) -> None:
 
 
 def _config(recipe: EvaluationRecipe) -> dict[str, Any]:
+    # only what differs from the defaults; ``output`` says where things are, not what is run
     content = recipe.model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
     return {**content, "fuser": recipe.fusers(), "published": content["evaluation"].pop("published", [])}
 

@@ -16,7 +16,7 @@ from kvfuse.methods import Router
 from kvfuse.support.processes import processes
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 
-NOTE = "A smoke run: the models are tiny and random, the questions made up. No measured figure of it says anything about any model."
+NOTE = "A smoke run: the models are tiny and random, the questions made up. Its measured figures mean nothing."
 QUESTIONS, TIMED, NEW_TOKENS, MAX_POSITIONS = 3, 1, 4, 4096
 
 
@@ -33,14 +33,17 @@ def tiny(recipe: EvaluationRecipe, out: Path) -> EvaluationRecipe:
         EvaluationError: A task is not one of kvfuse's.
     """
     folder, runs = out / "tiny", recipe.runs()
+    # 1) refuse tasks of other packages
     for name in (name for run in runs for name in run.evaluation.tasks):
         if name not in task_names():
             raise EvaluationError(
                 f"expected tasks of kvfuse for a smoke run, got {name!r}, whose data would be fetched; leave it out"
             )
+    # 2) write models and questions
     if processes().is_main_process:
         _write(folder, max(map(_num_sharers, runs)), max(len(run.fusers()) for run in runs))
     processes().wait_for_everyone()
+    # 3) point the recipe to them
     own = {"data": None, "max_new_tokens": None, "why_not": ""}
     pairs = [
         pair.model_copy(update={**_models(run, folder), **_fusers(run, folder), **own})
@@ -53,6 +56,7 @@ def tiny(recipe: EvaluationRecipe, out: Path) -> EvaluationRecipe:
 
 def _section(section: EvaluationSection, folder: Path) -> dict[str, Any]:
     """Returns the keys that make an evaluation small."""
+    # a router belongs to the receiver's tokens, so the recipe's cannot be used
     router = {"router": str(folder / "router.safetensors")} if "router" in section.settings else {}
     return {
         "data": folder,
@@ -89,6 +93,7 @@ def _fuser(folder: Path, sharer: int, seed: int) -> Path:
 
 def _write(folder: Path, num_sharers: int, num_seeds: int) -> None:
     """Write models, fusers, a router, examples and questions, which are the same every time."""
+    # each sharer has its own vocabulary, so that alignment is not the identity
     receiver = _model(folder / "receiver", "qwen3")
     for index in range(num_sharers):
         sharer = _model(folder / f"sharer-{index}", "llama", 300 + index)

@@ -56,6 +56,7 @@ class Mismatched(Fused):
         Donors of similar length are mostly questions of the same kind, so that the damage done by a sharer that read
         another kind of question does not count as content. Neighbours in the run would often share their topic.
         """
+        # a question that occurs twice must not be its own donor
         unique = {_key(prompt): prompt for prompt in prompts}
         keys = sorted(unique)
         donors = zip(keys, choose_donors(keys, key=len), strict=True)
@@ -90,6 +91,7 @@ class Shuffled(Fused):
     def align(self, prompt: Prompt) -> AlignedRow:
         """Returns the prompt with the sharers' positions interchanged."""
         aligned = self.pair.align(prompt)
+        # the same prompt is shuffled in the same way in every run
         rng = np.random.default_rng([self.seed, zlib.crc32(aligned.receiver.ids.tobytes())])
         shuffled = [(sharer, _interchange(index, len(sharer.ids), rng)) for sharer, index in aligned.sharers]
         return replace(aligned, sharers=tuple(shuffled))
@@ -157,6 +159,7 @@ class _ZeroedSharer(_Wrapper):
 
 class _WithoutReceiver(_Wrapper):
     def forward(self, receiver: KV, sharer: KV) -> KV:
+        # the caller adds the receiver's cache, which cancels the subtraction
         residual = self.fuser(receiver=receiver, sharer=sharer)
         return KV(residual.key - receiver.key, residual.value - receiver.value)
 
@@ -164,7 +167,7 @@ class _WithoutReceiver(_Wrapper):
 def _interchange(index: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
     """Returns ``index`` with the ``length`` positions that it points to moved one step along a random cycle.
 
-    A single cycle has no fixed points: no position is read in its own place. -1 (reads nothing) stays.
+    A single cycle has no fixed points: no position is replaced by itself. -1 (reads nothing) stays.
     """
     cycle = rng.permutation(length)
     successor = np.empty(length, dtype=np.int64)
@@ -179,6 +182,7 @@ def _randomize(fuser: Fuser) -> Fuser:
     random_fuser = type(fuser)(config)
     random_fuser.reset_parameters()
     random_fuser.to(fuser.device, fuser.dtype).eval()
+    # which heads are open is not part of what is random
     for gate, trained in zip(random_fuser.gate_parameters(), fuser.gate_parameters(), strict=True):
         gate.data.copy_(trained.data)
     return random_fuser

@@ -16,9 +16,9 @@ def choose_donors(
 ) -> list[int | None]:
     """Returns the index of each item's donor: the next acceptable item on one fixed ring through the pool.
 
-    Where every donor is accepted, that is the next item: a derangement, i.e. a bijection without fixed points. Each item
-    is then the donor of exactly one other, so matched and mismatched runs read the same inputs equally often, and their
-    difference is due to the pairing alone (Draft-KV, https://arxiv.org/abs/2609.34754, defines its pairing gain so).
+    Where every donor is accepted, that is the next item: a derangement, i.e. a bijection without fixed points. Each
+    item is then the donor of exactly one other, so matched and mismatched runs read the same inputs equally often, and
+    their difference is due to the pairing (Draft-KV, https://arxiv.org/abs/2609.34754, defines its pairing gain so).
 
     Example: the ring b -> d -> a -> c -> b gives the donors ``[2, 3, 1, 0]`` for the pool ``[a, b, c, d]``.
 

@@ -99,14 +99,14 @@ class Rendering:
 
     Attributes:
         text: ``(n,)`` int64, what the template made of the messages.
-        said: ``(m,)`` int64, the characters of the messages.
-        owner: ``(m,)`` int64, the number of the message that each character of ``said`` belongs to.
+        characters: ``(m,)`` int64, the characters of the messages.
+        owner: ``(m,)`` int64, the number of the message that each of them belongs to.
         marks: Sorted code points that occur in neither.
-        render: Renders the chat with as many other characters in place of ``said``.
+        render: Renders the chat with as many other characters in place of ``characters``.
     """
 
     text: np.ndarray
-    said: np.ndarray
+    characters: np.ndarray
     owner: np.ndarray
     marks: np.ndarray
     render: Callable[[str], str]
@@ -139,9 +139,11 @@ def find_spans(
     Raises:
         PromptError: The template writes other characters than the messages have.
     """
-    written, said = _codes(text), _codes("".join(contents))
+    written, characters = _codes(text), _codes("".join(contents))
     owner = np.repeat(np.arange(len(contents)), [len(content) for content in contents])
-    rendering = Rendering(written, said, owner, _marks(np.concatenate([written, said]), len(said)), render)
+    rendering = Rendering(
+        written, characters, owner, _marks(np.concatenate([written, characters]), len(characters)), render
+    )
     for hints in _hint_sets(rendering, roles, words):
         source = _trace(rendering, hints)
         if source is not None:
@@ -156,22 +158,22 @@ def find_spans(
 def _hint_sets(rendering: Rendering, roles: Sequence[str], words: Iterable[str]) -> Iterator[list[Hint]]:
     """Hints to try, from none to all that might matter."""
     yield []
-    spaces = list(_hints(rendering, roles, [r"\s"], _swap_spaces(rendering.said)))
+    spaces = list(_hints(rendering, roles, [r"\s"], _swap_spaces(rendering.characters)))
     yield spaces
     longest_first = sorted(filter(None, words), key=len, reverse=True)
     patterns = [*map(re.escape, longest_first), ESCAPED, NOT_A_WORD]
-    yield [*spaces, *_hints(rendering, roles, patterns, rendering.said)]
+    yield [*spaces, *_hints(rendering, roles, patterns, rendering.characters)]
 
 
 def _hints(rendering: Rendering, roles: Sequence[str], patterns: Sequence[str], codes: np.ndarray) -> Iterator[Hint]:
     """One hint for every pattern and role in whose messages it is found."""
-    said = _text(rendering.said)
-    spoken = {role: np.array([other == role for other in roles])[rendering.owner] for role in roles}
+    characters = _text(rendering.characters)
+    by_role = {role: np.array([other == role for other in roles])[rendering.owner] for role in roles}
     for pattern in dict.fromkeys(patterns):
-        found = np.zeros(len(said), dtype=bool)
-        for match in re.finditer(pattern, said, re.IGNORECASE):
+        found = np.zeros(len(characters), dtype=bool)
+        for match in re.finditer(pattern, characters, re.IGNORECASE):
             found[match.start() : match.end()] = True
-        yield from (Hint(found & mask, codes) for mask in spoken.values() if (found & mask).any())
+        yield from (Hint(found & mask, codes) for mask in by_role.values() if (found & mask).any())
 
 
 def _drop_hints(rendering: Rendering, hints: list[Hint], source: np.ndarray) -> np.ndarray:
@@ -188,12 +190,12 @@ def _trace(rendering: Rendering, hints: Sequence[Hint]) -> np.ndarray | None:
     """Render the chat with marks, and see where they come out.
 
     Returns:
-        ``(n,)`` int64, for each character of the text its index in ``said``, or -1 for the template's; None where the
+        ``(n,)`` int64, for each character of the text its index in ``characters``, or -1; None where the
         layout is another.
     """
     # 1) Marks in place of all characters but those that a hint shows
-    text, said = rendering.text, rendering.said
-    shown = rendering.marks[np.arange(len(said)) % len(rendering.marks)]  # (m,)
+    text, characters = rendering.text, rendering.characters
+    shown = rendering.marks[np.arange(len(characters)) % len(rendering.marks)]  # (m,)
     for hint in hints:
         shown = np.where(hint.mask, hint.codes, shown)
     try:
@@ -205,24 +207,24 @@ def _trace(rendering: Rendering, hints: Sequence[Hint]) -> np.ndarray | None:
     # 2) The layout is the same where each mark stands for the character of the real text, and all else is equal
     source = _read_marks(rendering, marked)
     swapped = (marked != text) & (marked == _swap_spaces(text)) if hints else np.zeros(len(text), dtype=bool)
-    if not np.where(source >= 0, said[source] == text, (marked == text) | swapped).all():
+    if not np.where(source >= 0, characters[source] == text, (marked == text) | swapped).all():
         return None
     # 3) Unmarked characters of messages are inferred from their neighbours
-    return _fill(rendering, source, swapped, shown == said) if hints else source
+    return _fill(rendering, source, swapped, shown == characters) if hints else source
 
 
 def _read_marks(rendering: Rendering, marked: np.ndarray) -> np.ndarray:
-    """``(n,)`` int64: the index in ``said`` that each mark stands for, -1 for other characters.
+    """``(n,)`` int64: the index in ``characters`` that each mark stands for, -1 for other characters.
 
     Messages longer than there are marks use them again; then the index nearest to the previous mark's is meant.
     """
     nearest = np.minimum(np.searchsorted(rendering.marks, marked), len(rendering.marks) - 1)
-    is_mark = (rendering.marks[nearest] == marked) & (nearest < len(rendering.said))
+    is_mark = (rendering.marks[nearest] == marked) & (nearest < len(rendering.characters))
     source = np.full(len(marked), -1)
     if is_mark.any():
         indices = nearest[is_mark]
-        if len(rendering.marks) < len(rendering.said):
-            indices = np.clip(np.unwrap(indices, period=len(rendering.marks)), 0, len(rendering.said) - 1)
+        if len(rendering.marks) < len(rendering.characters):
+            indices = np.clip(np.unwrap(indices, period=len(rendering.marks)), 0, len(rendering.characters) - 1)
         source[is_mark] = indices
     return source
 
@@ -232,16 +234,16 @@ def _fill(rendering: Rendering, source: np.ndarray, swapped: np.ndarray, kept: n
 
     Args:
         rendering: The chat.
-        source: ``(n,)``, the index of each marked character in ``said``, or -1.
+        source: ``(n,)``, the index of each marked character in ``characters``, or -1.
         swapped: ``(n,)`` bool, spaces of the text that change with the messages.
         kept: ``(m,)`` bool, characters that are shown as they are.
     """
-    text, said, owner, last = rendering.text, rendering.said, rendering.owner, len(rendering.said) - 1
+    text, characters, owner, last = rendering.text, rendering.characters, rendering.owner, len(rendering.characters) - 1
     sure = swapped | ~np.isin(text, SPACES)  # a space that did not change may be the template's
     mirrored = _mirror(source, last)
     # 1) The message read on from the mark before, and backwards from the mark behind
-    after = _continue(text, said, owner, source)
-    before = _mirror(_continue(text[::-1], said[::-1], owner[::-1], mirrored), last)
+    after = _continue(text, characters, owner, source)
+    before = _mirror(_continue(text[::-1], characters[::-1], owner[::-1], mirrored), last)
     # 2) Both agree between two marks of one message; beyond its outer marks, only an unbroken run is believed
     between = np.where(after == before, after, -1)
     following = _unbroken(after, source, swapped | kept[after], sure)
@@ -254,13 +256,13 @@ def _fill(rendering: Rendering, source: np.ndarray, swapped: np.ndarray, kept: n
     return np.where((source >= 0) | twice, source, leading)
 
 
-def _continue(text: np.ndarray, said: np.ndarray, owner: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """``(n,)``: the index in ``said`` if the message continued from the mark before; -1 where its characters differ."""
+def _continue(text: np.ndarray, characters: np.ndarray, owner: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """``(n,)``: the index in ``characters`` if the message went on from the mark before; -1 where the text differs."""
     mark = _latest(source >= 0)
     onward = source[mark] + np.arange(len(text)) - mark
-    exists = (mark >= 0) & (onward < len(said))
+    exists = (mark >= 0) & (onward < len(characters))
     onward = np.where(exists, onward, 0)
-    return np.where(exists & (owner[onward] == owner[source[mark]]) & (said[onward] == text), onward, -1)
+    return np.where(exists & (owner[onward] == owner[source[mark]]) & (characters[onward] == text), onward, -1)
 
 
 def _unbroken(found: np.ndarray, source: np.ndarray, allowed: np.ndarray, sure: np.ndarray) -> np.ndarray:

@@ -31,22 +31,22 @@ def read_published(folder: Path) -> Fuser:
     Raises:
         CheckpointError: A file is missing, damaged, of an unknown class, or holds other tensors than its class has.
     """
-    place = find_projectors(folder)
-    if place is None:
+    weights_folder = find_projectors(folder)
+    if weights_folder is None:
         raise _error(f"a published fuser in {folder}", f"no {MAPPING} and no projectors", "check the folder")
     # 1) The pair, the layers and the class from JSON
-    names = _read_pair(folder / RECIPE if (folder / RECIPE).is_file() else place.parent / RECIPE)
-    layers = _read_layers(place / MAPPING)
-    cls, arguments = _read_class(place, sorted({projector for _, projector in layers}))
+    names = _read_pair(folder / RECIPE if (folder / RECIPE).is_file() else weights_folder.parent / RECIPE)
+    layers = _read_layers(weights_folder / MAPPING)
+    cls, arguments = _read_class(weights_folder, sorted({projector for _, projector in layers}))
     # 2) An empty fuser of the same shape
     try:
         config = FUSERS[cls.kind].config_class(**cls.options(arguments), **_pair_options(names, layers, arguments))
         with torch.device("meta"):
             fuser = FUSERS[cls.kind](config)
     except (KeyError, TypeError, ValueError) as error:
-        raise _error(f"arguments of a {cls.name} in {place}", str(error), "use another fuser") from error
+        raise _error(f"arguments of a {cls.name} in {weights_folder}", str(error), "use another fuser") from error
     # 3) Its weights
-    fuser.load_state_dict(_read_weights(place, cls, fuser, layers), strict=True, assign=True)
+    fuser.load_state_dict(_read_weights(weights_folder, cls, fuser, layers), strict=True, assign=True)
     return fuser.eval()
 
 
@@ -77,15 +77,15 @@ def _read_layers(path: Path) -> Layers:
         raise _error(f"{path} of the form {shape}", f"another ({error!r})") from error
 
 
-def _read_class(place: Path, projectors: list[int]) -> tuple[ProjectorClass, dict[str, Any]]:
+def _read_class(weights_folder: Path, projectors: list[int]) -> tuple[ProjectorClass, dict[str, Any]]:
     """The class of all projectors and the arguments they were made with."""
-    first, *others = (_read_json(place / f"projector_{projector}.json") for projector in projectors)
+    first, *others = (_read_json(weights_folder / f"projector_{projector}.json") for projector in projectors)
     if any(other != first for other in others):
-        raise _error(f"projectors of one class and size in {place}", "several", "use another fuser")
+        raise _error(f"projectors of one class and size in {weights_folder}", "several", "use another fuser")
     cls = next((cls for cls in CLASSES if cls.name.lower() == str(first.get("class")).lower()), None)
     if cls is None or not isinstance(first.get("init_args"), dict):
         known = ", ".join(cls.name for cls in CLASSES)
-        raise _error(f"a projector of class {known} in {place}", repr(first.get("class")), "use another fuser")
+        raise _error(f"a projector of class {known} in {weights_folder}", repr(first.get("class")), "use another fuser")
     return cls, first["init_args"]
 
 
@@ -102,13 +102,13 @@ def _pair_options(names: dict[str, str], layers: Layers, arguments: dict[str, An
     return {**pair, "token_alignment": alignment, "fuse": fuse, "layer_alignment": [sharer for sharer, _ in layers]}
 
 
-def _read_weights(place: Path, cls: ProjectorClass, fuser: Fuser, layers: Layers) -> dict[str, Tensor]:
+def _read_weights(weights_folder: Path, cls: ProjectorClass, fuser: Fuser, layers: Layers) -> dict[str, Tensor]:
     """All tensors of the fuser, filled layer by layer, so that one pickle at a time is in memory."""
     state: dict[str, Tensor] = {}
     parameters = dict(fuser.named_parameters())
     for layer, (_, projector) in enumerate(layers):
         # 1) One file has exactly the tensors of one layer
-        path = place / f"projector_{projector}.pt"
+        path = weights_folder / f"projector_{projector}.pt"
         read, wanted = _load_pickle(path), list(cls.tensors(fuser, layer))
         if odd := sorted({name for _, name, _ in wanted} ^ (read.keys() - {TEMPERATURE})):
             raise _error(f"{path} to hold the tensors of a {cls.name}", f"one that differs in {odd[0]}")

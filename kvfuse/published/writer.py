@@ -33,14 +33,15 @@ def write_published(fuser: Fuser, folder: Path) -> None:
             f"expected a fuser that the published format can hold, got {got}; keep it in kvfuse's own"
         )
     # 2) The recipe, which layer feeds which, and a projector per receiver layer
-    place = folder / WEIGHTS
-    place.mkdir()
+    weights_folder = folder / WEIGHTS
+    weights_folder.mkdir()
     _write_json(folder / RECIPE, _recipe(cls, fuser))
     sources = {str(layer): [[sharer, layer]] for layer, sharer in enumerate(config.layers)}
-    _write_json(place / MAPPING, {"0": {"1": sources}})
+    _write_json(weights_folder / MAPPING, {"0": {"1": sources}})
+    description = {"class": cls.name, "init_args": _arguments(cls, fuser)}
     for layer in range(config.receiver_kv.num_layers):
-        _write_json(place / f"projector_{layer}.json", {"class": cls.name, "init_args": _arguments(cls, fuser)})
-        torch.save(_state(cls, fuser, layer), place / f"projector_{layer}.pt")
+        _write_json(weights_folder / f"projector_{layer}.json", description)
+        torch.save(_state(cls, fuser, layer), weights_folder / f"projector_{layer}.pt")
 
 
 def _arguments(cls: ProjectorClass, fuser: Fuser) -> dict[str, Any]:

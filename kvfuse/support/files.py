@@ -11,8 +11,8 @@ from typing import Any
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a new folder next to ``folder``, flush it to disk, and replace ``folder`` by it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        fresh, old = Path(beside, "new"), Path(beside, "old")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh, old = Path(scratch, "new"), Path(scratch, "old")
         fresh.mkdir()
         write(fresh)
         # files before the folder that names them, the folder before it is moved
@@ -28,16 +28,16 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file next to its destination, flush it to disk, and move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    _flush(beside)
-    beside.rename(path)
+    scratch = path.with_name(f".{path.name}.part")
+    write(scratch)
+    _flush(scratch)
+    scratch.rename(path)
 
 
 def _flush(path: Path) -> None:

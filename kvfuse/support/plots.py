@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfuse.support.files import write_beside
+from kvfuse.support.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
@@ -96,7 +96,7 @@ def save(figure: Figure, path: Path) -> None:
     metadata = {"Software": None} if kind == "png" else NO_METADATA
     options: dict[str, Any] = {"format": kind, "dpi": PNG_DPI, "facecolor": "white", "metadata": metadata}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        write_beside(path, lambda temporary: figure.savefig(temporary, **options))
+        write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
 
 
 def new_axes(height: float) -> tuple[Figure, Axes]:

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook, hash_args
 from lm_eval.api.registry import register_model
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.asking import in_batches
 from kvfuse.evaluation.harness.requests import (
-    by_options,
     cut,
     from_chat,
     generation_options,
+    group_by,
     load_method,
     options_key,
     to_prompt,
@@ -83,7 +82,7 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """Make a model of ``--model_args method=cache-to-cache,receiver=...,sharer=...,fuser=...`` and ``--batch_size``.
+        """Make a model of ``--model_args method=...,receiver=...,sharer=...,fuser=...`` and ``--batch_size``.
 
         ``--device`` is ignored, since the harness's default is a GPU even where there is none; use ``device_map=...``.
 
@@ -101,8 +100,9 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns the answers, cut at the first of the strings that a request lists in ``until``."""
         answers: dict[int, str] = {}
+        # requests with the same options can share a batch
         contexts = self._contexts_of_run("generate_until", requests)
-        for key, indices in by_options(requests).items():
+        for key, indices in group_by(requests, options_key).items():
             stops, options = generation_options(key)
             self.method.prepare(list(map(to_prompt, contexts[key])), **options)
             units = [(requests[index].args[0], [index]) for index in indices]
@@ -112,9 +112,8 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns each continuation's log-probability after its context, and whether it is the greedy one."""
-        indices: dict[str, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            indices[request.args[0]].append(index)
+        # each context is read once, with all of its continuations
+        indices = group_by(requests, lambda request: request.args[0])
         contexts = self._contexts_of_run("loglikelihood", requests)[""]
         self.method.prepare(list(map(to_prompt, contexts)))
         score, failed = partial(self._score, requests=requests), (NO_SCORE, False)
@@ -122,7 +121,7 @@ class HarnessModel(LM):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Raises EvaluationError: perplexities are not offered, since they ask no question that a sharer could answer."""
+        """Raises EvaluationError: perplexities are not offered, since no sharer is asked anything for them."""
         raise EvaluationError(
             "expected a task with questions, got one about perplexity, which no method here answers; choose another"
         )
@@ -160,13 +159,9 @@ class HarnessModel(LM):
         """Returns the tensors of all processes."""
         return gather(tensor)
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Returns the objects of all processes, in the process ``dst``."""
-        if self.world_size == 1:
-            return [obj]
-        gathered = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, gathered, dst)
-        return gathered
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        """Returns the objects of all processes, in every process."""
+        return gather_object([obj])
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -187,24 +182,20 @@ class HarnessModel(LM):
         They include those of other processes and those that the cache has answered already: a control that gives one
         question's cache to another must choose the same ones whether or not a run was shared or killed.
         """
-        asked = {(options_key(one), str(one.task_name), one.doc_id or 0, one.args[0]) for one in requests}
+        asked = {(options_key(row), str(row.task_name), row.doc_id or 0, row.args[0]) for row in requests}
         key = [kind, *sorted({task for _, task, _, _ in asked})]
         # 1) those that the run was begun with, from the cache
         stored = self.cache_hook.dbdict
         known = set() if stored is None else {tuple(row) for row in stored.get(hash_args("run", key), [])}
-        # 2) at the start of a run those of all processes
+        # 2) at the start of a run those of all processes, from them
         if not asked <= known:
-            known |= asked if self.world_size == 1 else set(chain.from_iterable(self._gather_everywhere(asked)))
+            known |= set(gather_object(sorted(asked)))
             self.cache_hook.add_partial("run", key, sorted(known))
-        contexts: dict[str, dict[str, None]] = defaultdict(dict)  # of each context the first
+        # 3) each context once
+        contexts: dict[str, dict[str, None]] = defaultdict(dict)
         for options, _, _, context in sorted(known):
             contexts[options][context] = None
         return {options: list(found) for options, found in contexts.items()}
-
-    def _gather_everywhere(self, asked: set[Any]) -> list[set[Any]]:
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, asked)
-        return gathered
 
     def _answer(
         self, kind: str, requests: Sequence[Instance], units: list[Unit], answer: AnswerUnits, failed: Any, in_run: int
@@ -223,10 +214,12 @@ class HarnessModel(LM):
             EvaluationError: Nothing was answered, neither now nor in the run that this one continues.
         """
         answers: dict[int, Any] = {}
-        batches = in_batches(units, answer, self.batch_size, length=lambda unit: len(unit[0]))
-        hidden, num_failed = not self.progress or self.rank > 0, 0
-        for (_, indices), results in tqdm(batches, self.method.name, len(units), disable=hidden):
-            if isinstance(results, Exception):
+        lengths, num_failed = [len(context) for context, _ in units], 0
+        batches = in_batches(lengths, lambda chosen: answer([units[unit] for unit in chosen]), self.batch_size)
+        hidden = not self.progress or self.rank > 0
+        for unit, results in tqdm(batches, self.method.name, len(units), disable=hidden):
+            _, indices = units[unit]
+            if isinstance(results, Exception):  # counts as wrong, and is listed in the report
                 self._record([requests[index] for index in indices], results)
                 answers.update((index, failed) for index in indices)
                 num_failed += 1
@@ -234,6 +227,7 @@ class HarnessModel(LM):
             for index, result in zip(indices, results, strict=True):
                 answers[index] = result
                 self.cache_hook.add_partial(kind, requests[index].args, result)
+        # a continued run may have only failures left; a whole run of failures is a wrong set-up
         if units and num_failed == len(units) >= in_run // self.world_size:
             raise EvaluationError(
                 f"expected answers by {self.method.name}, got none; the last error was {self.failures[-1].error}"
@@ -241,6 +235,7 @@ class HarnessModel(LM):
         return answers
 
     def _record(self, requests: Sequence[Instance], error: Exception) -> None:
+        # one line per question, however many options it has
         message = " ".join(f"{type(error).__name__}: {error}".split())
         for task, doc_id in dict.fromkeys((request.task_name, request.doc_id) for request in requests):
             failure = Failure(task, doc_id, message)

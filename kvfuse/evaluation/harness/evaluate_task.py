@@ -24,10 +24,10 @@ def evaluate_task(
     method: Method,
     task: "Task | Group",
     name: str,
-    *,
     seed: int | None,
     cache: Path,
     batch_size: int,
+    *,
     chat: bool = True,
     quiet: bool = False,
 ) -> list[Prediction]:
@@ -59,13 +59,14 @@ def evaluate_task(
         results = evaluate(caching, task_manager().load([task]), bootstrap_iters=0, apply_chat_template=chat)
     caching.dbdict.close()
     # 2) the first process collects
-    failures = model.gather_object(model.failures) or []
+    failures = model.gather_object(model.failures)
     model.barrier()
     if results is None:
         return []
     shutil.rmtree(cache)
     errors = {(failure.task, failure.doc_id): failure.error for of_process in failures for failure in of_process}
     samples = [(part, sample) for part, of_part in results["samples"].items() for sample in of_part]
+    # with several processes, samples come in any order
     samples.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
     return [
         _prediction(name, part, sample, method.name, seed, errors.get((part, sample["doc_id"])))
@@ -82,6 +83,7 @@ def prompts_of(task: "Task | Group", chat: bool = True) -> Iterator[TimedQuestio
     """
     parts = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
     for part in parts:
+        # as the harness does when it asks, so that ids and prompts are those of the predictions
         part.build_all_requests(apply_chat_template=chat, chat_template=lambda messages, **_: from_chat(messages))
         for request in part.instances:
             if request.request_type == "generate_until":
@@ -117,6 +119,7 @@ def _answer(sample: dict[str, Any]) -> tuple[str, str]:
     responses, letters = sample["resps"], sample["doc"].get("letters")
     if isinstance(responses[0][0], str):
         return responses[0][0], str(sample["filtered_resps"][0])
+    # several responses are the scores of options
     best = max(range(len(responses)), key=lambda index: responses[index][0][0])
     letter = letters[best] if letters else str(best)
     return letter, letter

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness's terms in kvfuse's: model arguments make a method, contexts are prompts, options those of ``generate``."""
+"""The harness's terms in kvfuse's: model arguments make a method, contexts are prompts, options are transformers'."""
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -53,17 +53,19 @@ def options_key(request: "Instance") -> str:
     return json.dumps(request.args[1], sort_keys=True) if isinstance(request.args[1], dict) else ""
 
 
-def by_options(requests: Sequence["Instance"]) -> dict[str, list[int]]:
-    """Returns the indices of requests by :func:`options_key`."""
+def group_by(requests: Sequence["Instance"], key: Callable[["Instance"], str]) -> dict[str, list[int]]:
+    """Returns the indices of requests by their key."""
+    # groups and their members stay in the order of the requests
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        groups[options_key(request)].append(index)
+        groups[key(request)].append(index)
     return groups
 
 
 def generation_options(key: str) -> tuple[list[str], dict[str, Any]]:
-    """Returns stop strings and options of transformers' ``generate``, which refuses sampling options where it is greedy."""
+    """Returns stop strings and options of transformers' ``generate``, without sampling options where it is greedy."""
     options = {"do_sample": False, **json.loads(key)}
+    # the harness's names -> transformers'
     until = options.pop("until", None) or []
     options["max_new_tokens"] = options.pop("max_gen_toks", options.get("max_new_tokens", DEFAULT_NEW_TOKENS))
     if not options["do_sample"]:

@@ -7,7 +7,7 @@ from typing import Any
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.predictions import Published, Run, read_run
 from kvfuse.evaluation.report.document import Block, Facts, Heading, Table, Text, to_html, to_markdown
-from kvfuse.evaluation.report.published_figures import beside, select
+from kvfuse.evaluation.report.published_figures import select, with_published
 from kvfuse.evaluation.report.verdict import points
 from kvfuse.evaluation.report.write import accuracy_cell, notes
 from kvfuse.evaluation.scoring.metrics import Figures, metrics, paired
@@ -40,6 +40,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
         runs: Two or more.
         names: Of the runs.
     """
+    # 1) figures of every run, then task by task
     records, scores = [metrics(run) for run in runs], [by_task(run.predictions) for run in runs]
     yield Heading(f"Evaluation: {', '.join(names)}", level=1)
     yield from notes(runs)
@@ -50,6 +51,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
         yield Heading(task)
         yield from _accuracies(figures, names, published)
         yield from _differences([run_scores.get(task) for run_scores in scores], names)
+    # 2) time, and the reasons why figures may differ
     if any(record["latency"] for record in records):
         yield from _latency([record["latency"] for record in records], names)
     yield from _configurations([run.config for run in runs], names)
@@ -58,12 +60,13 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
 def _accuracies(
     figures: Sequence[Figures | None], names: Sequence[str], published: Sequence[Sequence[Published]]
 ) -> Iterator[Block]:
+    # measured methods first, then those that only a paper has
     methods = [method for task in figures if task for method in task["methods"]]
     methods += [row.method for rows in published for row in select(rows)]
     table = []
     for method in dict.fromkeys(methods):
         cells = [accuracy_cell(task["methods"].get(method) if task else None) for task in figures]
-        quoted = [beside(cell, select(rows, method)) for cell, rows in zip(cells, published, strict=True)]
+        quoted = [with_published(cell, select(rows, method)) for cell, rows in zip(cells, published, strict=True)]
         table.append([method, *quoted])
     yield Table(["score, % [95%]", *names], table)
     if any(map(select, published)):
@@ -81,6 +84,7 @@ def _differences(scores: Sequence[TaskScores | None], names: Sequence[str]) -> I
     for after, name in zip(scores[1:], names[1:], strict=True):
         if before is None or after is None:
             continue
+        # differences of other items would not be paired
         if before.items.keys() != after.items.keys():
             common = len(before.items.keys() & after.items.keys())
             counts = (
@@ -88,6 +92,7 @@ def _differences(scores: Sequence[TaskScores | None], names: Sequence[str]) -> I
             )
             yield Text(f"{counts}: no paired differences, the accuracies are of different items.")
             continue
+        # methods that only one of the runs has are left out
         gains = {method: _gain(before, after, method) for method in before.scores}
         rows = [[method, points(*gain, signed=True)] for method, gain in gains.items() if gain]
         if rows:
@@ -101,6 +106,7 @@ def _gain(before: TaskScores, after: TaskScores, method: str) -> tuple[float, tu
     """Returns a method's scores in ``after`` minus those in ``before``, on the items answered in both."""
     if method not in before.scores or method not in after.scores:
         return None
+    # the items of both runs in the order of the first
     column = {item: index for index, item in enumerate(after.items)}
     order = [column[item] for item in before.items]
     answered = before.answered(method) & after.answered(method)[order]
@@ -111,20 +117,20 @@ def _gain(before: TaskScores, after: TaskScores, method: str) -> tuple[float, tu
 
 
 def _latency(latencies: Sequence[Figures], names: Sequence[str]) -> Iterator[Block]:
-    methods = dict.fromkeys(method for latency in latencies for method in latency)
-    medians = [{method: f"{1000 * one['median']:.1f}" for method, one in latency.items()} for latency in latencies]
+    names_of_methods = dict.fromkeys(name for methods in latencies for name in methods)
+    medians = [{name: f"{1000 * method['median']:.1f}" for name, method in methods.items()} for methods in latencies]
     yield Heading("Latency")
     yield Text("Medians of single questions. They compare methods of a run; runs only where the machine was the same.")
-    rows = [[method, *(median.get(method, "-") for median in medians)] for method in methods]
+    rows = [[name, *(median.get(name, "-") for median in medians)] for name in names_of_methods]
     yield Table(["median ms", *names], rows)
 
 
 def _configurations(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Block]:
     """Yields the keys in which the runs differ."""
+    # nested keys -> dotted ones, e.g. evaluation.limit
     flat = [dict(_leaves(config)) for config in configs]
-    rows = [
-        [key, *(config.get(key, "-") for config in flat)] for key in dict.fromkeys(key for one in flat for key in one)
-    ]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    rows = [[key, *(config.get(key, "-") for config in flat)] for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     yield Heading("Configuration")
     yield Table(["key", *names], differing, named=1 + len(names)) if differing else Text("The same in all runs.")

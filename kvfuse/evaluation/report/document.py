@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Picture:
     svg: str
     caption: str
 
-    @property
-    def markup(self) -> Markup:
-        """The SVG for the template, which escapes everything else."""
-        return Markup(self.svg)
-
 
 @dataclass(frozen=True)
 class Code:
@@ -67,6 +61,7 @@ Block = Heading | Text | Facts | Table | Picture | Code
 def to_html(blocks: Sequence[Block]) -> str:
     """Returns the page: no scripts, no external resources, light or dark by the reader's preference."""
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    # everything but the SVG is escaped, and a missing variable is an error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     title = next(block.text for block in blocks if isinstance(block, Heading))
     named = [(type(block).__name__, block) for block in blocks]

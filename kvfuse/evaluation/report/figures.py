@@ -18,7 +18,7 @@ Estimate = tuple[str, float, "Interval"]
 Shares = Mapping[str, Mapping[str, tuple[float, "Interval"]]]
 """By category and method, a share and its interval."""
 
-KNEW = {f"{RECEIVER}+{SHARER}": "both", RECEIVER: "only the receiver", SHARER: "only the sharer", "": "neither"}
+KNEW = {RECEIVER: "only the receiver", SHARER: "only the sharer", f"{RECEIVER}+{SHARER}": "both", "": "neither"}
 """Who has an item right without fusing."""
 OUTCOMES = {"right": COLOURS[2], "wrong": COLOURS[5]}
 
@@ -37,7 +37,7 @@ def forest(estimates: Sequence[Estimate], axis: str, zero: bool = False) -> "Fig
         filled = not zero or low > 0 or high < 0
         axes.plot([100 * low, 100 * high], [i, i], color=COLOURS[0], linewidth=2, solid_capstyle="butt")
         axes.plot(100 * share, i, "o", color=COLOURS[0], markersize=7, markerfacecolor=COLOURS[0] if filled else PAPER)
-    if zero:
+    if zero:  # the reference line
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     name_lines(axes, [label for label, _, _ in estimates])
     axes.set_xlabel(axis)
@@ -74,6 +74,7 @@ def draw_categories(axes: "Axes", categories: Shares, axis: str) -> list[Any]:
             axes.plot([100 * low, 100 * high], [line, line], color=colour, linewidth=1.2)
         lines, shares = [line for line, _, _ in points], [100 * share for _, share, _ in points]
         handles += axes.plot(shares, lines, marker, color=colour, label=name, markersize=5)
+    # thin rules between categories
     for i in range(1, len(categories)):
         axes.axhline(i - 0.5, color=INK, linewidth=0.4, alpha=0.4)
     name_lines(axes, list(categories))
@@ -88,12 +89,11 @@ def shares(categories: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) 
         categories: From :func:`kvfuse.evaluation.scoring.metrics.task_figures`.
         methods: To draw.
     """
-    return {
-        category: {
-            name: (found["accuracy"], found["interval"]) for name in methods if (found := one["methods"].get(name))
-        }
-        for category, one in categories.items()
-    }
+    shares = {}
+    for category, figures in categories.items():
+        found = {name: figures["methods"][name] for name in methods if name in figures["methods"]}
+        shares[category] = {name: (figure["accuracy"], figure["interval"]) for name, figure in found.items()}
+    return shares
 
 
 @styled
@@ -107,14 +107,17 @@ def latency(methods: Mapping[str, Mapping[str, Any]], phases: Sequence[str]) -> 
     """
     figure, axes = new_axes(1.5 + 0.36 * len(methods))
     lines, stages = range(len(methods)), [*phases, "other"]
-    widths = [[milliseconds(one).get(phase, 0.0) for phase in stages] for one in methods.values()]  # (methods, stages)
+    spent = [milliseconds(method) for method in methods.values()]
+    widths = [[times.get(phase, 0.0) for phase in stages] for times in spent]  # (methods, stages)
+    # a bar begins where the phases before it end
     lefts = [list(accumulate(row, initial=0.0)) for row in widths]
     handles: list[Any] = []
     for column, (phase, colour) in enumerate(zip(stages, cycle(COLOURS), strict=False)):
         bars = [row[column] for row in widths], 0.6, [row[column] for row in lefts]
         handles.append(axes.barh(lines, *bars, label=phase.replace("_", " "), color=colour))
     for key, label, marker, size in (("median", "median", "|", 16), ("p95", "95th percentile", "D", 5)):
-        times = [1000 * one[key] for one in methods.values()]
+        # marks of single questions, on top of the means
+        times = [1000 * method[key] for method in methods.values()]
         handles += axes.plot(times, lines, marker, color=INK, label=label, markersize=size)
     name_lines(axes, list(methods))
     axes.set_xlabel("time of a single question (ms), mean by phase")
@@ -130,7 +133,7 @@ def milliseconds(method: Mapping[str, Any]) -> dict[str, float]:
 
 
 def knowledge(methods: Sequence[str], regions: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Returns how many items are right and wrong when fused, by who has them right without (keys of :data:`KNEW`).
+    """Returns the numbers of items right and wrong when fused, by who has them right without (keys of :data:`KNEW`).
 
     Args:
         methods: Receiver, cache-to-cache, and the sharer if it was asked.
@@ -157,6 +160,7 @@ def draw_overlap(axes: "Axes", known: Mapping[str, Mapping[str, float]]) -> None
     """Draw :func:`overlap` into existing axes."""
     for index, (outcome, colour) in enumerate(OUTCOMES.items()):
         counts = [items[outcome] for items in known.values()]
+        # the two bars of a group lie on both sides of its line
         lines = [line + 0.4 * index - 0.2 for line in range(len(known))]
         bars = axes.barh(lines, counts, 0.38, color=colour, label=f"{outcome} when fused")
         axes.bar_label(bars, list(map(number, counts)), padding=3)

@@ -24,6 +24,7 @@ def as_rows(tables: Any) -> Any:
     """
     if not isinstance(tables, list):
         return tables
+    # a list may mix tables with single figures
     is_table = [isinstance(table, dict) and "values" in table for table in tables]
     rows = [_rows(**table) if flag else [table] for table, flag in zip(tables, is_table, strict=True)]
     return [row for table_rows in rows for row in table_rows]
@@ -46,8 +47,8 @@ def select(
     return [row for row in published if (row.unit, row.part) == (unit, part) and method in (None, row.method)]
 
 
-def beside(measured: str, published: Sequence[Published]) -> str:
-    """Returns a cell: the measured figure, and after a slash the published one, averaged where several tasks have one."""
+def with_published(measured: str, published: Sequence[Published]) -> str:
+    """Returns a cell: the measured figure, and after a slash the published one, or the mean of several."""
     return f"{measured} / {fmean(row.value for row in published):.5g}" if published else measured
 
 
@@ -56,5 +57,6 @@ def sources(published: Sequence[Published]) -> Iterator[Block]:
     for source, rows in groupby(published, key=lambda row: row.source):
         figures = (f"{row.method} {row.value:g}{f' ({row.part})' if row.part else ''}" for row in rows)
         yield Text(", ".join(figures) + ".", lead=f"Published, {source}:")
+    # a reason holds for all figures of a method, and is given once
     for method, why_not in dict.fromkeys((row.method, row.why_not) for row in published if row.why_not):
         yield Text(why_not, lead=f"{method}, not run as published:")

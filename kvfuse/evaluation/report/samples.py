@@ -14,6 +14,7 @@ def failures(predictions: Sequence[Prediction]) -> Iterator[Block]:
     """Yields a table of the errors with their counts; nothing where nothing failed."""
     failed = [row for row in predictions if row.failed is not None]
     if failed:
+        # the same error of many items is listed once, with its first item
         counts = Counter((row.task, row.method, str(row.failed)) for row in failed)
         first = {(row.task, row.method, str(row.failed)): row.item for row in reversed(failed)}
         rows = [[*key[:2], _short(key[2]), first[key], str(count)] for key, count in counts.most_common()]
@@ -36,6 +37,7 @@ def samples(name: str, rows: Sequence[Prediction]) -> Iterator[Block]:
         yield Heading(f"Sample answers: {name}")
         yield Text("One item for each of the most common patterns of disagreement between methods; first fuser seed.")
     for alike in sorted(patterns.values(), key=len, reverse=True)[:MAX_SAMPLES]:
+        # one row with the question is enough
         question = next((row.question for row in rows if row.item == alike[0] and row.question), None)
         yield Heading(_short(question) if question else f"Item {alike[0]}", level=3)
         yield _answers(list(items[alike[0]].values()), len(alike))
@@ -45,6 +47,7 @@ def _answers(rows: Sequence[Prediction], alike: int) -> Table:
     """Returns which methods gave which answer, the right ones first."""
     given: dict[tuple[float, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: -row.score):
+        # methods that give the same answer share a line
         given.setdefault((row.score, row.failed or row.answer), []).append(row.method)
     cells = [
         [_short(answer) or "(nothing)", ", ".join(methods), f"{100 * score:.0f}"]

@@ -20,9 +20,11 @@ def verdict(figures: dict[str, Any]) -> str:
     Args:
         figures: Of one task, from :func:`kvfuse.evaluation.scoring.metrics.task_figures`.
     """
+    # 1) without these two methods there is nothing to claim
     gain = difference(figures, FUSED, RECEIVER)
     if gain is None:
         return f"No verdict: it takes answers of both {FUSED} and {RECEIVER} to the same items."
+    # 2) the gain with its content, then the facts that qualify it
     calibrated = _calibrated(difference(figures, FUSED, CALIBRATED))
     sentences = [_gain(gain, figures["content"]), calibrated, _kept(figures), _seeds(figures)]
     return " ".join(filter(None, sentences))
@@ -54,7 +56,8 @@ def _gain(gain: dict[str, Any], content: dict[str, Any] | None) -> str:
 def _part(gain: dict[str, Any], content: dict[str, Any] | None) -> str:
     """Returns which part of a gain needs the sharer to have read this question."""
     if content is None:
-        return f"which part of it is communication is unknown, since the {MISMATCHED} control was not run."
+        return f"which part of it is communication is unknown, since there is no {MISMATCHED} control."
+    # the content is a difference to the control, so it can be anything from harmful to more than the gain
     worth, (low, high) = content["difference"], content["interval"]
     shown = points(worth, (low, high), signed=low <= 0)
     if low <= 0 <= high:
@@ -76,7 +79,8 @@ def _part(gain: dict[str, Any], content: dict[str, Any] | None) -> str:
 def _content(content: dict[str, Any] | None) -> str:
     """Returns whether the sharer's input matters, where there is no gain to split."""
     if content is None:
-        return f"The {MISMATCHED} control was not run."
+        return f"There is no {MISMATCHED} control."
+    # signed, since zero may lie within the interval
     low, high = content["interval"]
     shown = f"{points(content['difference'], (low, high), signed=True)} points"
     if low > 0:
@@ -97,11 +101,12 @@ def _calibrated(gain: dict[str, Any] | None) -> str:
 
 def _kept(figures: dict[str, Any]) -> str:
     kept = figures["methods"][FUSED]["kept"].items()
-    shares = [f"{points(one['share'], one['interval'])}% of what the {name} alone has right" for name, one in kept]
+    shares = [f"{points(of['share'], of['interval'])}% of what the {name} alone has right" for name, of in kept]
     return f"Fused, it keeps {' and '.join(shares)}." if shares else ""
 
 
 def _seeds(figures: dict[str, Any]) -> str:
+    # a single seed has no range
     seeds = list(figures["methods"][FUSED]["seeds"].values())
     if len(seeds) < 2:
         return ""

@@ -1,7 +1,8 @@
-"""A run's folder -> ``metrics.json``, ``report.html`` and ``report.md``: the verdict first, then every figure behind it."""
+"""A run's folder -> ``metrics.json``, ``report.html`` and ``report.md``: the verdict, then all figures behind it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from kvfuse.evaluation.predictions import METRICS, Published, Run, read_run
 from kvfuse.evaluation.report import figures
 from kvfuse.evaluation.report.document import Block, Code, Facts, Heading, Picture, Table, Text, to_html, to_markdown
-from kvfuse.evaluation.report.published_figures import beside, select, sources
+from kvfuse.evaluation.report.published_figures import select, sources, with_published
 from kvfuse.evaluation.report.samples import failures, samples
 from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER, difference, points
 from kvfuse.evaluation.scoring.metrics import Figures, all_phases, metrics
@@ -20,21 +21,6 @@ from kvfuse.support.plots import svg
 HTML, MARKDOWN = "report.html", "report.md"
 FEW_CATEGORIES = 12
 """With more categories, only receiver, sharer and cache-to-cache are drawn; the table has all methods."""
-
-EXPLANATIONS = (
-    "Intervals are 95%. An accuracy has Wilson's interval where items are independent and each is right or wrong. Otherwise, "
-    "and for differences, items are resampled 2,000 times, in whole groups where several share a topic. With several fuser "
-    "seeds, an item's score is its mean over seeds: intervals are about other items, not about other seeds, whose accuracies "
-    "are listed.",
-    "Helped: only the first of a pair has it right; hurt: only the second. Kept: of the items that the receiver, or the sharer, "
-    "has right alone, the share that the method has right, too.{graded} McNemar's exact test counts each item once, for the "
-    "side of most of its seeds, and as independent: where items come in groups, trust the interval. Holm's p-values allow for "
-    "testing all pairs of the task.",
-    "Mismatched: the sharer has read another question. Cache-to-cache minus mismatched is the part that needs the sharer to "
-    "have read this one; any cache does the rest of a gain, such as removing a preference for an answer letter. Failed: no "
-    "answer, counted as wrong. Not read: nothing could be extracted from the answer. After a slash: the published value.",
-)
-GRADED = " A graded item is right from a score of 50 on."
 
 
 def write_report(folder: str | Path) -> Figures:
@@ -70,7 +56,7 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
     yield from _verdicts(record)
     if record["average"]:
         yield Heading("Mean over tasks")
-        rows = [[name, accuracy_cell(one), _gain_cell(one.get("gain"))] for name, one in record["average"].items()]
+        rows = [[name, accuracy_cell(mean), _gain_cell(mean.get("gain"))] for name, mean in record["average"].items()]
         yield Table(["method", "mean score, % [95%]", "gain over the receiver [95%]"], rows)
     # 2) the figures of each task, and of time
     for name, task in record["tasks"].items():
@@ -82,8 +68,8 @@ def report(run: Run, record: Figures) -> Iterator[Block]:
     for name in record["tasks"]:
         yield from samples(name, [row for row in run.predictions if row.task == name])
     yield Heading("How to read it")
-    graded = GRADED if any(task["graded"] for task in record["tasks"].values()) else ""
-    yield from (Text(paragraph.format(graded=graded)) for paragraph in EXPLANATIONS)
+    explanation = files(__package__).joinpath("how_to_read.txt").read_text(encoding="utf-8")
+    yield from map(Text, explanation.split("\n\n"))
     yield Heading("Configuration")
     yield Code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "not recorded")
 
@@ -100,6 +86,7 @@ def accuracy_cell(method: Mapping[str, Any] | None) -> str:
 
 
 def _facts(run: Run, record: Figures) -> dict[str, str]:
+    # a configuration names one or several of each
     facts = {key: _name(run.config[key]) for key in ("receiver", "sharer", "sharers", "fuser") if run.config.get(key)}
     facts["tasks"] = "; ".join(_title(name, task) for name, task in record["tasks"].items())
     facts["methods"] = ", ".join(dict.fromkeys(row.method for row in run.predictions))
@@ -125,6 +112,7 @@ def _verdicts(record: Figures) -> Iterator[Block]:
     tasks = record["tasks"]
     for name, task in tasks.items():
         yield Text(task["verdict"], lead=f"{name}.")
+    # reasons to distrust all of them
     methods = [(task, method) for task in tasks.values() for method in task["methods"].values()]
     if failed := sum(method["failed"] for _, method in methods):
         yield Text(f"{failed:,} failed. They count as wrong and are listed below.", lead="Failures.")
@@ -134,13 +122,15 @@ def _verdicts(record: Figures) -> Iterator[Block]:
 
 
 def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[Block]:
+    # 1) methods
     measure = "score" if task["graded"] else "accuracy"
     axis = f"{measure} (%), 95% interval"
     yield Heading(_title(name, task))
     yield _methods_table(task, measure, {row.method: row for row in select(published)})
     yield from sources(published)
-    estimates = [(method, one["accuracy"], one["interval"]) for method, one in task["methods"].items()]
+    estimates = [(label, method["accuracy"], method["interval"]) for label, method in task["methods"].items()]
     yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
+    # 2) pairs of methods, their overlap, and categories, where there are several
     if task["pairs"]:
         yield from _differences(name, task)
     if task["overlap"]:
@@ -153,6 +143,7 @@ def _methods_table(task: Figures, measure: str, published: Mapping[str, Publishe
     kept = ["kept of receiver's", "kept of sharer's"]
     header = ["method", f"{measure}, % [95%]", "seeds", *kept, "items", "failed", "not read"]
     rows = []
+    # rows of the paper that were not run are listed, too
     for name in dict.fromkeys([*task["methods"], *published]):
         method = task["methods"].get(name)
         rows.append([name, accuracy_cell(method), *(_method_cells(method) if method else ["-"] * 6)])
@@ -173,6 +164,7 @@ def _differences(name: str, task: Figures) -> Iterator[Block]:
     header = ["pair", "difference, points [95%]", "helped", "hurt", "McNemar p", "p, Holm", "items"]
     yield Heading("Differences", level=3)
     yield Table(header, [[_pair_name(pair), _gain_cell(pair), *_pair_cells(pair)] for pair in pairs])
+    # the picture has the pairs that claims are about; the table has all
     drawn = [pair for pair in pairs if pair["method"] == FUSED or pair["against"] == RECEIVER] or pairs
     gains = [(_pair_name(pair), pair["difference"], pair["interval"]) for pair in drawn]
     picture = figures.forest(gains, "difference (points), 95% interval", zero=True)
@@ -184,6 +176,7 @@ def _ordered_pairs(task: Figures) -> list[Figures]:
     methods = [name for name in task["methods"] if name not in (FUSED, RECEIVER)]
     wanted = [(FUSED, RECEIVER), *((FUSED, name) for name in methods), *((name, RECEIVER) for name in methods)]
     wanted += [(pair["method"], pair["against"]) for pair in task["pairs"]]
+    # a pair is listed in the first of the orders in which it is wanted
     unique: dict[frozenset[str], tuple[str, str]] = {}
     for names in wanted:
         unique.setdefault(frozenset(names), names)
@@ -209,6 +202,7 @@ def _overlap(name: str, task: Figures) -> Iterator[Block]:
     if RECEIVER in methods:
         averaged = " Averages over the fuser's seeds." if len(task["methods"][FUSED]["seeds"]) > 1 else ""
         known = figures.knowledge(methods, regions)
+        # what the receiver knew and lost, and what it did not know and gained
         hurt = sum(items["wrong"] for knew, items in known.items() if RECEIVER in knew)
         helped = sum(items["right"] for knew, items in known.items() if RECEIVER not in knew)
         counts = f"fusing hurt {figures.number(hurt)} items and helped {figures.number(helped)}"
@@ -221,11 +215,14 @@ def _categories(name: str, task: Figures, axis: str, published: Sequence[Publish
     methods, categories = list(task["methods"]), task["categories"]
     yield Heading("By category", level=3)
     rows = []
-    for category, one in categories.items():
-        found = {method: f"{100 * figure['accuracy']:.1f}" for method, figure in one["methods"].items()}
-        cells = [beside(found.get(method, "-"), select(published, method, part=category)) for method in methods]
-        rows.append([category, f"{one['items']:,}", *cells])
+    for category, found in categories.items():
+        shares = {name: f"{100 * method['accuracy']:.1f}" for name, method in found["methods"].items()}
+        cells = [
+            with_published(shares.get(method, "-"), select(published, method, part=category)) for method in methods
+        ]
+        rows.append([category, f"{found['items']:,}", *cells])
     yield Table(["category", "items", *methods], rows)
+    # with many categories, lines of many methods would overlap
     main = [method for method in methods if method in (RECEIVER, SHARER, FUSED)] or methods[:3]
     drawn = figures.shares(categories, methods if len(rows) <= FEW_CATEGORIES else main)
     yield Picture(svg(figures.by_category(drawn, axis), f"{name} categories"), f"{name}: by category.")
@@ -235,13 +232,12 @@ def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block
     phases = all_phases(latency)
     questions = max(method["questions"] for method in latency.values())
     yield Heading("Latency")
-    yield Text(
-        f"{questions:,} questions asked one at a time, warm, the methods in turns. p95: the 95th percentile. Phases: means in ms."
-    )
+    asked = f"{questions:,} questions asked one at a time, warm, the methods in turns."
+    yield Text(f"{asked} p95: the 95th percentile. Phases: means in ms.")
     columns = [*(phase.replace("_", " ") for phase in phases), "other", "tokens in", "out"]
-    rows = [[name, *_latency_cells(name, one, [*phases, "other"], published)] for name, one in latency.items()]
+    rows = [[name, *_latency_cells(name, method, [*phases, "other"], published)] for name, method in latency.items()]
     yield Table(["method", "median ms", "p95 ms", *columns], rows)
-    if published:
+    if published:  # with a caveat, as published times are of other machines
         origins = "; ".join(dict.fromkeys(row.source for row in published))
         caveat = "These times are of another machine: compare them with each other, not with those measured here."
         yield Text(f"{origins}. {caveat}", lead="Published:")
@@ -249,12 +245,13 @@ def _latency(latency: Figures, published: Sequence[Published]) -> Iterator[Block
 
 
 def _latency_cells(name: str, method: Figures, phases: Sequence[str], published: Sequence[Published]) -> list[str]:
+    # a method has no cell for the phases that it does not pass
     spent = {phase: f"{time:.1f}" for phase, time in figures.milliseconds(method).items()}
-    times = [beside(spent.get(phase, "-"), select(published, name, "ms", phase)) for phase in phases]
+    times = [with_published(spent.get(phase, "-"), select(published, name, "ms", phase)) for phase in phases]
     counts = {"in": method["tokens_in"], "out": method["tokens"]}
     tokens = [
-        beside("-" if count is None else f"{count:.1f}", select(published, name, "tokens", part))
+        with_published("-" if count is None else f"{count:.1f}", select(published, name, "tokens", part))
         for part, count in counts.items()
     ]
-    median = beside(f"{1000 * method['median']:.1f}", select(published, name, "ms"))
+    median = with_published(f"{1000 * method['median']:.1f}", select(published, name, "ms"))
     return [median, f"{1000 * method['p95']:.1f}", *times, *tokens]

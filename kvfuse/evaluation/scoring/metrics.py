@@ -9,14 +9,8 @@ import numpy as np
 
 from kvfuse.evaluation.predictions import Run, Timing
 from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, verdict
-from kvfuse.evaluation.scoring.statistics import (
-    accuracy,
-    bootstrap_average,
-    bootstrap_mean,
-    bootstrap_ratio,
-    holm,
-    mcnemar,
-)
+from kvfuse.evaluation.scoring import statistics
+from kvfuse.evaluation.scoring.statistics import Interval
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 from kvfuse.stages.phases import PHASES
 
@@ -59,22 +53,23 @@ def paired(difference: np.ndarray, groups: np.ndarray) -> Figures:
         difference: ``(items,)``, of scores.
         groups: ``(items,)``, the topic of each item.
     """
-    mean, interval = bootstrap_mean(difference, groups)
-    return {"difference": mean, "interval": interval}
+    return _with_interval("difference", statistics.bootstrap_mean(difference, groups))
 
 
 def average(tasks: Sequence[TaskScores]) -> Figures:
-    """Returns the mean over tasks and its gain over the receiver's, by method, for methods that answered in all tasks."""
-    with_receiver, figures = all(RECEIVER in task.scores for task in tasks), {}
+    """Returns the mean over tasks and its gain over the receiver's, for each method that answered in all tasks."""
+    figures: Figures = {}
+    with_receiver = all(RECEIVER in task.scores for task in tasks)
+    # a mean over other tasks would be another figure, so a method needs answers in all of them
     for name in tasks[0].scores:
         if not all(name in task.scores and task.answered(name, *_present(task, RECEIVER)).any() for task in tasks):
             continue
-        mean, interval = bootstrap_average([_of(task, task.mean(name), name) for task in tasks])
-        figures[name] = {"accuracy": mean, "interval": interval}
+        figures[name] = _with_interval(
+            "accuracy", statistics.bootstrap_average([_of(task, task.mean(name), name) for task in tasks])
+        )
         if with_receiver and name != RECEIVER:
             gains = [_of(task, task.gain(name, over=RECEIVER), name, RECEIVER) for task in tasks]
-            mean, interval = bootstrap_average(gains)
-            figures[name]["gain"] = {"difference": mean, "interval": interval}
+            figures[name]["gain"] = _with_interval("difference", statistics.bootstrap_average(gains))
     return figures
 
 
@@ -106,18 +101,17 @@ def _latency(rows: Sequence[Timing]) -> Figures:
 
 def _in_order(phases_of_rows: Iterable[Iterable[str]]) -> list[str]:
     """Returns every phase once, the known ones in the order in which a question passes them."""
+    # plugins may measure phases of their own, which come last
     found = dict.fromkeys(phase for phases in phases_of_rows for phase in phases)
     return [*(phase for phase in PHASES if phase in found), *(phase for phase in found if phase not in PHASES)]
 
 
 def _method(task: TaskScores, name: str) -> Figures:
     answered, rows = task.answered(name), [row for row in task.rows if row.method == name]
-    mean, interval = accuracy(*_of(task, task.mean(name), name))
     by_seed = zip(task.seeds[name], task.scores[name][:, answered], strict=True)
     kept = {other: _kept(task, name, of=other) for other in _present(task, RECEIVER, SHARER) if other != name}
     return {
-        "accuracy": mean,
-        "interval": interval,
+        **_with_interval("accuracy", statistics.accuracy(*_of(task, task.mean(name), name))),
         "items": int(answered.sum()),
         "seeds": {str(seed): float(scores.mean()) for seed, scores in by_seed if seed is not None},
         "failed": sum(row.failed is not None for row in rows),
@@ -129,11 +123,12 @@ def _method(task: TaskScores, name: str) -> Figures:
 
 def _kept(task: TaskScores, name: str, *, of: str) -> Figures | None:
     """Returns the share of the items that ``of`` has right which ``name`` has right, too."""
+    # an item counts as known where most seeds have it right
     known = task.answered(name, of) & (task.mean(of) >= RIGHT)
     if not known.any():
         return None
-    share, interval = accuracy((task.scores[name][:, known] >= RIGHT).mean(axis=0), task.groups[known])
-    return {"share": share, "interval": interval, "items": int(known.sum())}
+    right = (task.scores[name][:, known] >= RIGHT).mean(axis=0)
+    return {**_with_interval("share", statistics.accuracy(right, task.groups[known])), "items": int(known.sum())}
 
 
 def _pairs(task: TaskScores) -> list[Figures]:
@@ -143,7 +138,7 @@ def _pairs(task: TaskScores) -> list[Figures]:
     """
     names = [(name, other) for other, name in combinations(task.scores, 2) if task.answered(name, other).any()]
     pairs = [_pair(task, name, other) for name, other in names]
-    adjusted = holm([pair["p"] for pair in pairs])
+    adjusted = statistics.holm([pair["p"] for pair in pairs])
     return [{**pair, "p_holm": p_value} for pair, p_value in zip(pairs, adjusted, strict=True)]
 
 
@@ -151,7 +146,7 @@ def _pair(task: TaskScores, name: str, other: str) -> Figures:
     """Helped and hurt are averages over seeds; in the test, an item counts once, for the side of most of its seeds."""
     answered = task.answered(name, other)
     right, other_right = (scores[:, answered] >= RIGHT for scores in task.pair_seeds(name, other))  # (seeds, items)
-    balance = right.mean(axis=0) - other_right.mean(axis=0)
+    balance = right.mean(axis=0) - other_right.mean(axis=0)  # (items,), above 0 where more seeds have it right
     return {
         "method": name,
         "against": other,
@@ -159,7 +154,7 @@ def _pair(task: TaskScores, name: str, other: str) -> Figures:
         **paired(*_of(task, task.gain(name, over=other), name, other)),
         "helped": float((right & ~other_right).sum(axis=1).mean()),
         "hurt": float((~right & other_right).sum(axis=1).mean()),
-        "p": mcnemar(int((balance > 0).sum()), int((balance < 0).sum())),
+        "p": statistics.mcnemar(int((balance > 0).sum()), int((balance < 0).sum())),
     }
 
 
@@ -174,19 +169,22 @@ def _content(task: TaskScores) -> Figures | None:
     content_by_item, groups = _of(task, task.gain(FUSED, over=MISMATCHED), *methods)
     gain_by_item, _ = _of(task, task.gain(FUSED, over=RECEIVER), *methods)
     gain, share, interval = paired(gain_by_item, groups), None, None
+    # a share of a gain that may be zero has no meaningful interval
     if gain["interval"][0] > 0:
-        share, interval = bootstrap_ratio(part=content_by_item, whole=gain_by_item, groups=groups)
+        share, interval = statistics.bootstrap_ratio(part=content_by_item, whole=gain_by_item, groups=groups)
     content = {"gain": gain, "share_of_gain": share, "share_interval": interval, "items": int(answered.sum())}
     return {**paired(content_by_item, groups), **content}
 
 
 def _overlap(task: TaskScores) -> Figures | None:
-    """Returns the number of items that exactly these methods have right, e.g. ``receiver+sharer``, averaged over seeds."""
+    """Returns the number of items that exactly these methods have right (``receiver+sharer``), averaged over seeds."""
     methods = _present(task, RECEIVER, SHARER, FUSED)
     if FUSED not in methods or len(methods) < 2 or not (answered := task.answered(*methods)).any():
         return None
+    # methods without a fuser are repeated for each seed of those with one
     shape = len(task.scores[FUSED]), int(answered.sum())
     right = {name: np.resize(task.scores[name][:, answered] >= RIGHT, shape) for name in methods}  # (seeds, items)
+    # every subset of the methods is a region, and every item of a seed is in exactly one
     regions = [names for size in range(len(methods) + 1) for names in combinations(methods, size)]
     matches = {names: np.all([right[name] == (name in names) for name in methods], axis=0) for names in regions}
     counts = {"+".join(names): float(match.sum(axis=1).mean()) for names, match in matches.items()}
@@ -199,11 +197,12 @@ def _categories(task: TaskScores) -> Figures:
 
 
 def _category(task: TaskScores, in_category: np.ndarray) -> Figures:
-    methods = {}
+    methods: Figures = {}
     for name in task.scores:
         if (chosen := in_category & task.answered(name)).any():
-            mean, interval = accuracy(task.mean(name)[chosen], task.groups[chosen])
-            methods[name] = {"accuracy": mean, "interval": interval}
+            methods[name] = _with_interval(
+                "accuracy", statistics.accuracy(task.mean(name)[chosen], task.groups[chosen])
+            )
     return {"items": int(in_category.sum()), "methods": methods}
 
 
@@ -211,6 +210,10 @@ def _of(task: TaskScores, values: np.ndarray, *methods: str) -> tuple[np.ndarray
     """Returns the values and groups of the items that all of these methods have answered."""
     answered = task.answered(*methods)
     return values[answered], task.groups[answered]
+
+
+def _with_interval(name: str, figure: tuple[float, Interval]) -> Figures:
+    return {name: figure[0], "interval": figure[1]}
 
 
 def _mean_known(counts: Iterable[int | None]) -> float | None:

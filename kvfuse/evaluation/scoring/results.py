@@ -19,19 +19,20 @@ def same_answer(reply: str, answer: str) -> bool:
 def extract_number(text: str) -> str | None:
     """Returns the number that a reply ends in, in plain digits.
 
-    It is the number after ``####``, else in the last box, else on the last line that says "answer", else the last number.
+    It is the number after ``####``, else in the last box, else on the last line that says "answer", else the last one.
     Currency, units and thousands separators are not part of it.
     """
     reply = unicodedata.normalize("NFKC", strip_thoughts(text)).replace("−", "-").replace("\\$", "$").replace("$", " ")
-    reply = reply.replace("{,}", ",")
+    reply = reply.replace("{,}", ",")  # LaTeX's thousands separator
     boxed = _boxed(reply)
+    # the first number where the answer is marked, else the last of the reply
     marked = reply.split("####")[1:] or ([boxed] if boxed else ANSWER.findall(reply))
     found = (NUMBER.findall(marked[-1])[:1] if marked else []) or NUMBER.findall(reply)[-1:]
     return _plain_digits(found[0]) if found else None
 
 
 def extract_result(text: str) -> str | None:
-    """Returns the formula that a reply ends in: its last box, else after the last "Answer:", else the last ``$...$``."""
+    """Returns the formula that a reply ends in: in the last box, after the last "Answer:", or in the last ``$...$``."""
     reply = strip_thoughts(text)
     candidates = [_boxed(reply), *ANSWER.findall(reply)[-1:], *re.findall(r"\$([^$]+)\$", reply)[-1:]]
     found = next(filter(None, candidates), None)
@@ -39,7 +40,7 @@ def extract_result(text: str) -> str | None:
 
 
 def same_result(reply: str, answer: str) -> bool:
-    """Returns whether two LaTeX formulas are equal: as spelled, as numbers, or by algebra if math_verify is installed."""
+    """Returns whether two LaTeX formulas are equal in spelling, in value, or by algebra if math_verify is installed."""
     first, second = _normalized(reply), _normalized(answer)
     if first == second or (_value(first) is not None and _value(first) == _value(second)):
         return True
@@ -63,6 +64,7 @@ def _boxed(text: str) -> str | None:
 
 def _plain_digits(number: str) -> str:
     value = Decimal(number.replace(",", ""))
+    # "18.00" is "18", and 1E+3 is "1000"
     return str(value.quantize(Decimal(1))) if value == value.to_integral_value() else format(value.normalize(), "f")
 
 

@@ -61,6 +61,7 @@ def accuracy(scores: Values, groups: Groups) -> tuple[float, Interval]:
         groups: The topic of each question.
     """
     scores, num_groups = np.asarray(scores, dtype=float), len(np.unique(groups))
+    # a constant score of n groups is like n questions, of which all or none are right
     mean, constant = float(scores.mean()), bool((scores == scores[0]).all())
     if np.isin(scores, (0, 1)).all() and (num_groups == len(scores) or constant):
         return mean, wilson(round(mean * num_groups), num_groups)
@@ -90,9 +91,11 @@ def mcnemar(helped: int, hurt: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns the p-values of several tests adjusted by Holm's method (1979), which bounds the family-wise error rate."""
+    """Returns the p-values of several tests, adjusted to bound the family-wise error rate (Holm 1979)."""
     order = np.argsort(p_values, kind="stable")
+    # the smallest p-value is multiplied by the number of tests, the next by one less, ...
     scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    # ... and none may be smaller than the one before
     adjusted = np.empty(len(order))
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
     return adjusted.tolist()
@@ -100,6 +103,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _resampled_means(values: Values, groups: Groups, draws: int, seed: int) -> np.ndarray:
     """``(draws,)``: the mean over the questions of as many groups as there are, drawn with replacement."""
+    # sums and sizes of groups suffice: a mean over questions is a ratio of their sums
     _, group_of = np.unique(np.asarray(groups), return_inverse=True)
     sums, sizes = np.bincount(group_of, weights=np.asarray(values, dtype=float)), np.bincount(group_of)
     counts = _draw_counts(len(sizes), draws, seed)

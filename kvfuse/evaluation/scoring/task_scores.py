@@ -34,6 +34,7 @@ class TaskScores:
         So is every item where all share one topic, since one group cannot be resampled.
         """
         known = [row.group for row in self.items.values()]
+        # prefixes keep a group's name from being taken for an item's
         single = len(set(known)) == 1
         return np.array([f"item {i}" if single or group is None else f"group {group}" for i, group in enumerate(known)])
 
@@ -46,6 +47,7 @@ class TaskScores:
     def scores(self) -> dict[str, np.ndarray]:
         """By method ``(seeds, items)`` float, NaN where there is no answer yet."""
         column = {item: i for i, item in enumerate(self.items)}
+        # lines may come in any order, as from a run that was continued
         scores = {name: np.full((len(seeds), len(column)), np.nan) for name, seeds in self.seeds.items()}
         for row in self.rows:
             scores[row.method][self.seeds[row.method].index(row.seed), column[row.item]] = row.score

@@ -10,7 +10,7 @@ from kvfuse.evaluation.tasks.longbench import family_of
 
 Row = dict[str, Any]
 Item = dict[str, Any]
-"""``question``, ``kind`` and ``answer``: a text, or with ``choices`` (named by ``letters``) the index of the right one."""
+"""``question``, ``kind`` and ``answer``: a text, or the index of the right one of ``choices``, named by ``letters``."""
 
 UNANSWERABLE = ("no_correct_answer", "expert")
 NUMBERED_IN_ARC = """
@@ -29,13 +29,14 @@ BUCKETS_OF_LENGTH = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
 def mmlu_redux(row: Row, subject: str) -> Item | None:
     """MMLU-Redux: 5,632 of its 5,700 questions.
 
-    Left out are the 35 without a correct option, the 32 that only an expert could check, and one without a question. Where
-    the answer was found wrong, the corrected one counts if it names an option; 5 have none, and keep the old. Questions
-    with errors that leave a right answer (unclear, or several right) are asked as they are. Version 2.0 on the Hub has been
-    revised since and has other counts.
+    Left out are the 35 without a correct option, the 32 that only an expert could check, and one without a question.
+    Where the answer was found wrong, the corrected one counts if it names an option; 5 have none, and keep the old.
+    Questions with errors that leave a right answer (unclear, or several right) are asked as they are. Version 2.0 on
+    the Hub has been revised since and has other counts.
     """
     if row["error_type"] in UNANSWERABLE or not row["question"].strip():
         return None
+    # corrections are letters or indices, or say that there is none
     corrected = str(row["correct_answer"]) if row["error_type"] == "wrong_groundtruth" else ""
     answer = "ABCD0123".index(corrected) % 4 if corrected in tuple("ABCD0123") else int(row["answer"])
     return choice(row["question"], row["choices"], answer, row.get("subject") or subject)
@@ -62,6 +63,7 @@ def ceval(row: Row, subject: str) -> Item:
 
 def mmmlu(row: Row, subject: str) -> Item:
     """MMMLU; its kind is the language."""
+    # mmlu_DE-DE -> DE_DE
     language = subject.removeprefix("mmlu_").replace("-", "_")
     return choice(row["Question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["Answer"]), language)
 
@@ -73,6 +75,7 @@ def mmlu_pro(row: Row, subject: str) -> Item:
 
 def gpqa(row: Row, subject: str) -> Item:
     """GPQA, which lists the right answer first: its options are shuffled, seeded by the question."""
+    # the order must not depend on the position in the file
     order = random.Random(row["Question"]).sample(range(4), 4)
     options = [row[GPQA_OPTIONS[index]].strip() for index in order]
     return choice(row["Question"], options, order.index(0), row.get("High-level domain") or "")

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def task_names() -> list[str]:
-    """Returns kvfuse's own tasks: ``..._generate`` extracts a written answer, ``..._options`` compares log-likelihoods."""
+    """Returns kvfuse's own tasks: ``..._generate`` reads a written answer, ``..._options`` compares log-likelihoods."""
     return sorted(file.stem for file in FOLDER.glob("[!_]*.yaml"))
 
 
@@ -52,8 +52,8 @@ def load_task(
         name: One of :func:`task_names`, or of the harness's own tasks.
         data_dir: Folder of the data's files, or one with a folder named like the data in it, e.g. ``mmlu-redux``; by
             default they come from the Hub. For kvfuse's own tasks only.
-        template: A Jinja file in place of the task's prompt, with the variables ``question``, ``kind``, and for multiple
-            choice ``choices`` and ``letters``.
+        template: A Jinja file in place of the task's prompt, with the variables ``question``, ``kind``, and for
+            multiple choice ``choices`` and ``letters``.
         limit: Number of questions, from the first.
         only: Subjects, locales or kinds to ask about.
         harness_tasks: Include the harness's own tasks; finding them takes half a minute.
@@ -62,11 +62,13 @@ def load_task(
     Raises:
         EvaluationError: The task is unknown, its data are missing or wrong, or the template cannot be read.
     """
+    # 1) find the task
     settings = {"data_dir": None if data_dir is None else str(data_dir), "limit": limit, "only": only}
     manager = task_manager(harness_tasks, **settings)
     if name not in manager.all_tasks:
         known, similar = ", ".join(task_names()), nearest(name, manager.all_tasks)
         raise EvaluationError(f"expected a task of {known}, got {name!r}; did you mean {similar!r}?")
+    # 2) read its questions, then replace prompt and length
     loaded = manager.load(name)
     text = None if template is None else _read_template(template)
     for task in loaded["tasks"].values():  # several in a group

@@ -45,6 +45,7 @@ def score(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 def word_f1(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the harmonic mean of the shares of common words; in Chinese, each character is a word."""
+    # as in SQuAD: common words counted with their multiplicity
     said, wanted = _words(reply), _words(answer)
     common = sum((Counter(said) & Counter(wanted)).values())
     return 2 * common / (len(said) + len(wanted)) if common else 0.0
@@ -58,19 +59,24 @@ def rouge_l(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def class_share(reply: str, answer: str, classes: Sequence[str]) -> float:
-    """Returns one over the number of classes in the reply if the right one is among them; parts of its name do not count."""
+    """Returns one over the number of classes in the reply if the right one is among them.
+
+    Classes whose name is part of the right one's do not count.
+    """
     named = [name for name in classes if name in reply and (name == answer or name not in answer)]
     return 1 / len(named) if answer in named else 0.0
 
 
 def number_share(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the share of the reply's numbers (of a paragraph, or of paragraphs) that are the answer's."""
+    # a reply that lists all paragraphs gets a fraction
     wanted, named = re.findall(r"\d+", answer), re.findall(r"\d+", reply)
     return named.count(wanted[0]) / len(named) if named and wanted else 0.0
 
 
 def code_similarity(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Returns the similarity of the first line of code, 0 to 1, past lines of Markdown or comment."""
+    # models wrap code in Markdown fences, or begin with a comment
     lines = [line for line in reply.split("\n") if line.strip() and not any(mark in line for mark in ("`", "#", "//"))]
     return round(difflib.SequenceMatcher(None, lines[0] if lines else "", answer).ratio(), 2)
 

@@ -43,6 +43,7 @@ def write(folder: Path, source: str, subjects: Sequence[str] = (), count: int = 
         subjects: One file each; by default a single file.
         count: Number of questions per file; LongBench's are of all three kinds of length in turn.
     """
+    # numbered questions are different items for the bootstrap, and different prompts for the cache
     field = next(name for name in QUESTIONS if name in ROWS[source])
     for subject in subjects or ["questions"]:
         file = folder / source / f"{subject}.jsonl"

@@ -72,7 +72,7 @@ def same_formula(doc: Document, results: Sequence[str]) -> dict[str, float]:
 def likeliest(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """Returns whether the right option is the likeliest, and whether the options could be scored."""
     scores = [score for score, _ in results]
-    scored = min(scores) > NO_SCORE
+    scored = min(scores) > NO_SCORE  # a question fails with all of its options
     return {"acc": float(scored and scores.index(max(scores)) == doc["answer"]), "answered": float(scored)}
 
 

@@ -18,7 +18,7 @@ from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.support.files import write_beside
+from kvfuse.support.files import write_atomically
 from kvfuse.support.processes import processes
 from kvfuse.training.data.columns import EncodedExample, from_columns
 from kvfuse.training.loop.batches import PromptKV
@@ -120,7 +120,7 @@ class PrecomputedCaches:
         for first in range(0, len(by_length), batch_size):
             batch = by_length[first : first + batch_size]
             tensors |= self._compute(batch, [examples[row] for row in batch])
-        write_beside(self._path(start), lambda path: save_file(tensors, path))
+        write_atomically(self._path(start), lambda path: save_file(tensors, path))
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
