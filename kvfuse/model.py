@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.backends.cuda_graphs import CudaGraphPrefill
-from kvfuse.backends.streams import fork, run_on
+from kvfuse.backends.streams import fork
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import has_state, read_cache, read_only_cache, write_cache
 from kvfuse.checkpoint import load_fuser
@@ -305,9 +305,9 @@ class CacheToCache:
 
         On one GPU the sharers read at the same time as the receiver; models on several devices overlap anyway.
         """
-        stream = fork(self.device)
+        beside = fork(self.receiver.model.device)
         receiver = self.read_receiver(prompt)
-        with run_on(stream):
+        with beside:
             return ModelCaches(receiver, self.read_sharers(prompt, num_sharers))
 
     def read_receiver(self, prompt: AlignedPrompt) -> Cache:

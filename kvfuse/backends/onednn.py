@@ -3,8 +3,7 @@
 The processor decides, not a measurement, so that one machine always rounds alike.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,14 +16,9 @@ from torch.overrides import TorchFunctionMode
 MIN_ROWS, MIN_WEIGHTS = 32, 2**18  # smaller products take as long either way
 
 
-@contextmanager
-def onednn_linears(rows: int) -> Iterator[None]:
+def onednn_linears(rows: int) -> AbstractContextManager[Any]:
     """Within it, linear layers of any model run in this thread go through :func:`linear`, if there are enough rows."""
-    if rows < MIN_ROWS or not onednn_is_faster():
-        yield
-        return
-    with _LinearMode():
-        yield
+    return _LinearMode() if rows >= MIN_ROWS and onednn_is_faster() else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

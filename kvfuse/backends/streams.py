@@ -1,27 +1,26 @@
 """CUDA streams: models on one GPU read at the same time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
-def fork(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for work that may overlap with what is queued from now on; None on other devices than a GPU."""
+def fork(device: torch.device) -> AbstractContextManager[None]:
+    """A context whose work may overlap with what is queued from now on; the work after the context waits for both.
+
+    On other devices than a GPU it does nothing. Memory that is freed within is reused only by a later fork, which waits
+    for everything that has read it.
+    """
     if device.type != "cuda":
-        return None
+        return nullcontext()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
+    return _run_on(stream)
 
 
 @contextmanager
-def run_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Queue the work within on a stream of :func:`fork`; the work after it waits.
-
-    Memory that is freed there is reused only by a later fork, which waits for everything that has read it.
-    """
-    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+def _run_on(stream: torch.cuda.Stream) -> Iterator[None]:
+    with torch.cuda.stream(stream):
         yield
-    if stream is not None:
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)

@@ -11,6 +11,10 @@ SPARE_TOKENS = 64  # capacity behind the first tokens
 GROWTH = 1.5  # of the capacity, when it is used up
 
 
+class LastLayerRead(Exception):
+    """Ends a prefill inside the last layer."""
+
+
 class LayerStack:
     """Buffers that hold the first tokens of all layers of a cache next to each other, ``(L, B, H, capacity, D)``.
 
@@ -60,6 +64,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.stack: LayerStack | None = stack
         self.index, self.windowed = index, windowed
+        self.ends_run = False  # whether the next update is all that a run is for
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -78,7 +83,11 @@ class PreallocatedLayer(DynamicLayer):
         assert self.buffers is not None
         for buffer, part in zip(self.buffers, states, strict=True):
             buffer[:, :, length:total] = part
-        return self.hold(total)
+        held = self.hold(total)
+        if self.ends_run:
+            self.ends_run = False
+            raise LastLayerRead
+        return held
 
     def hold(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Make the first tokens of the buffers the layer's keys and values."""

@@ -37,7 +37,7 @@ class Gate(Grouped):
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.temperature = initial_temperature
         self.noise = noise
-        self._opened: tuple[tuple[Any, ...], list[int]] | None = None
+        self._opened: tuple[Any, list[int]] | None = None
 
     def reset_parameters(self, logit: float) -> None:
         nn.init.constant_(self.logit, logit)
@@ -49,8 +49,8 @@ class Gate(Grouped):
 
     def opened(self) -> list[int]:
         """The groups with an open head. A GPU is asked only once a logit has changed, since asking waits for it."""
-        version = version_of(self.logit)
-        if self.logit.device.type == "cpu" or self._opened is None or self._opened[0] != version:
+        version = None if self.logit.device.type == "cpu" else version_of(self.logit)
+        if version is None or self._opened is None or self._opened[0] != version:
             self._opened = version, (self.logit > 0).flatten(1).any(1).nonzero().flatten().tolist()
         return self._opened[1]
 
@@ -143,12 +143,6 @@ class GatedFuser(Fuser):
         if self.gate is None:
             return next(self.parameters()).new_ones(1, 1, 1)
         return self.gate(tokens, heads)
-
-    def open_switch(self) -> Tensor:
-        """The gates where every group is open: exactly 0 or 1 for each head, or one for all."""
-        if self.gate is None or self.gate.logit.shape[2] == 1:
-            return next(self.parameters()).new_ones(1, 1, 1)
-        return self.gate()
 
     def open_gate_groups(self) -> tuple[list[int], int]:
         """Numbers of the gate groups that are open, and how many gate groups there are."""

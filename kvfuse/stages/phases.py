@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -51,28 +51,31 @@ def measured() -> Iterator[Stopwatch]:
         _RUNNING.reset(token)
 
 
-@contextmanager
-def phase(name: str) -> Iterator[Stopwatch | None]:
+def phase(name: str) -> AbstractContextManager[Stopwatch | None]:
     """Count the time within to a phase. Yields the stopwatch, or None if none runs or a longer phase does."""
     stopwatch = _RUNNING.get()
     if stopwatch is None or stopwatch.phase is not None:
-        yield None
-        return
-    stopwatch.switch(name)
-    try:
-        yield stopwatch
-    finally:
-        stopwatch.switch(None)
+        return nullcontext()
+    return _counted(stopwatch, name)
+
+
+def generation(first: str, options: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+    """A phase that becomes ``decode`` at the first token. Yields the options for ``generate``."""
+    stopwatch = _RUNNING.get()
+    if stopwatch is None or stopwatch.phase is not None:
+        return nullcontext(options)
+    given = options.get("stopping_criteria") or ()
+    criteria = StoppingCriteriaList([*given, _FirstToken(stopwatch)])
+    return _counted(stopwatch, first, {**options, "stopping_criteria": criteria})
 
 
 @contextmanager
-def generation(first: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A phase that becomes ``decode`` at the first token. Yields the options for ``generate``."""
-    with phase(first) as stopwatch:
-        if stopwatch is not None:
-            given = options.get("stopping_criteria") or ()
-            options = {**options, "stopping_criteria": StoppingCriteriaList([*given, _FirstToken(stopwatch)])}
-        yield options
+def _counted(stopwatch: Stopwatch, name: str, value: Any = None) -> Iterator[Any]:
+    stopwatch.switch(name)
+    try:
+        yield stopwatch if value is None else value
+    finally:
+        stopwatch.switch(None)
 
 
 def synchronize() -> None:

@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.kv import KVSpec
-from kvfuse.cache.preallocated import PreallocatedLayer
+from kvfuse.cache.preallocated import LastLayerRead, PreallocatedLayer
 from kvfuse.cache.transformers_cache import CACHE, empty_cache, is_filled, read_cache
 from kvfuse.errors import PairError, first_line
 
@@ -54,13 +52,15 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
         PairError: The model keeps no KV-cache.
     """
     cache = empty_cache(model.config) if cache is None else cache
-    with suppress(_LastLayerRead), onednn_linears(ids.numel()):
+    if isinstance(cache.layers[-1], PreallocatedLayer):  # else the layer holds more than keys and values
+        cache.layers[-1].ends_run = True
+    with suppress(LastLayerRead), onednn_linears(ids.numel()):
         model.base_model(
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # on the CPU, so no device waits
             position_ids=positions.to(model.device),
             use_cache=True,
-            **{CACHE: _stop_after_last(cache)},
+            **{CACHE: cache},
         )
     if not any(is_filled(layer) for layer in cache.layers):
         raise PairError(
@@ -85,22 +85,3 @@ def probe(model: PreTrainedModel) -> KVSpec:
             f"expected a model that fills a cache of transformers, got {type(model).__name__}: {first_line(error)}; "
             "use another"
         ) from error
-
-
-class _LastLayerRead(Exception):
-    """Ends a prefill inside the last layer."""
-
-
-def _stop_after_last(cache: Cache) -> Cache:
-    """Make the update of a cache's last layer end the run, if that layer holds keys and values and nothing else."""
-    last = cache.layers[-1]
-    if type(last) in (DynamicLayer, PreallocatedLayer):
-        store = last.update
-
-        def update(*args: Any, **kwargs: Any) -> None:
-            store(*args, **kwargs)
-            del last.update
-            raise _LastLayerRead
-
-        last.update = update
-    return cache

@@ -45,9 +45,6 @@ class GroupedFuser(Protocol):
     def switch(self, tokens: int = 1, heads: int = 1) -> Tensor:
         """The gates, ``(G, N, H)`` or what broadcasts to it."""
 
-    def open_switch(self) -> Tensor:
-        """The gates, where every group is open."""
-
     def open_gate_groups(self) -> tuple[list[int], int]:
         """Numbers of the gate groups that are open, and how many there are."""
 
@@ -105,7 +102,7 @@ def _open_groups(fuser: Any, receiver: KV, sharer: KV) -> KV:
     num_groups = len(fuser.parts) * len(receiver.key)
     slices = _slices(opened, num_gate_groups, num_groups, receiver)
     if slices == [slice(0, num_gate_groups)]:
-        return _residual(fuser, receiver, sharer, fuser.open_switch())
+        return _residual(fuser, receiver, sharer, _open_switch(fuser))
     residual = receiver.zeros_like()
     for gate_groups in slices:
         # 1) A copy of the fuser with the weights of these gate groups.
@@ -113,9 +110,16 @@ def _open_groups(fuser: Any, receiver: KV, sharer: KV) -> KV:
         numbers = range(num_gate_groups)[gate_groups]
         groups = [first + number for first in range(0, num_groups, num_gate_groups) for number in numbers]
         # 2) Its equation, on the caches of the same groups.
-        written = _equation(part, receiver, sharer, part.open_switch(), groups)
+        written = _equation(part, receiver, sharer, _open_switch(part), groups)
         write_groups(residual, written, groups=groups, parts=fuser.parts)
     return residual
+
+
+def _open_switch(fuser: Any) -> Tensor:
+    """The gates where every group is open: exactly 0 or 1 for each head, or one for all."""
+    if fuser.gate is not None and fuser.gate.logit.shape[2] > 1:
+        return fuser.gate()
+    return next(fuser.parameters()).new_ones(1, 1, 1)
 
 
 def _slices(opened: list[int], num_gate_groups: int, num_groups: int, receiver: KV) -> list[slice]:
