@@ -165,7 +165,16 @@ def reshape(path):
     torch.save({**state, name: torch.zeros(3, 5)}, path)
 
 
+def poison(path, value):
+    state = torch.load(path, weights_only=True)
+    name = next(name for name, tensor in state.items() if tensor.ndim == 2)
+    state[name][0, 0] = value
+    torch.save(state, path)
+
+
 DAMAGE = {
+    "NaN": (lambda place: poison(place / "projector_1.pt", torch.nan), r"projector_1\.pt, got NaN or infinity in \S+"),
+    "infinity": (lambda place: poison(place / "projector_2.pt", -torch.inf), r"projector_2\.pt, got NaN or infinity"),
     "missing": (lambda place: (place / "projector_1.pt").unlink(), "no such file"),
     "renamed": (lambda place: (place / "projector_1.pt").rename(place / "projector_7.pt"), "projector_1.pt"),
     "truncated": (lambda place: os.truncate(place / "projector_1.pt", 700), "cannot be read safely"),

@@ -2,13 +2,14 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvfuse.errors import CheckpointError, first_line
@@ -80,6 +81,26 @@ def require_all_weights(folder: Path, report: dict[str, Any]) -> None:
             f"expected {WEIGHTS} in {folder} to fit its {CONFIG}, got other tensors, such as {wrong[0]}; "
             "train or download it again"
         )
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> None:
+    """Refuse weights with NaN or infinity, with which every answer would be empty or random.
+
+    Args:
+        tensors: Names and weights.
+        source: For the message.
+
+    Raises:
+        CheckpointError: Names the first such tensor.
+    """
+    for name, tensor in tensors:
+        # Minimum and maximum show both NaN and infinity, and need no memory of the tensor's size
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"expected finite weights in {source}, got NaN or infinity in {name} ({dtype}); "
+                "train or download it again"
+            )
 
 
 def write(folder: Path, save: Callable[[Path], None]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfuse.errors import CheckpointError, first_line
 from kvfuse.fusers import FUSERS, Fuser
+from kvfuse.fusers.folder import require_finite
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
 Layers = list[tuple[int, int]]
@@ -27,7 +28,8 @@ def read_published(folder: Path) -> Fuser:
     """Read a published pair.
 
     Raises:
-        CheckpointError: A file is missing, damaged, of an unknown class, or holds other tensors than its class has.
+        CheckpointError: A file is missing, damaged, of an unknown class, holds other tensors than its class has, or NaN or
+            infinity.
     """
     place = find_projectors(folder)
     if place is None:
@@ -122,6 +124,7 @@ def _read_weights(place: Path, cls: ProjectorClass, fuser: Fuser, layers: Layers
         mine = {
             name: _turned(theirs[name], parameters[ours].shape[1:], f"{name} in {path}") for ours, name, _ in wanted
         }
+        require_finite(((name, theirs[name]) for _, name, _ in wanted), path)
         if not state:  # only now is it known that the sizes are true
             dtype = next(iter(mine.values())).dtype
             state = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in parameters.items()}
