@@ -99,7 +99,7 @@ def test_align_prints_two_columns(folders):
 
 
 def test_align_draws_a_chat(folders, tmp_path):
-    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]')
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]', encoding="utf-8-sig")
     files = ["--chat", str(tmp_path / "chat.json"), "--html", str(tmp_path / "out" / "picture.html")]
     result = run(
         "align", *files, "-r", folders["-r"], "-s", folders["-s"], "--how", "reencode-longest", "--fuse", "messages"
