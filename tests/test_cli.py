@@ -155,6 +155,29 @@ def test_wrong_quantisations_give_one_line_and_no_folder(folders, fails, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_quantize_keeps_a_model_with_notes_and_replaces_a_fuser_where_asked(folders, fails, tmp_path):
+    shutil.copytree(folders["-r"], tmp_path / "model")
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert "new or hold a fuser" in fails("quantize", folders["-f"], f"{tmp_path}/model", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    shutil.copytree(folders["-f"], tmp_path / "fuser")
+    assert "--overwrite" in fails("quantize", folders["-f"], f"{tmp_path}/fuser")
+    assert run("quantize", folders["-f"], f"{tmp_path}/fuser", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-7/model.bin", "fuser/notes.md"])
+def test_train_keeps_a_folder_of_another_program(folders, fails, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "recipe").write_text(f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: d.jsonl}}}}")
+    assert "of something else in it; choose another output" in fails(
+        "train", f"{tmp_path}/recipe", f"output={tmp_path}"
+    )
+    assert "got the file" in fails("train", f"{tmp_path}/recipe", f"output={tmp_path}/recipe")
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_train_runs_a_recipe(folders, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
     (tmp_path / "recipe.yaml").write_text(

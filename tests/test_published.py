@@ -288,6 +288,18 @@ def test_convert_on_the_command_line(folder, tmp_path):
         convert(tmp_path / "again", folder)
 
 
+def test_a_fuser_is_replaced_only_where_asked(folder, tmp_path):
+    ours = convert(folder, tmp_path / "again")
+    for source, target in ((folder, ours), (ours, folder)):
+        for options in ([], ["--overwrite"]):
+            result = CliRunner().invoke(app, ["convert", str(source), str(target), *options])
+            assert (result.exit_code == 0) == bool(options)
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(CheckpointError, match="new folder"):
+        convert(ours, folder, overwrite=True)
+    assert (folder / "notes.md").read_text() == "mine"
+
+
 def test_pairs_are_listed_with_their_sources():
     text = CliRunner().invoke(app, ["list", "pairs"]).output
     assert all(pair.folder in text for pair in PUBLISHED_PAIRS)

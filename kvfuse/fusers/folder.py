@@ -119,6 +119,23 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
     write_folder(folder, fill)
 
 
+def require_new(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write a fuser to a folder that is in use, before anything is computed.
+
+    Args:
+        folder: May be there if it is empty.
+        overwrite: Whether it may hold a fuser, which will be replaced.
+
+    Raises:
+        CheckpointError: It holds a fuser that may not be replaced, or anything else.
+    """
+    require_replaceable(folder)
+    if holds_fuser(folder) and not overwrite:
+        raise CheckpointError(
+            f"expected a new folder, got {folder} with a fuser in it; name another, or overwrite it (--overwrite)"
+        )
+
+
 def require_replaceable(folder: Path) -> list[Path]:
     """The files of a folder that are not those of the fuser in it.
 
