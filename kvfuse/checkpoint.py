@@ -8,9 +8,9 @@ import torch
 from kvfuse.errors import CheckpointError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers import quantize as quantize_fuser
-from kvfuse.fusers.folder import dtype_of, locate, size_of
+from kvfuse.fusers.folder import dtype_of, locate, require_new, size_of
 from kvfuse.published.reader import find_projectors, read_published
-from kvfuse.published.writer import write_published
+from kvfuse.published.writer import require_new_published, write_published
 from kvfuse.support.files import write_folder
 
 
@@ -48,40 +48,44 @@ def save_fuser(fuser: Fuser, folder: str | Path, notes: str = "") -> Path:
     return Path(folder)
 
 
-def convert(source: str | Path, folder: str | Path, subfolder: str = "") -> Path:
+def convert(source: str | Path, folder: str | Path, subfolder: str = "", *, overwrite: bool = False) -> Path:
     """Turn a fuser in the authors' format into ours, or one in ours into theirs.
 
     Args:
         source: Folder or Hub id.
-        folder: New; replaced if it holds a fuser in our format.
+        folder: New or empty.
         subfolder: Folder inside of ``source``.
+        overwrite: Whether ``folder`` may also hold a fuser in the format to be written, which is replaced.
 
     Raises:
-        CheckpointError: The fuser cannot be read, or their format cannot hold it.
+        CheckpointError: The fuser cannot be read, their format cannot hold it, or ``folder`` is in use.
     """
-    is_published = find_projectors(locate(source, subfolder)) is not None
+    folder = Path(folder)
+    if find_projectors(locate(source, subfolder)) is not None:
+        require_new(folder, overwrite=overwrite)
+        return save_fuser(load_fuser(source, subfolder), folder)
+    require_new_published(folder, overwrite=overwrite)
     fuser = load_fuser(source, subfolder)
-    if is_published:
-        return save_fuser(fuser, folder)
-    if Path(folder).exists():
-        raise CheckpointError(f"expected a new folder, got {folder}, which is there; choose another")
-    return write_folder(Path(folder), lambda fresh: write_published(fuser, fresh))
+    return write_folder(folder, lambda fresh: write_published(fuser, fresh))
 
 
-def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: str = "") -> str:
+def quantize(
+    source: str | Path, folder: str | Path, weights: str, subfolder: str = "", *, overwrite: bool = False
+) -> str:
     """Write a copy of a fuser with integer weights.
 
     Args:
         source: Folder or Hub id of a fuser, in our format or the authors'.
-        folder: New; replaced if it holds another fuser.
+        folder: New or empty.
         weights: ``int8`` | ``int4``.
         subfolder: Folder inside of ``source``.
+        overwrite: Whether ``folder`` may also hold another fuser, which is replaced; other files in it are kept.
 
     Returns:
         One line with both sizes.
 
     Raises:
-        CheckpointError: The fuser cannot be read, or ``folder`` is its own, or holds something else.
+        CheckpointError: The fuser cannot be read, or ``folder`` is its own or in use.
         PairError: See :func:`kvfuse.fusers.quantize`.
     """
     if Path(folder).resolve() == locate(source, subfolder).resolve():
@@ -89,6 +93,7 @@ def quantize(source: str | Path, folder: str | Path, weights: str, subfolder: st
             f"expected another folder than the fuser's own, got {folder}; "
             "the full weights are gone where it is replaced"
         )
+    require_new(Path(folder), overwrite=overwrite)
     fuser = load_fuser(source, subfolder)
     small = quantize_fuser(fuser, weights)
     save_fuser(small, folder)

@@ -41,6 +41,7 @@ Fusers = Annotated[
 ]
 FuserSource = Annotated[str, Argument(metavar="FUSER", help="Folder or Hub id of a fuser.")]
 NewFolder = Annotated[Path, Argument(help="Folder to write.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the fuser that the folder holds.")]
 Subfolder = Annotated[str, Option(help="Folder of the fuser inside its repository.")]
 
 
@@ -289,14 +290,14 @@ def doctor(fuser: Fusers = None, receiver: Receiver = None, sharer: Sharers = No
 
 
 @app.command()
-def convert(source: FuserSource, folder: NewFolder, subfolder: Subfolder = "") -> None:
+def convert(source: FuserSource, folder: NewFolder, subfolder: Subfolder = "", overwrite: Overwrite = False) -> None:
     """Convert a fuser from the authors' format to kvfuse's (safetensors), or back.
 
     kvfuse convert nics-efc/C2C_Fuser my-fuser --subfolder qwen3_0.6b+qwen2.5_0.5b_Fuser
     """
     from kvfuse.checkpoint import convert as run
 
-    typer.echo(f"wrote {run(source, folder, subfolder)}")
+    typer.echo(f"wrote {run(source, folder, subfolder, overwrite=overwrite)}")
 
 
 @app.command()
@@ -305,6 +306,7 @@ def quantize(
     folder: NewFolder,
     weights: Annotated[str, Option(help="int8 or int4.")] = "int8",
     subfolder: Subfolder = "",
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a smaller copy of a fuser with integer weights. It answers as before, but cannot be trained.
 
@@ -312,7 +314,7 @@ def quantize(
     """
     from kvfuse.checkpoint import quantize as run
 
-    typer.echo(run(source, folder, weights, subfolder))
+    typer.echo(run(source, folder, weights, subfolder, overwrite=overwrite))
 
 
 # Lists

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Self, cast, overload
 
 import torch
@@ -201,10 +202,22 @@ class CacheToCache:
         texts: list[str] = self.receiver.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts[0] if _is_single(messages) else texts
 
-    def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
-        """Answer one chat piece by piece, as it is generated. ``options`` are those of :meth:`generate`."""
+    def stream(self, messages: Prompt, *, cancel: Event | None = None, **options: Any) -> Iterator[str]:
+        """Answer one chat piece by piece, as it is generated.
+
+        Leaving the loop, or closing the iterator (``contextlib.closing``), stops the generation within one token.
+
+        Args:
+            messages: A chat or a question.
+            cancel: Set it, from any thread, to end the answer where it is.
+            options: See :meth:`generate`.
+        """
         prompt = stack([self.align(as_chat(messages))])
-        yield from stream(self.receiver.tokenizer, lambda streamer: self.answer(prompt, streamer=streamer, **options))
+
+        def answer(streamer: Any) -> Any:
+            return self.answer(prompt, streamer=streamer, **options)
+
+        yield from stream(self.receiver.tokenizer, answer, cancel)
 
     def align(self, prompt: Prompt) -> AlignedRow:
         """Step 1: tokenize a prompt for every model and align the tokens.

@@ -1,10 +1,12 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from kvfuse.cache.transformers_cache import CACHE
 from kvfuse.checkpoint import load_fuser, save_fuser
@@ -127,6 +129,28 @@ def test_tensors_of_another_fuser_are_named(folder):
     )
     with pytest.raises(CheckpointError, match="other tensors"):
         load_fuser(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(fuser, folder, value, which, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    name = list(weights)[which]
+    weights[name].view(-1)[-1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_fuser, Fuser.from_pretrained, type(fuser).from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"got NaN or infinity in {re.escape(name)} "):
+            load(folder)
+
+
+def test_a_weight_too_large_for_the_dtype_asked_for_is_named(fuser, folder):
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_fuser(folder).dtype == torch.float32
+    with pytest.raises(CheckpointError, match=r"\(float16\)"):
+        load_fuser(folder, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(

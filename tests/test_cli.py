@@ -99,7 +99,7 @@ def test_align_prints_two_columns(folders):
 
 
 def test_align_draws_a_chat(folders, tmp_path):
-    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]')
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "What is Oslo?"}]', encoding="utf-8-sig")
     files = ["--chat", str(tmp_path / "chat.json"), "--html", str(tmp_path / "out" / "picture.html")]
     result = run(
         "align", *files, "-r", folders["-r"], "-s", folders["-s"], "--how", "reencode-longest", "--fuse", "messages"
@@ -153,6 +153,29 @@ def test_wrong_quantisations_give_one_line_and_no_folder(folders, fails, tmp_pat
         "quantize", folders.get(fuser, "no/such/fuser"), str(tmp_path / "small"), "--weights", weights
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_quantize_keeps_a_model_with_notes_and_replaces_a_fuser_where_asked(folders, fails, tmp_path):
+    shutil.copytree(folders["-r"], tmp_path / "model")
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert "new or hold a fuser" in fails("quantize", folders["-f"], f"{tmp_path}/model", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    shutil.copytree(folders["-f"], tmp_path / "fuser")
+    assert "--overwrite" in fails("quantize", folders["-f"], f"{tmp_path}/fuser")
+    assert run("quantize", folders["-f"], f"{tmp_path}/fuser", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-7/model.bin", "fuser/notes.md"])
+def test_train_keeps_a_folder_of_another_program(folders, fails, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "recipe").write_text(f"{{receiver: {folders['-r']}, sharer: {folders['-s']}, data: {{path: d.jsonl}}}}")
+    assert "of something else in it; choose another output" in fails(
+        "train", f"{tmp_path}/recipe", f"output={tmp_path}"
+    )
+    assert "got the file" in fails("train", f"{tmp_path}/recipe", f"output={tmp_path}/recipe")
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_train_runs_a_recipe(folders, tmp_path):

@@ -166,6 +166,8 @@ def test_a_build_into_a_used_folder_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(RecipeError, match="new folder"):
         build(tmp_path)
+    with pytest.raises(RecipeError, match="which is a file"):
+        build(tmp_path / "mine.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

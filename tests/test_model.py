@@ -1,4 +1,5 @@
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,21 @@ def test_a_cache_that_cannot_be_written_into_is_refused(pair):
         pair.generate([QUESTION], cache_implementation="quantized", **GREEDY)
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "sliding_window", "quantized", "offloaded", "dynamic"])
+@pytest.mark.parametrize("prompt", [QUESTION, "a"])
+def test_a_cache_that_the_models_publisher_recommends_is_no_request(sharer, kind, prompt):
+    receiver = tiny_model("qwen3")
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
+    expected = pair.generate([prompt], **GREEDY)
+    receiver.model.generation_config.cache_implementation = kind
+    assert torch.equal(pair.generate([prompt], **GREEDY), expected)
+    own = copy.deepcopy(receiver.model.generation_config)
+    assert torch.equal(pair.generate([prompt], generation_config=own, **GREEDY), expected)
+    if kind != "dynamic":
+        with pytest.raises(PromptError, match=f"dynamic or static, got '{kind}'"):
+            pair.generate([prompt], cache_implementation=kind, **GREEDY)
+
+
 def test_prompt_lookup_equals_greedy_on_a_fused_cache(pair):
     assert torch.equal(
         pair.generate([QUESTION], prompt_lookup_num_tokens=2, **GREEDY), pair.generate([QUESTION], **GREEDY)
@@ -190,6 +206,63 @@ def test_streamer_and_stopping_criteria_are_transformers_own(pair, capsys):
 
 def test_stream_gives_the_pieces_of_chat(pair):
     assert "".join(pair.stream(QUESTION, **GREEDY)) == pair.chat(QUESTION, **GREEDY)
+
+
+class Steps(StoppingCriteria):
+    """Counts the steps; after a few, waits until the consumer is about to leave."""
+
+    def __init__(self):
+        self.taken, self.leaving = 0, threading.Event()
+
+    def __call__(self, ids, scores, **kwargs):
+        self.taken += 1
+        if self.taken == 5:
+            assert self.leaving.wait(30)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def leave(how, pieces, steps, cancel):
+    first = next(pieces)
+    steps.leaving.set()
+    if how == "cancel":
+        cancel.set()
+        return first + "".join(pieces)
+    if how == "close":
+        pieces.close()
+    elif how == "throw":
+        with pytest.raises(KeyError):
+            pieces.throw(KeyError)
+    return first
+
+
+LONG = {"min_new_tokens": 150, "max_new_tokens": 150, "do_sample": False}
+
+
+@pytest.mark.parametrize("fuse_response", [False, True])
+@pytest.mark.parametrize("how", ["close", "throw", "cancel", "drop"])
+def test_leaving_a_stream_stops_the_generation(receiver, sharer, how, fuse_response):
+    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=fuse_response)])
+    steps, cancel, before = Steps(), threading.Event(), threading.active_count()
+    text = leave(how, pair.stream(QUESTION, cancel=cancel, stopping_criteria=[steps], **LONG), steps, cancel)
+    assert threading.active_count() == before
+    assert steps.taken < 50, "the run may go on for as long as it takes to leave"
+    assert pair.chat(QUESTION, **LONG).startswith(text)
+
+
+def test_an_exception_in_the_consumer_stops_the_generation(pair):
+    steps, before = Steps(), threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        for _ in pair.stream(QUESTION, stopping_criteria=[steps], **LONG):
+            steps.leaving.set()
+            raise ZeroDivisionError
+    assert threading.active_count() == before
+    assert steps.taken < 50
+
+
+def test_a_cancelled_stream_begins_nothing(pair):
+    cancel = threading.Event()
+    cancel.set()
+    assert not "".join(pair.stream(QUESTION, cancel=cancel, **GREEDY))
 
 
 def test_stream_passes_errors_on(pair):

@@ -165,7 +165,16 @@ def reshape(path):
     torch.save({**state, name: torch.zeros(3, 5)}, path)
 
 
+def poison(path, value):
+    state = torch.load(path, weights_only=True)
+    name = next(name for name, tensor in state.items() if tensor.ndim == 2)
+    state[name][0, 0] = value
+    torch.save(state, path)
+
+
 DAMAGE = {
+    "NaN": (lambda place: poison(place / "projector_1.pt", torch.nan), r"projector_1\.pt, got NaN or infinity in \S+"),
+    "infinity": (lambda place: poison(place / "projector_2.pt", -torch.inf), r"projector_2\.pt, got NaN or infinity"),
     "missing": (lambda place: (place / "projector_1.pt").unlink(), "no such file"),
     "renamed": (lambda place: (place / "projector_1.pt").rename(place / "projector_7.pt"), "projector_1.pt"),
     "truncated": (lambda place: os.truncate(place / "projector_1.pt", 700), "cannot be read safely"),
@@ -277,6 +286,18 @@ def test_convert_on_the_command_line(folder, tmp_path):
     assert load_fuser(tmp_path / "again").config.receiver["name"] == load_fuser(folder).config.receiver["name"]
     with pytest.raises(CheckpointError, match="new folder"):
         convert(tmp_path / "again", folder)
+
+
+def test_a_fuser_is_replaced_only_where_asked(folder, tmp_path):
+    ours = convert(folder, tmp_path / "again")
+    for source, target in ((folder, ours), (ours, folder)):
+        for options in ([], ["--overwrite"]):
+            result = CliRunner().invoke(app, ["convert", str(source), str(target), *options])
+            assert (result.exit_code == 0) == bool(options)
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(CheckpointError, match="new folder"):
+        convert(ours, folder, overwrite=True)
+    assert (folder / "notes.md").read_text() == "mine"
 
 
 def test_pairs_are_listed_with_their_sources():

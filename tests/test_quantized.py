@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -403,6 +404,42 @@ def test_refusals_leave_no_folder(receiver, sharer, weights, tmp_path):
         convert(small, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "small"]
     assert load_fuser(full).config.weights == "full"
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_computed(receiver, sharer, saved_models, tmp_path, monkeypatch):
+    full = save_fuser(tiny_fuser(receiver, sharer), tmp_path / "full")
+    shutil.copytree(saved_models / "receiver", tmp_path / "model")
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("no folder")
+    before = files_of(tmp_path)
+    monkeypatch.setattr("kvfuse.checkpoint.load_fuser", lambda *args: pytest.fail("refused too late"))
+    for name in ("model", "words", "file"):
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match="new or hold a fuser|got a file"):
+                quantize_folder(full, tmp_path / name, "int8", overwrite=overwrite)
+            with pytest.raises(CheckpointError, match="expected a new folder|got a file"):
+                convert(full, tmp_path / name, overwrite=overwrite)
+    assert files_of(tmp_path) == before
+
+
+def test_a_fuser_is_replaced_only_where_asked(receiver, sharer, tmp_path):
+    full, other = (save_fuser(tiny_fuser(receiver, sharer, seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+    (other / "notes.md").write_text("mine")
+    before = files_of(other)
+    with pytest.raises(CheckpointError, match=r"with a fuser in it; .*--overwrite"):
+        quantize_folder(full, other, "int8")
+    assert files_of(other) == before
+    (tmp_path / "empty").mkdir()
+    for folder, options in ((other, {"overwrite": True}), (tmp_path / "empty", {})):
+        quantize_folder(full, folder, "int8", **options)
+        assert load_fuser(folder).config.weights == "int8"
+    assert (other / "notes.md").read_text() == "mine"
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_new_one_is_drawn_and_rounded(receiver, sharer, weights):

@@ -88,6 +88,56 @@ def test_a_file_that_is_no_recipe_is_named(recipe, content):
         load_recipe(recipe(content))
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "lines"),
+    [
+        ("receiver: a\nsharer: b\noutput: c\nreceiver: d\n", "receiver", "1 and 4"),
+        ("receiver: a\ntrain:\n  steps: 1\n  seed: 2\n  'steps': 3\n", "steps", "3 and 5"),
+        ("data: {path: d,\n path: e}\n", "path", "1 and 2"),
+        ("methods:\n- {kind: a}\n- kind: b\n  kind: c\n", "kind", "3 and 4"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_both_lines(recipe, content, key, lines):
+    with pytest.raises(RecipeError, match=f"the key '{key}' twice, in lines {lines};"):
+        load_recipe(recipe(content))
+
+
+def test_a_merged_mapping_may_be_overridden(recipe):
+    text = yaml.safe_dump({**GOOD, "receiver": "a"}) + "train: {<<: &base {steps: 3, seed: 1}, steps: 5}\n"
+    loaded = load_recipe(recipe(text))
+    assert (loaded.train.steps, loaded.train.seed) == (5, 1)
+
+
+@pytest.mark.parametrize("word", ["train={steps: 1, steps: 2}", "train.steps=[", "output='x"])
+def test_a_word_that_is_no_yaml_is_named(recipe, word):
+    with pytest.raises(RecipeError, match=r"expected a value in YAML in .*; correct it") as caught:
+        load_recipe(recipe(GOOD), [word])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [("data:\n\tpath: d\n", 2), ("\treceiver: a\n", 1), ("train:\n  steps: 1\n\tseed: 2\n", 3)]
+)
+def test_a_tab_is_named_with_its_line(recipe, content, line):
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml, got: a tab in line {line}, .*; check the file$"):
+        load_recipe(recipe(content))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_recipe_is_read_as_other_programs_write_it(recipe, tmp_path, encoding, newline):
+    text = yaml.safe_dump({**GOOD, "output": "Ausgänge"}, sort_keys=False, allow_unicode=True)
+    (tmp_path / "other.yaml").write_bytes(text.replace("\n", newline).encode(encoding))
+    assert load_recipe(tmp_path / "other.yaml") == load_recipe(recipe({**GOOD, "output": "Ausgänge"}))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_another_encoding_is_named(tmp_path, encoding):
+    (tmp_path / "recipe.yaml").write_bytes(yaml.safe_dump(GOOD).encode(encoding))
+    with pytest.raises(RecipeError, match=r"got: UTF-16 text .* save it as UTF-8"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 def test_a_missing_key_is_named(recipe):
     with pytest.raises(RecipeError, match="expected the key sharer"):
         load_recipe(recipe({key: value for key, value in GOOD.items() if key != "sharer"}))

@@ -1,11 +1,12 @@
 """One reader for all data files: every row once, with its line."""
 
+import gzip
 import json
 
 import pytest
 from datasets import Dataset
 
-from kvfuse.support.rows import decode, read_rows
+from kvfuse.support.rows import csv_delimiter, decode, read_rows
 
 ROWS = [{"question": f"q{i}", "answer": "é"} for i in range(3)]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -22,14 +23,49 @@ def read(file):
         ("rows.json", LINES.replace("\n", "\r\n\r\n"), [1, 3, 5]),
         ("list.json", json.dumps(ROWS), [1, 1, 1]),
         ("pretty.json", json.dumps(ROWS, indent=2), [2, 6, 10]),
+        ("rows.jsonl", "\n" + LINES, [2, 3, 4]),
+        ("list.json", "\r\n" + json.dumps(ROWS, indent=2).replace("\n", "\r\n"), [3, 7, 11]),
         ("rows.csv", "question,answer\nq0,é\nq1,é\nq2,é\n", [2, 3, 4]),
+        ("rows.csv", "question;answer\r\nq0;é\r\nq1;é\r\nq2;é\r\n", [2, 3, 4]),
+        ("rows.csv", "question\tanswer\nq0\té\nq1\té\nq2\té\n", [2, 3, 4]),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_every_row_is_read_with_its_line(tmp_path, name, text, lines, encoding):
-    file = tmp_path / name
-    file.write_bytes(text.encode(encoding))
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_every_row_is_read_with_its_line(tmp_path, name, text, lines, encoding, suffix):
+    file, content = tmp_path / f"{name}{suffix}", text.encode(encoding)
+    file.write_bytes(gzip.compress(content) if suffix else content)
     assert read(file) == list(zip(lines, ROWS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter"),
+    [("a,b", ","), ("a", ","), ("a;b", ";"), ('"a, b, c";d', ";"), ("a\tb\tc", "\t"), ("", ",")],
+)
+def test_the_delimiter_is_judged_by_the_header(tmp_path, header, delimiter):
+    (tmp_path / "rows.csv").write_text(f"{header}\r\n1;2;3;4\n")
+    assert csv_delimiter(tmp_path / "rows.csv") == delimiter
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+def test_another_encoding_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(LINES.encode(encoding))
+    with pytest.raises(ValueError, match="UTF-16 text .* save it as UTF-8"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kept", [5, 40, -4])
+def test_a_broken_archive_is_refused(tmp_path, kept):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:kept])
+    with pytest.raises(ValueError, match="broken gzip"):
+        read(tmp_path / "rows.jsonl.gz")
+
+
+def test_text_under_the_name_of_an_archive_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_text(LINES)
+    with pytest.raises(ValueError, match="broken gzip: Not a gzipped file"):
+        read(tmp_path / "rows.jsonl.gz")
 
 
 def test_parquet_is_read(tmp_path):

@@ -1,4 +1,5 @@
 import gc
+import gzip
 import json
 import sys
 import warnings
@@ -55,6 +56,42 @@ def test_tables_are_read(tmp_path, suffix, streaming):
         assert [row for _, _, row in read(file, streaming=streaming)] == ROWS
         assert [line for _, line, _ in read(file, streaming=streaming, limit=3)] == [1, 2, 3]
         gc.collect()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_tables_are_read_as_other_programs_write_them(tmp_path, delimiter, suffix, streaming):
+    text = f"prompt{delimiter}response\r\n" + "".join(f"q{i}{delimiter}é\r\n" for i in range(2))
+    content = text.encode("utf-8-sig")
+    file = write(tmp_path / f"rows.csv{suffix}", gzip.compress(content) if suffix else content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        rows = [row for _, _, row in read(file, streaming=streaming)]
+        gc.collect()
+    assert rows == [{"prompt": f"q{i}", "response": "é"} for i in range(2)]
+
+
+def test_archives_of_lines_are_read(tmp_path):
+    write(tmp_path / "a.jsonl.gz", gzip.compress(as_lines(ROWS).encode("utf-8-sig")))
+    write(tmp_path / "b.txt.gz", gzip.compress(b"words"))
+    assert [(name, row) for name, _, row in read(tmp_path)] == [
+        *(("a.jsonl.gz", row) for row in ROWS),
+        ("b.txt.gz", {"text": "words"}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_another_encoding_is_named(tmp_path, name):
+    with pytest.raises(RecipeError, match="UTF-16 text .* save it as UTF-8"):
+        load_rows(DataSection(path=write(tmp_path / name, as_lines(ROWS).encode("utf-16"))))
+
+
+def test_tables_with_different_delimiters_are_refused(tmp_path):
+    write(tmp_path / "a.csv", "prompt;response\na;b\n")
+    write(tmp_path / "b.csv", "prompt,response\na,b\n")
+    with pytest.raises(RecipeError, match="CSV files with one delimiter"):
+        load_rows(DataSection(path=tmp_path))
 
 
 def test_documents_know_the_lines_they_begin_at(tmp_path):

@@ -1,6 +1,7 @@
 """Tasks: the published counts on the real files, all options in the prompt, right answers distinguished from wrong."""
 
 import csv
+import gzip
 import json
 import logging
 import string
@@ -209,7 +210,7 @@ def test_options_that_could_not_be_scored_are_wrong():
     assert likeliest({"answer": 0}, [(NO_SCORE, False)] * 4) == {"acc": 0, "answered": 0}
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet", "jsonl.gz"])
 def test_files_are_read_as_they_are_found(tmp_path, suffix):
     rows = [{**ROWS["ceval"], "id": n} for n in range(3)]
     for split in ("dev", "val"):
@@ -231,6 +232,8 @@ def save(path, rows):
             table = csv.DictWriter(opened, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode("utf-8-sig")))
     else:
         path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
 
@@ -240,6 +243,12 @@ def test_another_template_takes_the_place_of_the_prompt(tmp_path):
     template.write_text("{{ question }}: {{ choices | join(', ') }}?")
     task = load_task("openbookqa_options", write(tmp_path, [ROWS["openbookqa"]]), template)
     assert task.doc_to_text(task.eval_docs[0]) == "Water is: ice, steam, fog?"
+    template.write_bytes("{{ question }}:\r\n?".encode("utf-8-sig"))
+    task = load_task("openbookqa_options", tmp_path, template)
+    assert task.doc_to_text(task.eval_docs[0]) == "Water is:\n?"
+    template.write_bytes("{{ question }}".encode("utf-16"))
+    with pytest.raises(EvaluationError, match="UTF-16 text"):
+        load_task("openbookqa_options", tmp_path, template)
     template.write_text("{{ question")
     with pytest.raises(EvaluationError, match="expected a Jinja template"):
         load_task("openbookqa_options", tmp_path, template)

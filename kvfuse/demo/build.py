@@ -90,8 +90,9 @@ def build(path: Path, say: Callable[[str], None] = print) -> None:
 
 
 def _require_room_and_packages(path: Path) -> None:
-    if path.exists() and any(path.iterdir()):
-        raise RecipeError(f"expected a new folder, got {path} with files in it; name another")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        got = "with files in it" if path.is_dir() else "which is a file"
+        raise RecipeError(f"expected a new folder, got {path} {got}; name another")
     for package in SOURCES:
         try:
             importlib.metadata.version(package)

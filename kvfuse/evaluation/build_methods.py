@@ -14,6 +14,7 @@ from kvfuse.methods import Method, Router, make_method
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.chat import Message
 from kvfuse.prompts.multiple_choice import without_choices
+from kvfuse.support.files import read_text
 from kvfuse.support.processes import processes
 
 
@@ -82,7 +83,7 @@ def _read_examples(path: Path, shots: int) -> list[Message]:
     """Returns the first examples of a file as turns of a chat."""
     messages: list[Message] = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines()[:shots]:
+        for line in read_text(path).splitlines()[:shots]:
             row = json.loads(line)
             messages.append({"role": "user", "content": row["prompt"]})
             messages.append({"role": "assistant", "content": row["response"]})

@@ -145,7 +145,8 @@ class Fuser(PreTrainedModel):
             options: For transformers' ``from_pretrained``, e.g. ``dtype``; ``revision`` for the Hub.
 
         Raises:
-            CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of this kind.
+            CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of this kind, or a
+                weight is NaN or infinite.
         """
         folder = fuser_folder.locate(source, subfolder, options.pop("revision", None))
         kind = class_of(fuser_folder.read_config(folder))
@@ -154,6 +155,7 @@ class Fuser(PreTrainedModel):
         options = {"dtype": "auto", **options, "output_loading_info": True}
         fuser, report = super(Fuser, kind).from_pretrained(folder, *args, **options)
         fuser_folder.require_all_weights(folder, report)
+        fuser_folder.require_finite(fuser.state_dict().items(), folder / fuser_folder.WEIGHTS)
         return fuser.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, notes: str = "", **options: Any) -> None:

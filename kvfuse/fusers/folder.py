@@ -2,13 +2,14 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvfuse.errors import CheckpointError, first_line
@@ -82,6 +83,26 @@ def require_all_weights(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
+def require_finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> None:
+    """Refuse weights with NaN or infinity, with which every answer would be empty or random.
+
+    Args:
+        tensors: Names and weights.
+        source: For the message.
+
+    Raises:
+        CheckpointError: Names the first such tensor.
+    """
+    for name, tensor in tensors:
+        # Minimum and maximum show both NaN and infinity, and need no memory of the tensor's size
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"expected finite weights in {source}, got NaN or infinity in {name} ({dtype}); "
+                "train or download it again"
+            )
+
+
 def write(folder: Path, save: Callable[[Path], None]) -> None:
     """Let ``save`` write a fuser into a fresh folder, then put that in the place of ``folder``; other files are kept.
 
@@ -96,6 +117,23 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
             (shutil.copytree if other.is_dir() else shutil.copy2)(other, fresh / other.name)
 
     write_folder(folder, fill)
+
+
+def require_new(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write a fuser to a folder that is in use, before anything is computed.
+
+    Args:
+        folder: May be there if it is empty.
+        overwrite: Whether it may hold a fuser, which will be replaced.
+
+    Raises:
+        CheckpointError: It holds a fuser that may not be replaced, or anything else.
+    """
+    require_replaceable(folder)
+    if holds_fuser(folder) and not overwrite:
+        raise CheckpointError(
+            f"expected a new folder, got {folder} with a fuser in it; name another, or overwrite it (--overwrite)"
+        )
 
 
 def require_replaceable(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from kvfuse.prompts.alignment import align
 from kvfuse.prompts.chat import Message, Prompt, as_chat
 from kvfuse.prompts.message_axis import covered, locate
 from kvfuse.prompts.tokenized import TokenizedPrompt
+from kvfuse.support.files import read_text
 
 COLOURS = ("#77aadd", "#eedd88", "#ffaabb", "#44bb99", "#ee8866", "#99ddff", "#bbcc33")
 """Paul Tol's light scheme: distinct to colour-blind eyes, and dark text is legible on all of them."""
@@ -124,7 +125,7 @@ def load_chat(path: Path) -> list[Message]:
         PromptError: The file is missing, no JSON, or no list of messages.
     """
     try:
-        chat = json.loads(path.read_text(encoding="utf-8"))
+        chat = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise PromptError(f"expected a chat in JSON at {path}, got: {error}; check the file") from error
     if not isinstance(chat, list) or not all(isinstance(message, dict) and "role" in message for message in chat):

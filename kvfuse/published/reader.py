@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfuse.errors import CheckpointError, first_line
 from kvfuse.fusers import FUSERS, Fuser
+from kvfuse.fusers.folder import require_finite
 from kvfuse.published.layout import CLASSES, MAPPING, RECIPE, TEMPERATURE, WEIGHTS, ProjectorClass
 
 Layers = list[tuple[int, int]]
@@ -29,7 +30,8 @@ def read_published(folder: Path) -> Fuser:
     """Read a published pair.
 
     Raises:
-        CheckpointError: A file is missing, damaged, of an unknown class, or holds other tensors than its class has.
+        CheckpointError: A file is missing, damaged, of an unknown class, holds other tensors than its class has, or NaN or
+            infinity.
     """
     weights_folder = find_projectors(folder)
     if weights_folder is None:
@@ -116,6 +118,7 @@ def _read_weights(weights_folder: Path, cls: ProjectorClass, fuser: Fuser, layer
             name: _transposed(read[name], parameters[parameter].shape[1:], f"{name} in {path}")
             for parameter, name, _ in wanted
         }
+        require_finite(((name, read[name]) for _, name, _ in wanted), path)
         # 2) Memory is taken only after the sizes of the first file are checked
         if not state:
             dtype = next(iter(tensors.values())).dtype

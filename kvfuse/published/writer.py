@@ -44,6 +44,25 @@ def write_published(fuser: Fuser, folder: Path) -> None:
         torch.save(_state(cls, fuser, layer), weights_folder / f"projector_{layer}.pt")
 
 
+def require_new_published(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write to a folder that is in use.
+
+    Args:
+        folder: May be there if it is empty.
+        overwrite: Whether it may hold what :func:`write_published` writes and nothing else.
+
+    Raises:
+        CheckpointError: It holds a published fuser that may not be replaced, or anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"expected {folder} to be a folder, got a file; choose another")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    is_published = names == {RECIPE, WEIGHTS} and (folder / WEIGHTS / MAPPING).is_file()
+    if names and not (overwrite and is_published):
+        hint = ", or overwrite it (--overwrite)" if is_published else ""
+        raise CheckpointError(f"expected a new folder, got {folder}, which is there; choose another{hint}")
+
+
 def _arguments(cls: ProjectorClass, fuser: Fuser) -> dict[str, Any]:
     sharer, receiver = fuser.config.sharer_kv, fuser.config.receiver_kv
     return {

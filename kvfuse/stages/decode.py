@@ -1,8 +1,8 @@
 """Decode: the receiver goes on from a fused cache, with transformers' own ``generate`` or along given responses."""
 
 import copy
-from collections.abc import Callable, Iterator
-from threading import Thread
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -65,32 +65,64 @@ def decode(
         options |= {"cache_implementation": None, CACHE: cache}
         if response_fuser is not None or is_assisted:
             model = _fed_only_new_tokens(model, response_fuser)
+    else:
+        options.setdefault("cache_implementation", None)  # as for longer prompts, not the publisher's recommendation
     with generation(phase, options) as options:
         return model.generate(ids, attention_mask=mask, **options)
 
 
-def stream(tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStreamer], Any]) -> Iterator[str]:
+class _Cancelled(Exception):
+    """Ends a run from within its streamer."""
+
+
+class _CancellableStreamer(TextIteratorStreamer):
+    """A streamer that ends the run which fills it, at its next token, once one of the events is set."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, events: Sequence[Event]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.events = events
+
+    def put(self, value: Tensor) -> None:
+        """Called by ``generate`` with the prompt, then with each token."""
+        if any(event.is_set() for event in self.events):
+            raise _Cancelled
+        super().put(value)
+
+
+def stream(
+    tokenizer: PreTrainedTokenizerBase, run: Callable[[TextIteratorStreamer], Any], cancel: Event | None = None
+) -> Iterator[str]:
     """The generated text of a run, piece by piece, while the run goes on in a thread of its own.
+
+    The run ends within one token when the iterator is closed, as it is when a loop over it is left, or when ``cancel``
+    is set.
 
     Args:
         tokenizer: The generating model's.
         run: Calls ``generate`` with the streamer that it is given. What it raises is raised here.
+        cancel: Set by another thread to end the text where it is.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    left = Event()
+    streamer = _CancellableStreamer(tokenizer, [left] if cancel is None else [left, cancel])
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
             with torch.no_grad():  # a switch of each thread
                 run(streamer)
+        except _Cancelled:
+            streamer.end()  # gives the text so far
         except BaseException as error:  # raised in the caller's thread
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:  # also where the caller leaves early
+        left.set()
+        thread.join()
     if failure:
         raise failure[0]
 
@@ -130,10 +162,14 @@ def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str,
     more. A receiver is compiled again for every length.
 
     Raises:
-        PromptError: They ask for a cache that fused keys and values cannot be written into.
+        PromptError: They ask for a cache that fused keys and values cannot be written into. Where the model's own
+            generation_config asks for one, it grows.
     """
     wanted = _options(model, options, "cache_implementation", "max_new_tokens", "max_length", "max_cache_len")
     kind = wanted["cache_implementation"]
+    # A kind that the model's publisher recommends is no request of the user
+    if "cache_implementation" not in options and kind == model.generation_config.cache_implementation != "static":
+        kind = None
     if kind not in (None, "dynamic", "static"):
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
     if kind != "static":

@@ -9,12 +9,29 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvfuse.errors import RecipeError, first_line, nearest
+from kvfuse.support.files import read_text
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice in one mapping: YAML itself takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Called by YAML for every mapping, before merge keys (``<<``) are filled in."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise yaml.YAMLError(f"the key {key.value!r} twice, in lines {lines[name]} and {line}")
+                lines[name] = line
+        return node
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -24,12 +41,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Read a YAML file, then ``key=value`` words, e.g. ``train.steps=100``; keys are not checked yet.
 
     Raises:
-        RecipeError: The file is missing or no YAML of keys and values, or a word is no ``key=value``.
+        RecipeError: The file is missing or no YAML of keys and values, a key stands twice in it, or a word is no
+            ``key=value``.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"expected a recipe in YAML at {path}, got: {first_line(error)}; check the file") from error
+        content = yaml.load(read_text(Path(path)), RecipeLoader) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"expected a recipe in YAML at {path}, got: {_reason(error)}; check the file") from error
     if not isinstance(content, dict):
         raise RecipeError(f"expected {path} to hold keys and values, got a {type(content).__name__}; see recipes/")
     override(content, overrides)
@@ -48,7 +66,10 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise RecipeError(f"expected a section before the last dot of {word!r}, got a value; check the key")
-        section[key] = yaml.safe_load(value)
+        try:
+            section[key] = yaml.load(value, RecipeLoader)
+        except (ValueError, yaml.YAMLError) as error:
+            raise RecipeError(f"expected a value in YAML in {word!r}, got: {_reason(error)}; correct it") from error
 
 
 def check(content: dict[str, Any], kind: type[SectionT], foreign: Collection[str] = ()) -> SectionT:
@@ -73,6 +94,16 @@ def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
     return RecipeError(
         f"expected a key of the recipe, got the unknown {key!r}; did you mean {nearest(key.split('.')[-1], known)!r}?"
     )
+
+
+def _reason(error: Exception) -> str:
+    """One line about a file that cannot be read; YAML's own first line names neither the fault nor its line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return first_line(error)
+    line = error.problem_mark.line + 1
+    if "'\\t'" in str(error.problem):
+        return f"a tab in line {line}, where YAML takes spaces alone"
+    return f"{error.problem} in line {line}"
 
 
 def _explain(error: ValidationError, kind: type[BaseModel], foreign: Collection[str]) -> str:

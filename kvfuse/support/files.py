@@ -1,11 +1,37 @@
-"""Whole-or-nothing writing: content lies next to its destination until it is complete and on disk."""
+"""Reading of text that other programs wrote, and whole-or-nothing writing.
 
+What is written lies beside its destination until it is complete and on disk.
+"""
+
+import codecs
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text with or without a byte order mark; line breaks become ``\\n``.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is not UTF-8.
+    """
+    require_utf8(path.read_bytes()[:4])
+    return path.read_text(encoding="utf-8-sig")
+
+
+def require_utf8(head: bytes) -> None:
+    """Refuse the first four bytes of a text file in UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ValueError: Names the encoding.
+    """
+    # UTF-8 text has no zero bytes
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in head:
+        raise ValueError("UTF-16 text (as Windows calls it, Unicode), which is not read: save it as UTF-8")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:

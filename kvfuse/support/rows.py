@@ -1,14 +1,27 @@
-"""Data files -> rows: JSON lines, JSON lists, CSV, Parquet and text, each row with the line it begins at."""
+"""Data files -> rows: JSON lines, JSON lists, CSV, Parquet and text, each row with the line it begins at.
 
+They are read as other programs write them: compressed by gzip, with a byte order mark, with ``\\r\\n``, CSV with
+semicolons or tabs.
+"""
+
+import codecs
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvfuse.support.files import require_utf8
+
 Row = dict[str, Any]
 JSON, TABLES = (".json", ".jsonl"), (".csv", ".parquet")
+GZIP = ".gz"
+DELIMITERS = (",", ";", "\t")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
@@ -19,8 +32,8 @@ def read_rows(file: Path, separator: str = DOCUMENT_SEPARATOR) -> Iterator[tuple
     Rows of JSON and text stay bytes until :func:`decode`, so that a broken row does not cost the rest of its file.
 
     Args:
-        file: Read by its suffix: ``.jsonl`` as one object per line, ``.json`` as such lines or as one list, ``.csv``,
-            ``.parquet``; any other file as text.
+        file: Read by its kind (:func:`kind_of`): ``.jsonl`` as one object per line, ``.json`` as such lines or as one
+            list, ``.csv``, ``.parquet``; any other file as text.
         separator: Between two documents of a text file.
 
     Yields:
@@ -28,23 +41,48 @@ def read_rows(file: Path, separator: str = DOCUMENT_SEPARATOR) -> Iterator[tuple
 
     Raises:
         OSError: The file cannot be opened.
-        ValueError: The file is broken as a whole: a CSV or Parquet file, or a JSON list.
+        ValueError: The file is broken as a whole: a CSV or Parquet file, a JSON list, gzip or UTF-16.
     """
-    # 1) Tables give rows of columns
-    if file.suffix == ".csv":
-        yield from _read_csv(file)
-    elif file.suffix == ".parquet":
+    kind = kind_of(file)
+    # 1) Parquet is binary
+    if kind == ".parquet":
         from pyarrow import parquet
 
         yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
-    # 2) Text and JSON give bytes
-    elif file.suffix not in JSON:
-        yield from _split_documents(file.read_bytes(), separator.encode())
-    elif file.suffix == ".json" and _first_character(file) == "[":
-        yield from _split_list(file)
-    else:
-        with file.open("rb") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        return
+    try:
+        with _open_text(file) as opened:
+            # 2) CSV gives rows of columns
+            if kind == ".csv":
+                yield from _read_csv(opened, csv_delimiter(file))
+            # 3) Text and JSON give bytes
+            elif kind not in JSON:
+                yield from _split_documents(opened.read(), separator.encode())
+            elif kind == ".json" and opened.peek().lstrip()[:1] == b"[":
+                yield from _split_list(opened.read(), file.name)
+            else:
+                yield from ((number, line) for number, line in enumerate(opened, start=1) if line.strip())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"broken gzip: {error}") from error
+
+
+def kind_of(file: str | Path) -> str:
+    """The suffix that names what a file holds: ``.jsonl`` for ``rows.jsonl`` and ``rows.jsonl.gz``."""
+    path = Path(file)
+    return (Path(path.stem) if path.suffix == GZIP else path).suffix
+
+
+def csv_delimiter(file: Path) -> str:
+    """The character between the columns of a CSV file, judged by its header: a comma, a semicolon or a tab.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is not UTF-8.
+    """
+    with _open_text(file) as opened:
+        header = opened.readline().decode("utf-8")
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=unquoted.count)
 
 
 def decode(file: str, content: Row | bytes) -> Row:
@@ -57,7 +95,7 @@ def decode(file: str, content: Row | bytes) -> Row:
         return content
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")  # without a byte order mark
-        row = json.loads(text) if Path(file).suffix in JSON else {"text": text}
+        row = json.loads(text) if kind_of(file) in JSON else {"text": text}
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -67,13 +105,26 @@ def decode(file: str, content: Row | bytes) -> Row:
     return row
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.DictReader(lines)
-        try:
-            yield from ((table.line_num, dict(row)) for row in table)
-        except csv.Error as error:
-            raise ValueError(f"broken CSV: {error}") from error
+@contextmanager
+def _open_text(file: Path) -> Iterator[io.BufferedReader]:
+    """Open a file to read its bytes, without compression and byte order mark. Raises ValueError if it is UTF-16."""
+    opened: Any = gzip.open(file, "rb") if file.suffix == GZIP else file.open("rb")
+    with opened, io.BufferedReader(opened) as lines:
+        head = lines.peek(4)[:4]
+        require_utf8(head)
+        lines.read(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        yield lines
+
+
+def _read_csv(opened: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Row]]:
+    lines = io.TextIOWrapper(opened, encoding="utf-8", newline="")
+    table = csv.DictReader(lines, delimiter=delimiter)
+    try:
+        yield from ((table.line_num, dict(row)) for row in table)
+    except csv.Error as error:
+        raise ValueError(f"broken CSV: {error}") from error
+    finally:
+        lines.detach()  # the file is closed by the function that opened it
 
 
 def _split_documents(content: bytes, separator: bytes) -> Iterator[tuple[int, bytes]]:
@@ -84,14 +135,9 @@ def _split_documents(content: bytes, separator: bytes) -> Iterator[tuple[int, by
         line += (document + separator).count(b"\n")
 
 
-def _first_character(file: Path) -> str:
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        return next((line.lstrip()[:1] for line in lines if line.strip()), "")
-
-
-def _split_list(file: Path) -> Iterator[tuple[int, bytes]]:
+def _split_list(content: bytes, name: str) -> Iterator[tuple[int, bytes]]:
     # Bytes that are not UTF-8 pass through as surrogates: they are reported with the one row that they stand in
-    text = file.read_bytes().decode("utf-8", errors="surrogateescape")
+    text = content.decode("utf-8", errors="surrogateescape")
     decoder, end = json.JSONDecoder(), text.index("[") + 1
     line = 1 + text.count("\n", 0, end)
     # Decode one item after another, to know where each ends and at which line it begins
@@ -103,6 +149,6 @@ def _split_list(file: Path) -> Iterator[tuple[int, bytes]]:
         try:
             end = decoder.raw_decode(text, start)[1]  # fails too where the text ends before the list
         except ValueError as error:
-            raise ValueError(f"broken JSON list in {file.name}: {error}") from error
+            raise ValueError(f"broken JSON list in {name}: {error}") from error
         yield line, text[start:end].encode("utf-8", errors="surrogateescape")
         line += text.count("\n", start, end)

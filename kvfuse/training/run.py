@@ -8,6 +8,7 @@ import yaml
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import RecipeError
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
+from kvfuse.fusers.folder import require_replaceable
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.support.files import write_file
@@ -118,8 +119,18 @@ def _new_fuser(recipe: Recipe, *, receiver: LanguageModel, sharer: LanguageModel
 
 
 def _require_own_folder(recipe: Recipe) -> None:
-    """Refuse an output folder that another recipe has started."""
+    """Refuse an output folder that another recipe or another program has started."""
     saved = recipe.output / "recipe.yaml"
+    if recipe.output.exists() and not recipe.output.is_dir():
+        raise RecipeError(f"expected output to be a folder, got the file {recipe.output}; choose another output")
+    # Training removes broken checkpoints and replaces the fuser, so both must be its own
+    foreign = [name for name in ("checkpoints", "fuser") if (recipe.output / name).exists()]
+    if foreign and not saved.exists():
+        raise RecipeError(
+            f"expected {recipe.output} to be new or begun by this very recipe, got {foreign[0]} of something else in it; "
+            "choose another output"
+        )
+    require_replaceable(recipe.output / "fuser")
     # Version 0.1 wrote train.start, which had one other value
     if saved.exists() and saved.read_text().replace("train:\n  start: random\n", "train:\n") != _as_yaml(recipe):
         raise RecipeError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from kvfuse.errors import EvaluationError, first_line, nearest
+from kvfuse.support.files import read_text
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -109,8 +110,8 @@ def _set_prompt(task: "Task", text: str | None) -> None:
 
 def _read_template(path: str | Path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
         Template(text)
-    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+    except (OSError, ValueError, jinja2.TemplateError) as error:
         raise EvaluationError(f"expected a Jinja template in {path}, got: {first_line(error)}; correct it") from error
     return text

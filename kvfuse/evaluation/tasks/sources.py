@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvfuse.errors import EvaluationError, first_line, nearest
 from kvfuse.evaluation.tasks import items
 from kvfuse.evaluation.tasks.items import Item
-from kvfuse.support.rows import JSON, TABLES, Row, decode, read_rows
+from kvfuse.support.rows import GZIP, JSON, TABLES, Row, decode, kind_of, read_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -135,7 +135,7 @@ def _hub_rows(source: Source, subjects: Sequence[str] | None) -> Iterator[tuple[
 def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | None) -> list[Path]:
     """The files of a split: those named after it or in a folder that is, else all that are not named after another."""
     folder = folder / name if (folder / name).is_dir() else folder
-    files = sorted(file for file in folder.rglob("*") if file.suffix in READABLE)
+    files = sorted(file for file in folder.rglob("*") if kind_of(file) in READABLE)
     if subjects is not None:
         files = [file for file in files if _subject(file) in subjects]
     of_split = [file for file in files if split in _split_words(file, folder)]
@@ -148,14 +148,20 @@ def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | N
 
 
 def _split_words(file: Path, folder: Path) -> set[str]:
-    words = "_".join(file.relative_to(folder).with_suffix("").parts).replace("-", "_").split("_")
+    words = "_".join([*file.relative_to(folder).parent.parts, _stem(file)]).replace("-", "_").split("_")
     return set(SPLITS) & {word.lower() for word in words}
 
 
 def _subject(file: Path) -> str:
     """``law`` of ``law_val.csv``."""
-    name, _, last = file.stem.rpartition("_")
-    return name if last in SPLITS else file.stem
+    stem = _stem(file)
+    name, _, last = stem.rpartition("_")
+    return name if last in SPLITS else stem
+
+
+def _stem(file: Path) -> str:
+    """``law_val`` of ``law_val.csv`` and ``law_val.csv.gz``."""
+    return file.name.removesuffix(GZIP).removesuffix(kind_of(file))
 
 
 def _file_rows(files: Sequence[Path]) -> Iterator[tuple[str, int, str, Row]]:

@@ -23,6 +23,7 @@ from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
 
 ENCODING_MODULES = (
+    "kvfuse.support.files",
     "kvfuse.support.rows",
     "kvfuse.prompts.chat",
     "kvfuse.prompts.template_spans",

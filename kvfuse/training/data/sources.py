@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import RecipeError, first_line
-from kvfuse.support.rows import JSON, TABLES, Row, read_rows
+from kvfuse.support.rows import JSON, TABLES, Row, csv_delimiter, kind_of, read_rows
 from kvfuse.training.recipe import DataSection
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_rows(data: DataSection) -> "Dataset | IterableDataset":
     files = _find_files(data)
     with explain_errors(data):
         # Lines are limited as they are read, tables and the Hub after
-        if files and files[0].suffix not in TABLES:
+        if files and kind_of(files[0]) not in TABLES:
             return _load_lines(files, data)
         rows = _load_dataset(files, data)
         return rows if data.limit is None else rows.take(data.limit if data.streaming else min(data.limit, len(rows)))
@@ -97,17 +97,17 @@ def _find_files(data: DataSection) -> list[Path]:
     path = data.path
     # 1) A folder, a file, or a name on the Hub
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
+        files = sorted(file for file in path.rglob("*") if kind_of(file) in READABLE and file.is_file())
     elif path.is_file():
         files = [path]
-    elif path.suffix not in READABLE and re.fullmatch(HUB_NAME, path.as_posix()):
+    elif kind_of(path) not in READABLE and re.fullmatch(HUB_NAME, path.as_posix()):
         return []
     else:
         raise RecipeError(
             f"expected a file, a folder or a Hub data set at data.path, got {path}, which does not exist; check it"
         )
     # 2) JSON and text may be mixed; tables have columns
-    kinds = {file.suffix for file in files}
+    kinds = {kind_of(file) for file in files}
     readable = data.format == "text" or kinds <= set(READABLE)
     if not files or not readable or (kinds & set(TABLES) and len(kinds) > 1):
         found = ", ".join(sorted(kinds)) or "none"
@@ -121,9 +121,17 @@ def _load_dataset(files: Sequence[Path], data: DataSection) -> Any:
     """Tables, which ``datasets`` maps and whose columns it types, or a data set of the Hub."""
     load = import_datasets().load_dataset
     if files:
-        kind = files[0].suffix.removeprefix(".")
-        return load(kind, data_files=list(map(str, files)), split="train", streaming=data.streaming)
+        kind = kind_of(files[0]).removeprefix(".")
+        options = {"sep": _common_delimiter(files), "encoding": "utf-8-sig"} if kind == "csv" else {}
+        return load(kind, **options, data_files=list(map(str, files)), split="train", streaming=data.streaming)
     return load(data.path.as_posix(), data.name, split=data.split, revision=data.revision, streaming=data.streaming)
+
+
+def _common_delimiter(files: Sequence[Path]) -> str:
+    delimiters = {csv_delimiter(file) for file in files}
+    if len(delimiters) > 1:
+        raise RecipeError(f"expected CSV files with one delimiter, got {sorted(delimiters)}; write them alike")
+    return delimiters.pop()
 
 
 def _load_lines(files: Sequence[Path], data: DataSection) -> Any:
