@@ -1,4 +1,5 @@
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -48,6 +49,20 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs the model pair and texts in {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures stay empty in tests of reports that do not look at them: drawing takes most of the time."""
+    monkeypatch.setattr("kvfuse.evaluation.report.write.svg", lambda figure, name: "<svg></svg>")
+
+
+@pytest.fixture
+def quiet_logs():
+    """No warnings of lm-eval in the output of a test."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

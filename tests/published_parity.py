@@ -1,7 +1,7 @@
 """Compare kvfuse with what the reference computed: ``python tests/published_parity.py DIR``.
 
-DIR holds ``receiver``, ``sharer_<k>``, ``fuser_<k>`` and ``expected.safetensors``, or folders that do. Prints the largest
-differences as JSON; exits with 1 where one is above 1e-5 or a token differs.
+DIR holds ``receiver``, ``sharer_<k>``, ``fuser_<k>`` and ``expected.safetensors``, or folders that do.
+Prints the largest differences as JSON; exits with 1 if one exceeds 1e-5 or a token differs.
 """
 
 import json

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_fusers import inputs_of, random_kv
+from helpers import Dispatched, assert_kv_close, inputs_of, random_kv
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvfuse.cache.kv import KV
 from kvfuse.fusers import FUSERS
@@ -25,19 +24,6 @@ OPTIONS = [
 ]
 
 
-class Dispatched(TorchDispatchMode):
-    """Names of the operations that compute something."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and "view" not in func.name():
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def both_ways(fuser, inputs, monkeypatch):
     """The residual with as many lanes at once as there are, and one by one."""
     with torch.no_grad():
@@ -54,7 +40,7 @@ def fuser(request, receiver, sharer):
 
 @pytest.fixture
 def inputs(fuser):
-    return inputs_of(fuser)
+    return inputs_of(fuser, tokens=9)
 
 
 @pytest.mark.parametrize("closed", [[], [1], [0, 2]])
@@ -65,8 +51,7 @@ def test_one_by_one_equals_together_equals_training(fuser, inputs, closed, monke
             fuser.gate.logit[-1, :, -1:] = -1.0
     expected = fuser(receiver=inputs[0], sharer=inputs[1])  # with gradients: all groups, switched afterwards
     for got in both_ways(fuser, inputs, monkeypatch):
-        torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-6)
+        assert_kv_close(got, expected, atol=1e-6)
         assert torch.equal(got.key == 0, expected.key == 0)
 
 

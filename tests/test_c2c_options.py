@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_fusers import assert_gradients_reach_everything, random_kv
+from helpers import assert_gradients_reach_everything, inputs_of, random_kv
 
 from kvfuse.errors import CheckpointError, PairError
 from kvfuse.fusers.base import describe_gates
@@ -32,8 +32,7 @@ def fuser(request, receiver, sharer):
 
 @pytest.fixture
 def inputs(fuser):
-    torch.manual_seed(1)
-    return random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
+    return inputs_of(fuser)
 
 
 def test_residual_has_the_receivers_shape_and_a_token_its_own(fuser, inputs):

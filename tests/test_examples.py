@@ -1,14 +1,10 @@
 import pytest
+from helpers import chat_of
 
 from kvfuse.training.data.examples import Example, examples_of, turns, without_oldest_turn
 from kvfuse.training.recipe import DataSection
 
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-LONG = chat(
+LONG = chat_of(
     ("system", "s"),
     ("user", "q1"),
     ("assistant", "a1"),
@@ -32,8 +28,8 @@ def test_every_turn_is_learnt_where_asked():
     [
         ([], "wrong roles: no messages"),
         (LONG[:2], "wrong roles: the last message is the user's"),
-        (chat(("system", "s"), ("assistant", "a")), "wrong roles: the assistant speaks before the user"),
-        (chat(("user", "q"), ("assistant", " \n")), "empty response"),
+        (chat_of(("system", "s"), ("assistant", "a")), "wrong roles: the assistant speaks before the user"),
+        (chat_of(("user", "q"), ("assistant", " \n")), "empty response"),
     ],
 )
 def test_a_chat_without_a_turn_to_learn_is_refused(messages, kind):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_by_group import Dispatched
-from test_fusers import random_kv
+from helpers import Dispatched, random_kv
 
 from kvfuse.errors import PairError
 from kvfuse.fusers import quantize

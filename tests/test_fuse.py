@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import assert_kv_close, assert_kv_equal
 
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import read_cache
@@ -35,11 +36,6 @@ def fused(pair, read, **options):
     return fuse(receiver=receiver, sharers=sharers, fusers=pair.fusers, prompt=prompt, **options)
 
 
-def close(got, expected):
-    torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("tokens", [1, 7, 1024])
 def test_pieces_equal_the_whole(pair, read, tokens, monkeypatch):
     expected = fused(pair, read)  # with gradients, at once
@@ -47,10 +43,10 @@ def test_pieces_equal_the_whole(pair, read, tokens, monkeypatch):
     monkeypatch.setattr(fuse_module, "TOKENS_PER_CHUNK", tokens)
     before = read[1].clone()
     with torch.no_grad():
-        close(fused(pair, read), expected)
-        assert torch.equal(read[1].key, before.key), "only where it is asked to"
+        assert_kv_close(fused(pair, read), expected)
+        assert_kv_equal(read[1], before)  # written to only where that is asked for
         got = fused(pair, read, consume=True)
-    close(got, expected)
+    assert_kv_close(got, expected)
     assert got.key.data_ptr() == read[1].key.data_ptr()
 
 
@@ -60,9 +56,9 @@ def test_streams_are_left_alone_unless_they_are_used_up(pair):
         streams = pair.read(prompt)
         clean = read_cache(streams.receiver).clone()
         expected = read_cache(pair.fuse(prompt, caches=streams).cache)
-        assert torch.equal(read_cache(streams.receiver).key, clean.key)
+        assert_kv_equal(read_cache(streams.receiver), clean)
         taken = pair.fuse(prompt, caches=streams, consume=True).cache
-    close(read_cache(taken), expected)
+    assert_kv_close(read_cache(taken), expected)
     assert taken.layers[1] is streams.receiver.layers[1], "no copy is made"
 
 
@@ -75,5 +71,5 @@ def test_tokens_of_one_stretch_are_not_copied():
     for some in (places, apart):
         expected = kv.add_tokens(rows, some, kv.tokens(rows, some))
         got = kv.clone()
-        assert torch.equal(got.add_tokens_(rows, some, kv.tokens(rows, some)).key, expected.key)
-        assert torch.equal(got.value, expected.value)
+        got.add_tokens_(rows, some, kv.tokens(rows, some))
+        assert_kv_equal(got, expected)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers import assert_gradients_reach_everything, assert_kv_close, inputs_of, random_kv
 
-from kvfuse.cache.kv import KV, KVSpec
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser, register_fuser
 from kvfuse.fusers.base import describe_gates
@@ -15,17 +15,6 @@ from kvfuse.testing import tiny_fuser
 KINDS = list(FUSERS)
 
 
-def random_kv(spec: KVSpec, batch=2, tokens=5):
-    shape = (spec.num_layers, batch, spec.num_kv_heads, tokens)
-    return KV(torch.randn(*shape, spec.key_dim), torch.randn(*shape, spec.value_dim))
-
-
-def inputs_of(fuser):
-    """Caches of nine tokens, the same each time."""
-    torch.manual_seed(1)
-    return random_kv(fuser.config.receiver_kv, tokens=9), random_kv(fuser.config.sharer_kv, tokens=9)
-
-
 @pytest.fixture(params=KINDS)
 def fuser(request, receiver, sharer):
     return tiny_fuser(receiver, sharer, request.param)
@@ -33,8 +22,7 @@ def fuser(request, receiver, sharer):
 
 @pytest.fixture
 def inputs(fuser):
-    torch.manual_seed(1)
-    return random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)
+    return inputs_of(fuser)
 
 
 def test_residual_has_the_receivers_shape(fuser, inputs):
@@ -47,22 +35,13 @@ def test_residual_of_a_token_depends_on_that_token_alone(fuser, inputs):
     receiver_kv, sharer_kv = (kv.tokens(rows, places) for kv in inputs)
     alone = fuser(receiver=receiver_kv, sharer=sharer_kv)
     together = fuser(receiver=inputs[0], sharer=inputs[1]).tokens(rows, places)
-    torch.testing.assert_close(alone.key, together.key, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(alone.value, together.value, rtol=1e-5, atol=1e-6)
+    assert_kv_close(alone, together, atol=1e-6)
 
 
 def test_it_reads_both_caches(fuser, inputs):
     base = fuser(receiver=inputs[0], sharer=inputs[1])
     assert not torch.equal(fuser(receiver=inputs[0].zeros_like(), sharer=inputs[1]).key, base.key)
     assert not torch.equal(fuser(receiver=inputs[0], sharer=inputs[1].zeros_like()).value, base.value)
-
-
-def assert_gradients_reach_everything(fuser, inputs):
-    residual = fuser.train()(receiver=inputs[0], sharer=inputs[1])
-    (residual.key.square().sum() + residual.value.square().sum()).backward()
-    assert [
-        name for name, parameter in fuser.named_parameters() if parameter.grad is None or not parameter.grad.any()
-    ] == []
 
 
 def test_gradients_reach_every_parameter(fuser, inputs):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_fusers import random_kv
+from helpers import random_kv
 
 from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError

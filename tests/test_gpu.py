@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_fusers import inputs_of, random_kv
+from helpers import assert_kv_close, inputs_of, random_kv
 from torch.profiler import ProfilerActivity, profile
 
 from kvfuse.cache.kv import KV
@@ -19,13 +19,12 @@ QUESTION = "What is the capital of Norway?"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-def moved(kv):
-    return KV(kv.key.to("cuda"), kv.value.to("cuda"))
+def moved(kv, device="cuda"):
+    return KV(kv.key.to(device), kv.value.to(device))
 
 
 def assert_close(got, expected):
-    torch.testing.assert_close(got.key.cpu(), expected.key, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.value.cpu(), expected.value, rtol=1e-4, atol=1e-5)
+    assert_kv_close(moved(got, "cpu"), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(params=[{"kind": kind} for kind in FUSERS] + OPTIONS, ids=str)
@@ -35,7 +34,7 @@ def fuser(request, receiver, sharer):
 
 @pytest.fixture
 def inputs(fuser):
-    return inputs_of(fuser)
+    return inputs_of(fuser, tokens=9)
 
 
 @pytest.mark.parametrize("closed", [[], [1], [0, 2]])
@@ -44,7 +43,8 @@ def test_residuals_are_those_of_a_cpu(fuser, inputs, closed):
     if fuser.gate is not None:
         fuser.gate.logit[closed] = -1.0
     expected = fuser(receiver=inputs[0], sharer=inputs[1])
-    assert_close(copy.deepcopy(fuser).to("cuda")(*map(moved, inputs)), expected)
+    there = copy.deepcopy(fuser).to("cuda")
+    assert_close(there(receiver=moved(inputs[0]), sharer=moved(inputs[1])), expected)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -52,7 +52,8 @@ def test_residuals_are_those_of_a_cpu(fuser, inputs, closed):
 def test_integers_too(receiver, sharer, weights):
     small = quantize(tiny_fuser(receiver, sharer), weights)
     inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
-    got, expected = copy.deepcopy(small).to("cuda")(*map(moved, inputs)), small(receiver=inputs[0], sharer=inputs[1])
+    expected = small(receiver=inputs[0], sharer=inputs[1])
+    got = copy.deepcopy(small).to("cuda")(receiver=moved(inputs[0]), sharer=moved(inputs[1]))
     assert float((got.key.cpu() - expected.key).norm() / expected.key.norm()) < 0.03, "a CPU rounds tokens as well"
 
 
@@ -61,7 +62,7 @@ def test_gradients_are_those_of_a_cpu(receiver, sharer):
     inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
     there = copy.deepcopy(fuser).to("cuda")
     for one, kvs in ((fuser, inputs), (there, tuple(map(moved, inputs)))):
-        residual = one(*kvs)
+        residual = one(receiver=kvs[0], sharer=kvs[1])
         (residual.key.square().sum() + residual.value.square().sum()).backward()
     for mine, other in zip(there.parameters(), fuser.parameters(), strict=True):
         if other.grad is not None:
@@ -104,6 +105,5 @@ def test_products_of_weights_follow_the_weights(receiver, sharer):
             fuser.gate.logit[closed] = -1.0
             getattr(fuser.weighting, name).weight.mul_(1.5)
             apart = copy.deepcopy(fuser).to("cpu")
-            assert_close(
-                fuser(receiver=inputs[0], sharer=inputs[1]), apart(*(KV(kv.key.cpu(), kv.value.cpu()) for kv in inputs))
-            )
+            expected = apart(receiver=moved(inputs[0], "cpu"), sharer=moved(inputs[1], "cpu"))
+            assert_close(fuser(receiver=inputs[0], sharer=inputs[1]), expected)

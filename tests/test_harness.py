@@ -1,7 +1,6 @@
 """A method behind the harness answers as it does without, and as the harness's own model of transformers does."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from kvfuse.evaluation.tasks.readouts import NO_SCORE
 from kvfuse.methods import Fused, Method, Single
 from kvfuse.methods.base import OptionScore, Reply
 
+pytestmark = pytest.mark.usefixtures("quiet_logs")
 QUESTIONS = [
     "What is the capital of Norway?",
     "Two models read",
@@ -58,13 +58,6 @@ class Recorder(Method):
             [len(prompt) + len(option) for option in some] for prompt, some in zip(prompts, options, strict=True)
         ]
         return [[OptionScore(-float(length), False, 1) for length in some] for some in lengths]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def generations(contexts, task="task", **options):

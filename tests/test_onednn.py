@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_by_group import Dispatched
+from helpers import Dispatched, assert_kv_close
 from torch.nn import functional as F
 
 from kvfuse.backends import onednn as products
@@ -114,8 +114,7 @@ def test_models_multiply_so_within_and_not_after(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert counted(lambda: prefill(*what)) == 0
     plain = read_cache(prefill(*what))
-    torch.testing.assert_close(quick.key, plain.key, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(quick.value, plain.value, rtol=1e-3, atol=1e-3)
+    assert_kv_close(quick, plain, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

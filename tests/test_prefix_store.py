@@ -7,6 +7,7 @@ from itertools import takewhile
 
 import pytest
 import torch
+from helpers import assert_kv_close, assert_kv_equal
 
 from kvfuse.cache.kv import KV
 from kvfuse.cache.prefix_cache import MIN_REUSED_TOKENS
@@ -132,13 +133,8 @@ def test_the_fused_cache_is_the_same(options):
     kept = with_store(pair)
     for turn, messages in enumerate(conversation(pair)):
         prompt = stack([pair.align(messages)])
-        assert_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
+        assert_kv_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
         assert (kept.store.stats.positions_saved > 0) == (turn > 0)
-
-
-def assert_close(got, expected):
-    torch.testing.assert_close(got.key, expected.key, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.value, expected.value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +156,11 @@ def test_a_prompt_that_is_known_is_not_read(pair):
     kept, prompt = with_store(pair), stack([pair.align(CHAT)])
     expected = [read_cache(kept.prefill(prompt)).clone(), read_cache(kept.prefill(prompt, fusers=[])).clone()]
     with counted(kept) as fed:
-        assert torch.equal(read_cache(kept.prefill(prompt)).key, expected[0].key)
-        assert torch.equal(read_cache(kept.prefill(prompt, fusers=[])).key, expected[1].key)
+        assert_kv_equal(read_cache(kept.prefill(prompt)), expected[0])
+        assert_kv_equal(read_cache(kept.prefill(prompt, fusers=[])), expected[1])
     assert fed == [[], []]
     assert not torch.equal(expected[0].key, expected[1].key)
-    assert_close(expected[1], read_cache(pair.prefill(prompt, fusers=[])))
+    assert_kv_close(expected[1], read_cache(pair.prefill(prompt, fusers=[])))
 
 
 def test_models_are_read_once_whatever_they_are_in_another_pair(pair):
@@ -175,7 +171,7 @@ def test_models_are_read_once_whatever_they_are_in_another_pair(pair):
     with torch.no_grad():
         with_store(first, store).prefill(prompt)
         with counted(second) as fed:
-            assert_close(read_cache(with_store(second, store).prefill(prompt)), read_cache(second.prefill(prompt)))
+            assert_kv_close(read_cache(with_store(second, store).prefill(prompt)), read_cache(second.prefill(prompt)))
     assert [len(runs) for runs in fed] == [1, 1], "those without a store"
 
 
@@ -193,7 +189,7 @@ def test_controls_and_the_pair_never_get_each_others_caches(options, order):
             for prompt in (PROMPTS[0], PROMPTS[2]):
                 own, known = control(pair), control(kept)
                 batch = stack([own.align(prompt)])
-                assert_close(
+                assert_kv_close(
                     read_cache(kept.prefill(batch, fusers=known.fusers)),
                     read_cache(pair.prefill(batch, fusers=own.fusers)),
                 )
@@ -217,7 +213,7 @@ def test_a_fuser_that_was_changed_is_another(change):
     change(pair.fusers[0])
     after = read_cache(kept.prefill(prompt))
     assert kept.store.stats.positions_saved == 0
-    assert_close(after, read_cache(pair.prefill(prompt)))
+    assert_kv_close(after, read_cache(pair.prefill(prompt)))
     assert not torch.equal(after.key, before.key)
 
 
@@ -240,14 +236,10 @@ def test_one_model_in_two_precisions_is_two(pair, saved_models):
         loaded = [LanguageModel.from_pretrained(saved_models / name, dtype=dtype) for name in ("receiver", "sharer")]
         one = CacheToCache(loaded[0], loaded[1:], pair.fusers)
         for _ in range(2):
-            assert torch.equal(
-                read_cache(with_store(one, store).prefill(prompt)).key, read_cache(one.prefill(prompt)).key
-            )
+            assert_kv_equal(read_cache(with_store(one, store).prefill(prompt)), read_cache(one.prefill(prompt)))
     one.receiver.model.to(torch.bfloat16)
-    assert torch.equal(
-        read_cache(with_store(one, store).prefill(prompt, fusers=[])).key,
-        read_cache(one.prefill(prompt, fusers=[])).key,
-    )
+    unfused = [read_cache(each.prefill(prompt, fusers=[])) for each in (with_store(one, store), one)]
+    assert_kv_equal(*unfused)
 
 
 @torch.no_grad()
@@ -256,7 +248,7 @@ def test_a_model_that_was_changed_is_another():
     kept, prompt = with_store(pair), stack([pair.align(CHAT)])
     kept.prefill(prompt)
     pair.receiver.model.get_input_embeddings().weight.mul_(1.5)
-    assert_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
+    assert_kv_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
 
 
 WAYS = {
@@ -292,7 +284,7 @@ def test_streams_that_somebody_changed_leave_no_trace(pair):
     for layer in streams.sharers[0].layers:
         layer.keys.zero_()
     kept.fuse(prompt, caches=streams)
-    assert_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
+    assert_kv_close(read_cache(kept.prefill(prompt)), read_cache(pair.prefill(prompt)))
 
 
 def test_batches_gradients_and_states_are_read_as_ever(pair):
@@ -365,7 +357,7 @@ def test_threads_share_a_store(pair):
     with ThreadPoolExecutor(4) as pool:
         caches = list(pool.map(lambda prompt: _prefilled(kept, prompt), prompts))
     for prompt, cache in zip(prompts, caches, strict=True):
-        assert_close(cache, _prefilled(pair, prompt))
+        assert_kv_close(cache, _prefilled(pair, prompt))
     assert ["".join(kept.stream(prompt, **GREEDY)) for prompt in prompts] == expected
 
 
@@ -398,7 +390,7 @@ def test_a_sharer_that_reads_something_else_in_the_same_places(place):
     ids = prompt.sharers[0].ids.clone()
     ids[0, place] += 1
     other = replace(prompt, sharers=(replace(prompt.sharers[0], ids=ids),))
-    assert_close(read_cache(kept.prefill(other)), read_cache(pair.prefill(other)))
+    assert_kv_close(read_cache(kept.prefill(other)), read_cache(pair.prefill(other)))
     assert kept.store.stats.positions_saved == (place if place > MIN_REUSED_TOKENS else 0)
 
 
@@ -408,4 +400,4 @@ def test_fusers_of_the_same_weights_that_read_other_layers(pair):
     for layers in ("terminal", [0, 0, 0]):
         fuser = tiny_fuser(pair.receiver, pair.sharers[0], layer_alignment=layers)
         one = CacheToCache(pair.receiver, pair.sharers, [fuser])
-        assert_close(read_cache(with_store(one, store).prefill(prompt)), read_cache(one.prefill(prompt)))
+        assert_kv_close(read_cache(with_store(one, store).prefill(prompt)), read_cache(one.prefill(prompt)))

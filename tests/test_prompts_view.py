@@ -1,10 +1,10 @@
 import json
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import CheckedHTML
 
 from kvfuse.errors import PairError, PromptError
 from kvfuse.prompts.alignment import TOKEN_ALIGNMENTS
@@ -17,28 +17,20 @@ CHAT = [
     {"role": "assistant", "content": "A city. "},
     {"role": "user", "content": "Where? 👩‍👩‍👧"},
 ]
-VOID = {"meta", "br"}
 
 
-class Page(HTMLParser):
-    """Every token box as (text, class, title); fails where tags do not match."""
+class Page(CheckedHTML):
+    """Every token box as (text, class, title)."""
 
     def __init__(self, text):
-        super().__init__()
-        self.open, self.boxes, self.tags = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
+        self.boxes, self.tags = [], []
+        super().__init__(text)
 
     def handle_starttag(self, tag, attributes):
+        super().handle_starttag(tag, attributes)
         self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
         if tag == "span":
             self.boxes.append(["", *(dict(attributes).get(key) for key in ("class", "title"))])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
     def handle_data(self, data):
         if self.open and self.open[-1] == "span":

@@ -7,6 +7,7 @@ import shutil
 import published_parity
 import pytest
 import torch
+from helpers import inputs_of
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -42,15 +43,6 @@ def fuser(request, receiver, twin):
 def folder(fuser, tmp_path):
     """The fuser as the authors would publish it."""
     return convert(save_fuser(fuser, tmp_path / "ours"), tmp_path / "theirs")
-
-
-def random_kv(fuser, tokens=5):
-    torch.manual_seed(3)
-    sizes = [
-        (spec.num_layers, 1, spec.num_kv_heads, tokens, spec.key_dim)
-        for spec in (fuser.config.receiver_kv, fuser.config.sharer_kv)
-    ]
-    return [KV(torch.randn(size), torch.randn(size)) for size in sizes]
 
 
 def flat(x):
@@ -107,7 +99,7 @@ REFERENCES = {"c2c": reference_c2c, "c2c-complex": reference_complex}
 
 
 def test_it_computes_what_the_published_weights_say(fuser, folder):
-    mine, theirs = random_kv(fuser)
+    mine, theirs = inputs_of(fuser, batch=1)
     residual = load_fuser(folder)(receiver=mine, sharer=theirs)
     reference = REFERENCES[next(kind for kind in KINDS if type(fuser) is FUSERS[kind])]
     for layer, sharer_layer in enumerate(fuser.config.layers):
@@ -143,7 +135,7 @@ def test_a_shared_projector_and_a_checkpoint_folder(fuser, folder):
     (folder / "checkpoint-100" / "projector_config.json").write_text(json.dumps(mapping))
     read = load_fuser(folder)
     assert read.config.layers == [0, 0, 3]
-    mine, theirs = random_kv(fuser)
+    mine, theirs = inputs_of(fuser, batch=1)
     same = KV(mine.key[:1].expand_as(mine.key), mine.value[:1].expand_as(mine.value))
     residual = read(receiver=same, sharer=theirs)
     assert torch.equal(residual.key[0], residual.key[1]), "both are served by projector 1 and sharer layer 0"

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from helpers import inputs_of
 from safetensors.torch import load_file
-from test_fusers import random_kv, tiny_fuser
 from transformers import AutoModel
 
 from kvfuse.checkpoint import convert, load_fuser, save_fuser
@@ -28,13 +28,15 @@ from kvfuse.fusers.layers import GroupedLinear
 from kvfuse.fusers.registry import class_of
 from kvfuse.methods import make_method
 from kvfuse.model import CacheToCache
+from kvfuse.testing import tiny_fuser
 from kvfuse.training.closed_form import fit
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.recipe import load_recipe
 
 needs_int8 = pytest.mark.skipif(not cpu_multiplies_int8(), reason="needs a CPU that multiplies int8")
 SHAPES = [(64, 16), (41, 17), (176, 48), (1, 20), (130, 33)]  # inputs, outputs: whole blocks, odd ones, a single input
-# Weights drawn evenly are off by 1 / (2 * largest level) of their size: 0.4% with int8, 7% with int4; tokens in int8 by about 0.6%.
+# Evenly drawn weights are off by 1 / (2 * largest level) of their size: 0.4% in int8, 7% in int4.
+# Tokens in int8 are off by about 0.6%.
 # What is off in one layer is independent of what is in the next, so that six in a row are off by sqrt(6) as much.
 LOST = {"int8": 0.02, "int4": 0.2}
 
@@ -77,8 +79,7 @@ def small(full, weights):
 
 @pytest.fixture
 def inputs(full):
-    torch.manual_seed(1)
-    return random_kv(full.config.receiver_kv), random_kv(full.config.sharer_kv)
+    return inputs_of(full)
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_gradients_of_inputs_are_the_weights(weights):
 
 
 def test_groups_can_be_taken_apart(weights):
-    """All tensors have the groups in front, so that a slice of each is a layer of some groups; whatever their strides."""
+    """Every tensor has the groups as its first dimension: its slice is a layer of these groups, for any strides."""
     _, small = linear_of(130, 33, weights, groups=4)
     x = torch.randn(4, 5, 130)
     for first, groups in ((1, slice(1, 2)), (0, slice(0, 4, 2))):
@@ -227,7 +228,7 @@ def test_the_residual_is_close_to_the_full_fusers(full, small, weights, inputs, 
 
 
 def test_a_token_depends_on_that_token_alone(small, inputs):
-    """To rounding: where the last bit of an activation decides between two integers, a token may be off by one of them."""
+    """Up to rounding: the last bit of an activation may decide between two neighbouring integers."""
     rows, places = torch.tensor([1, 0]), torch.tensor([3, 2])
     together = small(receiver=inputs[0], sharer=inputs[1]).tokens(rows, places)
     receiver_kv, sharer_kv = (kv.tokens(rows, places) for kv in inputs)

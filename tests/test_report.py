@@ -1,10 +1,10 @@
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 import yaml
 from answers import answers, run_of, timings
+from helpers import CheckedHTML
 
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.predictions import append
@@ -15,36 +15,23 @@ from kvfuse.evaluation.scoring.metrics import metrics
 
 METHODS = ["receiver", "sharer", "text-to-text", "cache-to-cache", "mismatched"]
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png"> | *bold* [link](https://example.org)'
-VOID = {"meta", "br", "img", "link"}
 
 
-class Page(HTMLParser):
-    """What a page holds; refuses tags that do not close."""
+class Page(CheckedHTML):
+    """The tags, links, text and table rows of a page."""
 
     def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.links, self.words, self.rows = [], [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
+        self.tags, self.links, self.words, self.rows = [], [], "", []
+        super().__init__(text)
 
     def handle_starttag(self, tag, attrs):
+        super().handle_starttag(tag, attrs)
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
 
     def handle_data(self, data):
         self.words += data
@@ -87,12 +74,6 @@ def folder(path, answer="A", config=None, **fields):
     )
     (path / "versions.json").write_text(json.dumps({"torch": "2.13.0", "date": "2026-01-01"}))
     return path
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Where figures are not looked at: drawing them is what takes time."""
-    monkeypatch.setattr("kvfuse.evaluation.report.write.svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")

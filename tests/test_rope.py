@@ -13,7 +13,9 @@ IDS = torch.arange(5, 45).view(2, 20)
 SCALED = {
     "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 }
-OTHERS = {  # made by other rules than the families of the matrix: interleaved, split before the call, windowed layers alone, scaled
+# RoPE by other rules than in the families of the matrix: interleaved, split before the call, only in windowed layers,
+# scaled
+OTHERS = {
     "phi": {},
     "stablelm": {},
     "glm": {"head_dim": 8},

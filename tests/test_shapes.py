@@ -3,24 +3,24 @@ from collections import Counter
 from typing import get_args
 
 import pytest
+from helpers import chat_of
 
 from kvfuse.training.data.shapes import ROLES, SHAPES, to_messages
 from kvfuse.training.recipe import DataSection
 
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-ASKED = chat(("user", "q"), ("assistant", "a"))
-WITH_SYSTEM = [*chat(("system", "s")), *ASKED]
+ASKED = chat_of(("user", "q"), ("assistant", "a"))
+WITH_SYSTEM = [*chat_of(("system", "s")), *ASKED]
 METALS = ["wood", "iron", "air"]
 KNOWN = [
     ("messages", {"messages": WITH_SYSTEM}, WITH_SYSTEM),
     ("messages", {"messages": [{**message, "name": None} for message in ASKED], "id": 3}, ASKED),
     (
         "messages",
-        {"messages": chat(("user", [{"type": "text", "text": "q"}]), ("assistant", [{"type": "text", "value": "a"}]))},
+        {
+            "messages": chat_of(
+                ("user", [{"type": "text", "text": "q"}]), ("assistant", [{"type": "text", "value": "a"}])
+            )
+        },
         ASKED,
     ),
     (
@@ -36,14 +36,14 @@ KNOWN = [
     (
         "sharegpt",
         {"conversations": [{"from": role, "value": role[0]} for role in ("system",)], "system": "other"},
-        chat(("system", "s")),
+        chat_of(("system", "s")),
     ),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ASKED),
     ("alpaca", {"instruction": "q", "output": "a", "input": None, "system": "s", "history": []}, WITH_SYSTEM),
     (
         "alpaca",
         {"instruction": "Add", "input": "1, 2", "output": "3", "history": [["q", "a"]]},
-        [*ASKED, *chat(("user", "Add\n\n1, 2"), ("assistant", "3"))],
+        [*ASKED, *chat_of(("user", "Add\n\n1, 2"), ("assistant", "3"))],
     ),
     ("pairs", {"prompt": "q", "response": "a"}, ASKED),
     ("pairs", {"prompt": "q"}, ASKED[:1]),
@@ -101,9 +101,9 @@ def test_tool_calls_keep_their_text():
         ({"something": 1}, "unknown shape: columns something"),
         ({"messages": None}, "wrong shape"),
         ({"messages": ["q", "a"]}, "wrong shape"),
-        ({"messages": chat(("user", 3))}, "wrong shape: expected text, got 3"),
-        ({"messages": chat(("user", [{"type": "image", "url": "x"}]))}, "wrong shape: expected text"),
-        ({"messages": chat(("narrator", "q"))}, "wrong roles: unknown 'narrator'"),
+        ({"messages": chat_of(("user", 3))}, "wrong shape: expected text, got 3"),
+        ({"messages": chat_of(("user", [{"type": "image", "url": "x"}]))}, "wrong shape: expected text"),
+        ({"messages": chat_of(("narrator", "q"))}, "wrong roles: unknown 'narrator'"),
         ({"conversations": [{"from": "human"}, {"value": "a"}]}, "wrong shape"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "wrong shape: answer 2 to 2 choices"),
         ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "wrong shape"),

@@ -19,12 +19,6 @@ RECIPES = sorted(
 QUICK = "table-13"  # several pairs, several sharers
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Drawing is what takes the time."""
-    monkeypatch.setattr("kvfuse.evaluation.report.write.svg", lambda figure, name: "<svg></svg>")
-
-
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.stem, marks=() if path.stem == QUICK else pytest.mark.slow) for path in RECIPES]
 )

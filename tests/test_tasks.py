@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import logging
 import string
 
 import pytest
@@ -32,6 +31,7 @@ from kvfuse.methods import Method
 from kvfuse.methods.base import OptionScore, Reply
 from kvfuse.training.data.shapes import to_messages
 
+pytestmark = pytest.mark.usefixtures("quiet_logs")
 COUNTS = {"mmlu_redux": 5632, "openbookqa": 500, "arc_challenge": 1150, "ceval": 1346, "gsm8k": 1319}
 ROWS = {name.replace("-", "_"): row for name, row in made_up.ROWS.items()}
 CHOICES = [name for name in ROWS if f"{name}_options" in task_names()]
@@ -50,13 +50,6 @@ class Told(Method):
 
     def score(self, prompts, options):
         return [[OptionScore(-1.0 if self.told == option else -2.0, False, 1) for option in some] for some in options]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def write(folder, rows, name="questions.jsonl"):

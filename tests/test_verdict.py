@@ -8,7 +8,10 @@ from kvfuse.evaluation.scoring.metrics import metrics
 
 
 def verdict_of(**scores):
-    """The verdict on methods that have the given number of 100 items right (the first), or the given items; no intervals."""
+    """The verdict, without intervals, on methods that answer some of 100 items correctly.
+
+    A method is given the number of its correct items, the first ones, or the items themselves.
+    """
     rows = []
     for name, score in scores.items():
         right = range(score) if isinstance(score, int) else score
