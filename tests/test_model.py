@@ -251,10 +251,14 @@ def test_leaving_a_stream_stops_the_generation(receiver, sharer, how, fuse_respo
 
 def test_an_exception_in_the_consumer_stops_the_generation(pair):
     steps, before = Steps(), threading.active_count()
-    with pytest.raises(ZeroDivisionError):
+
+    def consume():
         for _ in pair.stream(QUESTION, stopping_criteria=[steps], **LONG):
             steps.leaving.set()
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
     assert threading.active_count() == before
     assert steps.taken < 50
 

@@ -1,7 +1,7 @@
 """Who answers what: which knowledge does fusing keep, which does it lose, and what is new?
 
-As in the paper's figures 7 to 10: questions by which of receiver, sharer and Cache-to-Cache are right, and accuracy by category. From the
-predictions of a saved evaluation, or asked live.
+As in the paper's figures 7 to 10: questions by which of receiver, sharer and Cache-to-Cache are right, and accuracy
+by category. From the predictions of a saved evaluation, or asked live.
 """
 
 from collections.abc import Mapping

@@ -30,8 +30,8 @@ def read_published(folder: Path) -> Fuser:
     """Read a published pair.
 
     Raises:
-        CheckpointError: A file is missing, damaged, of an unknown class, holds other tensors than its class has, or NaN or
-            infinity.
+        CheckpointError: A file is missing, damaged, of an unknown class, or holds NaN, infinity or other tensors than
+            its class has.
     """
     weights_folder = find_projectors(folder)
     if weights_folder is None:

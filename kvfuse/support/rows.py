@@ -108,7 +108,7 @@ def decode(file: str, content: Row | bytes) -> Row:
 @contextmanager
 def _open_text(file: Path) -> Iterator[io.BufferedReader]:
     """Open a file to read its bytes, without compression and byte order mark. Raises ValueError if it is UTF-16."""
-    opened: Any = gzip.open(file, "rb") if file.suffix == GZIP else file.open("rb")
+    opened: Any = (gzip.open if file.suffix == GZIP else open)(file, "rb")
     with opened, io.BufferedReader(opened) as lines:
         head = lines.peek(4)[:4]
         require_utf8(head)

@@ -163,7 +163,7 @@ def quantized_class(cls: Any, weights: str) -> type[Any]:
 
 @cache
 def cpu_multiplies_int8() -> bool:
-    """Whether products of int8 are fast here, and right: without the instructions oneDNN adds in 16 bits, and overflows.
+    """Whether products of int8 are fast here, and right: without the instructions oneDNN overflows 16 bits.
 
     Other processors multiply floats, and so do GPUs, for which no gain was measured.
     """
