@@ -251,10 +251,14 @@ def test_leaving_a_stream_stops_the_generation(receiver, sharer, how, fuse_respo
 
 def test_an_exception_in_the_consumer_stops_the_generation(pair):
     steps, before = Steps(), threading.active_count()
-    with pytest.raises(ZeroDivisionError):
+
+    def consume():
         for _ in pair.stream(QUESTION, stopping_criteria=[steps], **LONG):
             steps.leaving.set()
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
     assert threading.active_count() == before
     assert steps.taken < 50
 
@@ -268,6 +272,49 @@ def test_a_cancelled_stream_begins_nothing(pair):
 def test_stream_passes_errors_on(pair):
     with pytest.raises(ValueError, match="max_new_tokens"):
         list(pair.stream(QUESTION, max_new_tokens=-1))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "got NoneType;"),
+        (5, "got int;"),
+        (b"x", "got bytes;"),
+        ({"role": "user", "content": "x"}, "got dict;"),
+        ((prompt for prompt in ("a", "b")), "got generator;"),
+        ([], "an empty list"),
+        (["a", None], "got NoneType;"),
+        ([b"x"], "got bytes;"),
+        ([5], "got int;"),
+        ([[5]], "got int;"),
+        ([QUESTION[0], "text"], "got str;"),
+        ([[]], "got an empty one"),
+        ("", "got an empty one"),
+        ("half \ud83d of it", r"the lone surrogate '\\ud83d' at character \d+"),
+        ([{"role": "user", "content": "half \udcff"}], r"the lone surrogate '\\udcff'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(pair, prompts, message):
+    for ask in (pair.generate, pair.chat):
+        with pytest.raises(PromptError, match=message):
+            ask(prompts, **GREEDY)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"x", [], ["text"], (word for word in "ab")])
+def test_what_is_no_chat_is_not_streamed(pair, prompt):
+    with pytest.raises(PromptError, match="expected"):
+        list(pair.stream(prompt, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "options", [{name: value} for name in ("max_new_tokens", "num_beams") for value in (0, -1, 1.5, "5")]
+)
+def test_counts_below_one_are_refused(pair, options):
+    ((name, value),) = options.items()
+    options = {**GREEDY, **options}
+    for ask in (pair.generate, pair.chat, lambda prompt, **options: list(pair.stream(prompt, **options))):
+        with pytest.raises(PromptError, match=f"expected {name} to be a whole number of at least 1, got {value!r}"):
+            ask(QUESTION, **options)
 
 
 def test_a_text_for_chat_is_the_one_message_of_a_user(pair):

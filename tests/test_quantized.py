@@ -417,9 +417,9 @@ def test_a_folder_in_use_is_refused_before_anything_is_computed(receiver, sharer
     monkeypatch.setattr("kvfuse.checkpoint.load_fuser", lambda *args: pytest.fail("refused too late"))
     for name in ("model", "words", "file"):
         for overwrite in (False, True):
-            with pytest.raises(CheckpointError, match="new or hold a fuser|got a file"):
+            with pytest.raises(CheckpointError, match=r"new or hold a fuser|got a file"):
                 quantize_folder(full, tmp_path / name, "int8", overwrite=overwrite)
-            with pytest.raises(CheckpointError, match="expected a new folder|got a file"):
+            with pytest.raises(CheckpointError, match=r"expected a new folder|got a file"):
                 convert(full, tmp_path / name, overwrite=overwrite)
     assert files_of(tmp_path) == before
 

@@ -51,7 +51,7 @@ def test_the_delimiter_is_judged_by_the_header(tmp_path, header, delimiter):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
 def test_another_encoding_is_named(tmp_path, name, encoding):
     (tmp_path / name).write_bytes(LINES.encode(encoding))
-    with pytest.raises(ValueError, match="UTF-16 text .* save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"UTF-16 text .* save it as UTF-8"):
         read(tmp_path / name)
 
 

@@ -83,7 +83,7 @@ def test_archives_of_lines_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_another_encoding_is_named(tmp_path, name):
-    with pytest.raises(RecipeError, match="UTF-16 text .* save it as UTF-8"):
+    with pytest.raises(RecipeError, match=r"UTF-16 text .* save it as UTF-8"):
         load_rows(DataSection(path=write(tmp_path / name, as_lines(ROWS).encode("utf-16"))))
 
 

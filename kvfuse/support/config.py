@@ -21,7 +21,7 @@ class Section(BaseModel):
 class RecipeLoader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key that stands twice in one mapping: YAML itself takes the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Called by YAML for every mapping, before merge keys (``<<``) are filled in."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
