@@ -23,7 +23,7 @@ from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
 from kvfuse.prompts.chat import Prompt, as_chat
 from kvfuse.prompts.response_tokens import response_tokens
-from kvfuse.stages.decode import decode, static_length, stream
+from kvfuse.stages.decode import decode, require_counts, static_length, stream
 from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
@@ -239,6 +239,7 @@ class CacheToCache:
 
     def answer(self, prompt: AlignedPrompt, *, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
         """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`fuse`, the rest as in :meth:`generate`."""
+        require_counts(self.receiver.model, options)
         capacity = static_length(self.receiver.model, prompt.ids.shape[1], options)
         fused = self.fuse(prompt, fusers=fusers, max_cache_len=capacity)
         return self.decode(prompt, fused.cache, response_fuser=fused.response_fuser, **options)
@@ -436,6 +437,13 @@ def _is_single(prompts: Prompts) -> bool:
 
 
 def _as_batch(prompts: Prompts) -> Sequence[Prompt]:
+    """One or several prompts as several; each is checked when it is rendered."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        raise PromptError(
+            f"expected a text, a chat or a list of them, got {type(prompts).__name__}; give a str or a list"
+        )
+    if not prompts and not isinstance(prompts, str):
+        raise PromptError("expected at least one prompt, got an empty list; write a question")
     return cast("Sequence[Prompt]", [prompts] if _is_single(prompts) else prompts)
 
 

@@ -210,6 +210,18 @@ def test_wrong_prompts_give_one_line(folders, fails, prompt, message):
     assert message in fails("chat", *words(folders), prompt)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0", "hello"], "expected max_new_tokens to be a whole number of at least 1, got 0"),
+        (["--max-new-tokens", "-3", "hello"], "at least 1, got -3"),
+        (["caf\udce9"], r"the lone surrogate '\udce9'"),  # as Python passes a byte that is not UTF-8
+    ],
+)
+def test_what_cannot_be_answered_gives_one_line(folders, fails, arguments, message):
+    assert message in fails("chat", *words(folders), *arguments)
+
+
 def test_a_pickle_gives_one_line(folders, fails, tmp_path):
     torch.save({"anything": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert "never opened" in fails("chat", *words({**folders, "-f": str(tmp_path)}), "hello")

@@ -274,6 +274,49 @@ def test_stream_passes_errors_on(pair):
         list(pair.stream(QUESTION, max_new_tokens=-1))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "got NoneType;"),
+        (5, "got int;"),
+        (b"x", "got bytes;"),
+        ({"role": "user", "content": "x"}, "got dict;"),
+        ((prompt for prompt in ("a", "b")), "got generator;"),
+        ([], "an empty list"),
+        (["a", None], "got NoneType;"),
+        ([b"x"], "got bytes;"),
+        ([5], "got int;"),
+        ([[5]], "got int;"),
+        ([QUESTION[0], "text"], "got str;"),
+        ([[]], "got an empty one"),
+        ("", "got an empty one"),
+        ("half \ud83d of it", r"the lone surrogate '\\ud83d' at character \d+"),
+        ([{"role": "user", "content": "half \udcff"}], r"the lone surrogate '\\udcff'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(pair, prompts, message):
+    for ask in (pair.generate, pair.chat):
+        with pytest.raises(PromptError, match=message):
+            ask(prompts, **GREEDY)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"x", [], ["text"], (word for word in "ab")])
+def test_what_is_no_chat_is_not_streamed(pair, prompt):
+    with pytest.raises(PromptError, match="expected"):
+        list(pair.stream(prompt, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "options", [{name: value} for name in ("max_new_tokens", "num_beams") for value in (0, -1, 1.5, "5")]
+)
+def test_counts_below_one_are_refused(pair, options):
+    ((name, value),) = options.items()
+    options = {**GREEDY, **options}
+    for ask in (pair.generate, pair.chat, lambda prompt, **options: list(pair.stream(prompt, **options))):
+        with pytest.raises(PromptError, match=f"expected {name} to be a whole number of at least 1, got {value!r}"):
+            ask(QUESTION, **options)
+
+
 def test_a_text_for_chat_is_the_one_message_of_a_user(pair):
     assert pair.chat(QUESTION[0]["content"], **GREEDY) == pair.chat(QUESTION, **GREEDY)
 

@@ -55,10 +55,11 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
         template_options: Passed to the template, e.g. ``tools=[...]`` or ``enable_thinking=True`` (off by default).
 
     Raises:
-        PromptError: The prompt is empty, a message has no text, or the template refuses, rewrites or leaves out the
-            messages.
+        PromptError: The prompt is empty or of another type, a message has no text, or the template refuses, rewrites or
+            leaves out the messages.
     """
     # 1) The text of each message
+    _require_prompt(prompt)
     contents = (prompt,) if isinstance(prompt, str) else tuple(map(_content, prompt))
     if not any(map(str.strip, contents)):
         raise PromptError("expected a prompt with text, got an empty one; write a question")
@@ -89,6 +90,23 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
 def as_chat(prompt: Prompt) -> Sequence[Message]:
     """Plain text as the one message of a user; a chat unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _require_prompt(prompt: Any) -> None:
+    """Refuse what is neither a text nor a list of messages."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise PromptError(
+            f"expected a prompt that is a text or a list of messages, got {type(prompt).__name__}; "
+            "give a str, or [{'role': ..., 'content': text}]"
+        )
+    for message in prompt:
+        if not isinstance(message, dict):
+            raise PromptError(
+                "expected messages of the form {'role': ..., 'content': text}, "
+                f"got {type(message).__name__}; give a list of dicts"
+            )
 
 
 def _content(message: Message) -> str:

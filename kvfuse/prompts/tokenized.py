@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from kvfuse.errors import PromptError
 from kvfuse.prompts.chat import Prompt, RenderedPrompt, render
 
 _GREEDY: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
@@ -53,7 +54,18 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> Encoding:
-    """Tokenize a text in this thread: a quarter of the time of ``tokenizer(text)``, which hands it to a pool."""
+    """Tokenize a text in this thread: a quarter of the time of ``tokenizer(text)``, which hands it to a pool.
+
+    Raises:
+        PromptError: The text has a lone surrogate, half of a character, which tokenizers cannot read.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"expected a text of whole characters, got the lone surrogate {text[error.start]!a} "
+            f"at character {error.start}; decode the text as UTF-8"
+        ) from error
     return backend(tokenizer).encode(text, add_special_tokens=add_special_tokens)
 
 

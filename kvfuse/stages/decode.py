@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from threading import Event, Thread
 from typing import Any
 
@@ -44,8 +45,9 @@ def decode(
         What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
 
     Raises:
-        PromptError: Assisted decoding is asked for where the response is fused too.
+        PromptError: Assisted decoding is asked for where the response is fused too, or a count is below one.
     """
+    require_counts(model, options)
     ids, mask = ids.to(model.device), mask.to(model.device)
     wanted = _options(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
     is_assisted = any(wanted[name] for name in ASSISTED_DECODING)
@@ -153,6 +155,17 @@ def score(
     by_row = torch.zeros(is_token.shape, device=is_token.device).masked_scatter(is_token, log_probs)
     greedy = torch.ones_like(is_token).masked_scatter(is_token, logits.argmax(-1) == targets)
     return by_row.sum(1), greedy.all(1)
+
+
+def require_counts(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse numbers of tokens, beams or sequences to generate that are not whole and positive.
+
+    Raises:
+        PromptError: Names the option.
+    """
+    for name, value in _options(model, options, "max_new_tokens", "num_beams", "num_return_sequences").items():
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+            raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:

@@ -108,12 +108,15 @@ def decode(file: str, content: Row | bytes) -> Row:
 @contextmanager
 def _open_text(file: Path) -> Iterator[io.BufferedReader]:
     """Open a file to read its bytes, without compression and byte order mark. Raises ValueError if it is UTF-16."""
-    opened: Any = (gzip.open if file.suffix == GZIP else open)(file, "rb")
-    with opened, io.BufferedReader(opened) as lines:
+    with file.open("rb") as opened, io.BufferedReader(_uncompressed(opened, file)) as lines:
         head = lines.peek(4)[:4]
         require_utf8(head)
         lines.read(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         yield lines
+
+
+def _uncompressed(opened: Any, file: Path) -> Any:
+    return gzip.GzipFile(fileobj=opened) if file.suffix == GZIP else opened
 
 
 def _read_csv(opened: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Row]]:

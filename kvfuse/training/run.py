@@ -127,8 +127,8 @@ def _require_own_folder(recipe: Recipe) -> None:
     foreign = [name for name in ("checkpoints", "fuser") if (recipe.output / name).exists()]
     if foreign and not saved.exists():
         raise RecipeError(
-            f"expected {recipe.output} to be new or begun by this very recipe, got {foreign[0]} in it; "
-            "choose another output"
+            f"expected {recipe.output} to be new or begun by this very recipe, "
+            f"got {foreign[0]} of something else in it; choose another output"
         )
     require_replaceable(recipe.output / "fuser")
     # Version 0.1 wrote train.start, which had one other value
