@@ -32,6 +32,11 @@ def assert_kv_equal(got: KV, expected: KV) -> None:
     assert_kv_close(got, expected, rtol=0, atol=0)
 
 
+def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Asserts that both have the same names and, bit by bit, the same tensors."""
+    torch.testing.assert_close(dict(got), dict(expected), rtol=0, atol=0)
+
+
 def assert_gradients_reach_everything(fuser: Fuser, inputs: tuple[KV, KV]) -> None:
     """Asserts that no parameter is without a gradient after one backward pass."""
     residual = fuser.train()(receiver=inputs[0], sharer=inputs[1])

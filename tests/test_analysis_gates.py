@@ -77,7 +77,8 @@ def test_what_is_not_there_is_not_told(tiny, options):
     keys, values = (found["sharers"][0][part] for part in ("keys", "values"))
     assert (keys["weight"], keys["open"]) == (None, None)
     assert (values["weight"] is None) == (not options.get("parts"))
-    assert draw(found).axes
+    rows = 1 + (values["weight"] is not None)  # of maps: sizes, and weights where there are any
+    assert len(draw(found).axes) == 3 * rows, "keys, values and a colour bar"
 
 
 def test_nothing_is_left_behind(tiny):

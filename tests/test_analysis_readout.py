@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import assert_kv_equal
 
 from kvfuse.analysis.answering import ask
 from kvfuse.analysis.readout import ROLES, eager_attention, read, read_alone, read_batches, roles
@@ -42,14 +43,13 @@ def test_variants_of_one_prompt_are_rows(study):
 
 
 def test_mixing_all_or_nothing_is_one_of_the_two(batch):
-    assert torch.equal(batch.mix(batch.fused, torch.tensor(True)).key, batch.fused.key)
-    assert torch.equal(batch.mix(batch.fused, torch.tensor(False)).value, batch.clean.value)
+    assert_kv_equal(batch.mix(batch.fused, torch.tensor(True)), batch.fused)
+    assert_kv_equal(batch.mix(batch.fused, torch.tensor(False)), batch.clean)
 
 
 def test_the_receiver_alone_reads_its_clean_cache(study, batch):
     alone = read_alone(study.pair, study.questions, [row.receiver for row in batch.rows])
-    assert torch.equal(alone.clean.key, batch.clean.key)
-    assert torch.equal(alone.clean.value, batch.clean.value)
+    assert_kv_equal(alone.clean, batch.clean)
 
 
 def test_scores_include_the_end(study, batch):

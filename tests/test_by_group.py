@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Dispatched, assert_kv_close, inputs_of, random_kv
+from helpers import Dispatched, assert_kv_close, assert_kv_equal, inputs_of, random_kv
 from torch import nn
 
 from kvfuse.cache.kv import KV
@@ -107,7 +107,7 @@ def test_a_fuser_with_weights_for_all_layers_together_has_no_lanes(receiver, sha
     together, apart = both_ways(
         fuser, (random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)), monkeypatch
     )
-    assert torch.equal(together.key, apart.key)
+    assert_kv_equal(together, apart)
 
 
 def test_a_cut_shares_the_weights():

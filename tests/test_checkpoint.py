@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import assert_same_tensors
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -192,7 +193,7 @@ def test_the_base_class_loads_any_kind(fuser, folder):
     loaded = Fuser.from_pretrained(folder)
     assert type(loaded) is type(fuser)
     assert not loaded.training
-    assert all(torch.equal(tensor, fuser.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert_same_tensors(loaded.state_dict(), fuser.state_dict())
 
 
 def test_a_class_refuses_the_folder_of_another_kind(receiver, sharer, tmp_path):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from kvfuse.checkpoint import save_fuser
 from kvfuse.cli import app, main
 from kvfuse.language_model import LanguageModel
+from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 
 
@@ -73,7 +74,8 @@ def test_version():
 def test_chat_answers_one_question(folders):
     result = run("chat", *words(folders), "--max-new-tokens", "4", "What is Oslo?")
     assert result.exit_code == 0
-    assert result.output.strip()
+    pair = CacheToCache.from_pretrained(receiver=folders["-r"], sharer=folders["-s"], fuser=folders["-f"])
+    assert result.stdout.strip() == pair.chat("What is Oslo?", max_new_tokens=4).strip()
 
 
 def test_chat_finds_the_models_that_the_fuser_names(folders):

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from helpers import assert_same_tensors
 from runs import ENVIRONMENT, IN_TWO, write_recipe
 from safetensors.torch import load_file
 
@@ -77,7 +78,7 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(folder):
     assert ran.returncode == 0, ran.stderr
     train(load_recipe("recipe.yaml", ["output=one", "train.batch_size=4", *PLAIN]), say=lambda line: None, quiet=True)
     one, two = weights(folder / "one"), weights(folder / "two")
-    assert all(torch.allclose(two[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     results = [json.loads((folder / name / "result.json").read_text()) for name in ("one", "two")]
     assert [result["processes"] for result in results] == [1, 2]
     assert [result["training"]["tokens"] for result in results] == [results[0]["training"]["tokens"]] * 2
@@ -102,7 +103,7 @@ def test_two_killed_processes_end_with_the_same_weights(folder):
         ran = two_processes("", f"output={output}", *words)
         assert ran.returncode == 0, ran.stderr
     killed, whole = weights(folder / "killed"), weights(folder / "whole")
-    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert_same_tensors(killed, whole)
 
 
 def test_a_fuser_spread_over_two_processes_trains_and_goes_on_as_copies_do(folder):
@@ -114,4 +115,4 @@ def test_a_fuser_spread_over_two_processes_trains_and_goes_on_as_copies_do(folde
         ran = two_processes(modes, f"output={output}", f"train.fsdp={modes == 'fsdp'}", *words)
         assert ran.returncode == 0, ran.stderr
     copies, spread = weights(folder / "copies"), weights(folder / "spread")
-    assert all(torch.allclose(spread[name], copies[name], rtol=1e-4, atol=1e-5) for name in copies)
+    torch.testing.assert_close(spread, copies, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Dispatched, random_kv
+from helpers import Dispatched, assert_kv_close, assert_same_tensors, random_kv
 
 from kvfuse.errors import PairError
 from kvfuse.fusers import quantize
@@ -34,12 +34,7 @@ def test_a_folded_fuser_says_what_it_said_before(receiver, sharer, kind, budget,
     fold_norms(fuser)  # once more changes nothing
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(
-                fuser(receiver=inputs[0], sharer=inputs[1]).key, expected.key, rtol=1e-4, atol=1e-5
-            )
-            torch.testing.assert_close(
-                fuser(receiver=inputs[0], sharer=inputs[1]).value, expected.value, rtol=1e-4, atol=1e-5
-            )
+            assert_kv_close(fuser(receiver=inputs[0], sharer=inputs[1]), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -59,7 +54,7 @@ def test_quantised_products_stay_as_they_are(receiver, sharer):
     small = quantize(with_norms(tiny_fuser(receiver, sharer)), "int8")
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     fold_norms(small)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    assert_same_tensors(small.state_dict(), before)
 
 
 def test_a_pair_is_folded_and_its_fuser_not_saved(pair, tmp_path):

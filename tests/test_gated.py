@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import random_kv
+from helpers import assert_kv_close, assert_kv_equal, random_kv
 
 from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError
@@ -34,9 +34,7 @@ def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, nois
 def test_the_noise_is_gone_at_inference(receiver, sharer, kind):
     logistic, gumbel = (tiny_fuser(receiver, sharer, kind, gate_noise=noise) for noise in ("logistic", "gumbel"))
     inputs = random_kv(logistic.config.receiver_kv), random_kv(logistic.config.sharer_kv)
-    assert torch.equal(
-        logistic(receiver=inputs[0], sharer=inputs[1]).key, gumbel(receiver=inputs[0], sharer=inputs[1]).key
-    )
+    assert_kv_equal(*(fuser(receiver=inputs[0], sharer=inputs[1]) for fuser in (logistic, gumbel)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,4 +69,4 @@ def test_a_network_of_the_old_contract_still_fuses(receiver, sharer):
     inputs = {"receiver": random_kv(new.config.receiver_kv), "sharer": random_kv(new.config.sharer_kv)}
     with pytest.warns(DeprecationWarning, match="write residual"):
         got = old(**inputs)
-    torch.testing.assert_close(got.key, new(**inputs).key)
+    assert_kv_close(got, new(**inputs))

@@ -160,7 +160,8 @@ def test_options_of_one_context_are_scored_together():
 
 def test_a_batch_that_fails_is_asked_one_by_one():
     model = HarnessModel(Recorder(lambda prompts: len(prompts) > 1), 4, progress=False)
-    assert all(model.generate_until(generations(QUESTIONS)))
+    one_by_one = HarnessModel(Recorder(), 1, progress=False)
+    assert model.generate_until(generations(QUESTIONS)) == one_by_one.generate_until(generations(QUESTIONS))
     assert model.failures == []
 
 

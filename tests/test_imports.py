@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,7 +53,12 @@ def test_a_file_imports_from_its_own_layer_or_below(path):
 def test_no_modules_import_each_other():
     """A package's `__init__` gathers names of its own modules, which may import each other through it."""
     graph = {module_of(path): set(imports_of(path)) for path in FILES if path.name != "__init__.py"}
-    TopologicalSorter(graph).prepare()
+    cycle = []
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+    assert cycle == []
 
 
 @pytest.mark.parametrize("command", ["import kvfuse", "import kvfuse.cli"])
@@ -66,9 +71,8 @@ def test_importing_does_not_load_the_heavy_libraries(command):
     )
 
 
-def test_public_names_are_there():
+def test_a_name_that_is_not_public_is_an_attribute_error():
     import kvfuse
 
-    assert all(getattr(kvfuse, name).__name__ == name for name in kvfuse.__all__)
     with pytest.raises(AttributeError, match="no attribute"):
         kvfuse.no_such_name  # noqa: B018

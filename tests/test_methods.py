@@ -230,7 +230,8 @@ def test_methods_are_made_by_name(pair, methods):
         make_method("routing", pair)
     with pytest.raises(MethodError, match="expected examples"):
         make_method("few-shot", pair)
-    assert isinstance(methods["hybrid"], Hybrid)
+    made = {name: type(methods[name]) for name in ("receiver", "sharer", "hybrid", "cache-to-cache")}
+    assert made == {"receiver": Single, "sharer": Single, "hybrid": Hybrid, "cache-to-cache": Fused}
 
 
 def test_methods_of_packages_and_by_hand(pair, monkeypatch):

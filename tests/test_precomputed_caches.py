@@ -60,15 +60,18 @@ def test_a_batch_gets_what_the_models_would_read(pair, examples, keep, dtype, to
 def test_the_loss_is_that_of_reading(pair, examples, keep, both):
     rows = [from_columns(row) for row in examples]
     kept = keep(both).load(range(len(rows)))
-    assert float(response_loss(pair, collate(rows, kept))) == pytest.approx(
+    assert response_loss(pair, collate(rows, kept)).item() == pytest.approx(
         float(response_loss(pair, collate(rows))), rel=3e-3
     )
 
 
 def test_no_model_reads_what_is_kept(pair, examples, keep, monkeypatch):
-    kept = keep(True).load([1, 2])
-    monkeypatch.setattr("kvfuse.model.prefill", None)
-    response_loss(pair, collate([from_columns(examples[row]) for row in (1, 2)], kept))
+    rows, kept = [from_columns(examples[row]) for row in (1, 2)], keep(True).load([1, 2])
+    expected = response_loss(pair, collate(rows)).item()
+    monkeypatch.setattr(pair, "prefiller", None)
+    with pytest.raises(TypeError):
+        response_loss(pair, collate(rows))
+    assert response_loss(pair, collate(rows, kept)).item() == pytest.approx(expected, rel=2e-3)
 
 
 def test_files_that_are_there_are_not_read_again(keep, monkeypatch):

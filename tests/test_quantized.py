@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import inputs_of
+from helpers import assert_kv_equal, assert_same_tensors, inputs_of
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -160,7 +160,6 @@ def test_the_way_is_chosen_by_device_processor_and_gradient(monkeypatch, weights
         taken.append("asked")
     small.to("meta")(torch.empty(3, 2, 32, device="meta"))
     assert taken == ["integers", "asked", "asked", "asked"]
-    assert isinstance(cpu_multiplies_int8(), bool)
 
 
 def test_gradients_of_inputs_are_the_weights(weights):
@@ -210,7 +209,7 @@ def test_large_layers_are_replaced_and_the_rest_is_copied(full, small, weights):
         if isinstance(linear, GroupedLinear):
             assert type(left[name]) is (FORMATS[weights] if linear.weight.shape[2] >= MIN_OUTPUTS else GroupedLinear)
     same = [name for name, tensor in full.state_dict().items() if name in small.state_dict()]
-    assert all(torch.equal(full.state_dict()[name], small.state_dict()[name]) for name in same)
+    assert_same_tensors(*({name: one.state_dict()[name] for name in same} for one in (small, full)))
     assert "gate.logit" in same
     assert (full.config.weights, small.config.weights, small.training) == ("full", weights, False)
     assert not any(parameter.requires_grad for parameter in small.parameters())
@@ -248,7 +247,7 @@ def test_casting_leaves_the_integers(small, inputs, weights):
     cast = copy.deepcopy(small).to(torch.bfloat16)
     kept = [name for name, tensor in small.state_dict().items() if not tensor.is_floating_point()]
     assert kept
-    assert all(torch.equal(cast.state_dict()[name], small.state_dict()[name]) for name in kept)
+    assert_same_tensors(*({name: one.state_dict()[name] for name in kept} for one in (cast, small)))
     assert cast.dtype == next(cast.parameters()).dtype == torch.bfloat16
     assert (
         apart(
@@ -287,11 +286,11 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(full, small, weights, inputs
     assert (torch.int8 if weights == "int8" else torch.uint8) in {tensor.dtype for tensor in stored.values()}
     for loaded in (load_fuser(folder), AutoModel.from_pretrained(folder)):
         assert isinstance(loaded, type(full))
-        assert all(torch.equal(tensor, small.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        assert_same_tensors(loaded.state_dict(), small.state_dict())
         assert [tensor.dtype for tensor in loaded.parameters()] == [tensor.dtype for tensor in small.parameters()]
         assert not loaded.training
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
-        assert torch.equal(*(one(receiver=inputs[0], sharer=inputs[1]).key for one in (loaded, small)))
+        assert_kv_equal(*(one(receiver=inputs[0], sharer=inputs[1]) for one in (loaded, small)))
     assert f"rounded to {weights}" in (folder / "README.md").read_text()
 
 
@@ -330,7 +329,12 @@ def test_a_pair_answers_with_it(saved_models, small_pair, tmp_path):
 
 def test_a_random_fuser_can_take_its_place(small_pair):
     """The control of evaluations draws one of the same class and configuration."""
-    assert make_method("random-fuser", small_pair).generate([[{"role": "user", "content": "Oslo?"}]], max_new_tokens=2)
+    trained, drawn = small_pair.fusers[0], make_method("random-fuser", small_pair).fusers[0]
+    assert type(drawn) is type(trained)
+    assert drawn.config.to_dict() == trained.config.to_dict()
+    differs = {name: not torch.equal(tensor, trained.state_dict()[name]) for name, tensor in drawn.state_dict().items()}
+    assert differs["projection_out.levels"]
+    assert not differs["gate.logit"]
 
 
 def test_a_folder_becomes_another(receiver, sharer, weights, tmp_path):

@@ -49,7 +49,7 @@ def test_commands_run(command, tmp_path, monkeypatch):
             pytest.skip("takes a quarter of an hour")
         words += [] if "--ask" in words else ["--limit", "8"]
     monkeypatch.chdir(tmp_path)
-    app(words, standalone_mode=False)
+    assert not app(words, standalone_mode=False), "the exit status, where a command exits by itself"
 
 
 def test_the_command_is_installed():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from templates import chat
 from transformers import AutoTokenizer
 
+from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, stack
 from kvfuse.prompts.message_axis import locate
@@ -143,9 +144,14 @@ def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, t
     assert (message[row.fusable]).all()
 
 
-def test_a_fuser_trained_that_way_answers(receiver, sharer):
+def test_a_fuser_trained_that_way_changes_the_tokens_of_messages_only(receiver, sharer):
     fuser = tiny_fuser(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
-    assert CacheToCache(receiver, [sharer], [fuser]).chat("What is the capital of Norway?", max_new_tokens=3)
+    pair = CacheToCache(receiver, [sharer], [fuser])
+    row = pair.align(chat("What is the capital of Norway?"))
+    fused, clean = (read_cache(pair.prefill(stack([row]), fusers=fusers)) for fusers in (None, []))
+    changed = (fused.value != clean.value).any(-1).any(2).any(0)[0]  # (T - 1,): the last token is read by decoding
+    assert changed.tolist() == row.fusable[: len(changed)].tolist()
+    assert changed.any()
 
 
 def test_skipped_positions_reach_both_models_and_what_is_generated(receiver, sharer):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_kv
+from helpers import assert_kv_equal, random_kv
 
 from kvfuse.cache.kv import KV
 from kvfuse.errors import PairError
@@ -110,7 +110,6 @@ def test_it_is_fitted_to_what_it_will_see(receiver, sharer, fuser):
     fuser.register_forward_pre_hook(lambda _, args, kvs: inputs.append(tuple(kvs.values())), with_kwargs=True)
     pair.prefill(stack([example.prompt for example in examples[:3]]))
     for given, read in zip(inputs[0], next(read_pairs(pair, examples, 3)), strict=True):
-        assert torch.equal(given.key, read.key)
-        assert torch.equal(given.value, read.value)
+        assert_kv_equal(given, read)
     fit(pair, TrainSection(batch_size=2, steps=2), Dataset.from_list(list(map(to_columns, examples))))
     assert fuser.weight.max() <= 0.25

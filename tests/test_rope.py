@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import assert_kv_equal
 
 from kvfuse.cache.transformers_cache import CACHE, read_cache
 from kvfuse.errors import PairError
@@ -98,14 +99,14 @@ def test_closed_gates_leave_the_cache_as_it_is_bit_for_bit(receiver, sharer):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, rope="removed", gate_init=-1.0)])
     prompt = stack([pair.align(QUESTION), pair.align("hi")])
     fused, alone = (read_cache(pair.prefill(prompt, fusers=fusers)) for fusers in (None, []))
-    assert torch.equal(fused.key, alone.key)
+    assert_kv_equal(fused, alone)
 
 
 def test_the_fuser_sees_and_changes_keys_at_position_zero(removed):
     """A prompt read further on gives the same fuser the same keys, and the same answer."""
     seen = []
     fuser = removed.fusers[0]
-    fuser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    fuser.register_forward_pre_hook(lambda _, args, kvs: seen.append(kvs), with_kwargs=True)
     prompt = stack([removed.align(QUESTION)])
     later = stack([removed.align(QUESTION)])
     later.positions.add_(7)
@@ -116,6 +117,8 @@ def test_the_fuser_sees_and_changes_keys_at_position_zero(removed):
         logits.append(
             removed.receiver.model(one.ids[:, -1:], position_ids=one.positions[:, -1:], **{CACHE: cache}).logits
         )
-    for before, after in zip(*seen, strict=True):
-        torch.testing.assert_close(before.key, after.key, rtol=1e-3, atol=1e-4)
+    before, after = seen
+    assert before.keys() == after.keys() == {"receiver", "sharer"}
+    for name in before:
+        torch.testing.assert_close(before[name].key, after[name].key, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)

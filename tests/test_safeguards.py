@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from helpers import assert_same_tensors
 from runs import ENVIRONMENT, write_recipe
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -71,7 +72,7 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_weights(saved_m
         ran = run("go on", output)
         assert ran.returncode == 0, ran.stderr
     ended = [load_file(tmp_path / output / "fuser/model.safetensors") for output in ("killed", "whole")]
-    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[1])
+    assert_same_tensors(*ended)
 
 
 def test_only_whole_checkpoints_are_resumed_from(tmp_path):

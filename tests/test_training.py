@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from helpers import assert_same_tensors
 from runs import write_recipe
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -44,6 +45,14 @@ def trainer(pair, encoded, folder, **changes):
     )
 
 
+def weights_of_models(*models):
+    return {
+        f"{index}.{name}": tensor.clone()
+        for index, one in enumerate(models)
+        for name, tensor in one.model.state_dict().items()
+    }
+
+
 def weights(pair):
     return {name: tensor.clone() for name, tensor in pair.fusers[0].state_dict().items()}
 
@@ -81,14 +90,13 @@ def test_loss_over_a_cache_equals_a_full_forward(pair, encoded):
 
 def test_training_moves_every_fuser_parameter_and_nothing_else(receiver, sharer, encoded, tmp_path):
     pair = fresh_pair(receiver, sharer)
-    frozen = {name: tensor.clone() for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
+    frozen = weights_of_models(receiver, sharer)
     before, validation = weights(pair), Validation(pair, encoded, [1] * len(encoded))
     start = validation.measure()
     trainer(pair, encoded, tmp_path, steps=20).resume()
     pair.fusers[0].eval()
-    assert all(not torch.equal(before[name], after) for name, after in weights(pair).items())
-    now = {name: tensor for one in (receiver, sharer) for name, tensor in one.model.state_dict().items()}
-    assert all(torch.equal(frozen[name], now[name]) for name in frozen)
+    assert [name for name, after in weights(pair).items() if torch.equal(before[name], after)] == []
+    assert_same_tensors(weights_of_models(receiver, sharer), frozen)
     assert validation.measure().fused < start.fused == pytest.approx(start.receiver), (
         "it starts from a residual of zero"
     )
@@ -111,7 +119,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(receiver, sharer, encode
     resumed = fresh_pair(receiver, sharer)
     torch.manual_seed(99)
     trainer(resumed, encoded, tmp_path / "killed", **changes).resume()
-    assert all(torch.equal(expected, weights(resumed)[name]) for name, expected in weights(whole).items())
+    assert_same_tensors(weights(resumed), weights(whole))
 
 
 def test_batches_of_like_length_have_less_padding(pair, tmp_path):
@@ -232,7 +240,7 @@ def test_the_same_recipe_twice_gives_the_same_weights(recipe, tmp_path):
         torch.manual_seed(len(name) + ord(name[0]))  # what a program has drawn before changes nothing
         train(load_recipe(recipe, [f"output={tmp_path / name}"]), lambda line: None, quiet=True)
     one, two = (load_file(tmp_path / name / "fuser/model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_tensors(one, two)
 
 
 def test_bfloat16_computes_alike_and_leaves_float32_weights(receiver, sharer, encoded, tmp_path):

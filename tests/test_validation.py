@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from helpers import assert_same_tensors
 from safetensors.torch import load_file
 
 from kvfuse.errors import RecipeError
@@ -113,7 +114,7 @@ def test_the_fuser_ends_as_it_was_at_the_best_checkpoint(some_pair, tmp_path):
     assert state.global_step == 7
     assert state.best_model_checkpoint.endswith("checkpoint-4")
     best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
-    assert all(torch.equal(tensor, best[name]) for name, tensor in some_pair.fusers[0].state_dict().items())
+    assert_same_tensors(some_pair.fusers[0].state_dict(), best)
 
 
 def test_a_run_that_gets_no_better_ends_early(some_pair, tmp_path):
