@@ -24,7 +24,8 @@ class Source:
 
     Attributes:
         hub: Its name on the Hub.
-        read: A row and the subject that its file or configuration is named after -> a question, or None for one that does not count.
+        read: Makes a question of a row and of the subject that its file or configuration is named after; None for one
+            that does not count.
         split: The one that is asked.
         config: Its configuration on the Hub; None where every subject is one, and all of them are read.
     """
@@ -115,7 +116,8 @@ def _kept(questions: Iterator[Item], kinds: set[str]) -> Iterator[Item]:
             yield item
     for kind in kinds - seen:
         raise EvaluationError(
-            f"expected a kind of question that the data have, got {kind!r}; did you mean {nearest(kind, sorted(seen))!r}?"
+            f"expected a kind of question that the data have, got {kind!r}; "
+            f"did you mean {nearest(kind, sorted(seen))!r}?"
         )
 
 
