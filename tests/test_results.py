@@ -1,6 +1,9 @@
+import time
+
 import pytest
 
-from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_result
+from kvfuse.evaluation.scoring.extraction import extract_option
+from kvfuse.evaluation.scoring.results import equal_numbers, extract_number, extract_result, same_result
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,118 @@ def test_the_number_a_reply_ends_in(text, number):
     assert extract_number(text) == number
 
 
+# As small chat and base models really reply
+NUMBERS = [
+    # equations
+    ("The answer is 16 - 3 - 4 = 9 eggs", "9"),
+    ("the answer is x^2 = 25", "25"),
+    ("The answer is x = 5.", "5"),
+    ("Answer: 16 eggs - 3 eggs - 4 eggs = 9 eggs", "9"),
+    ("Answer: $2 * 9 = $18", "18"),
+    ("Answer: 2 * 3 + 4 = 6 + 4 = 10", "10"),
+    ("Answer: 5 × (3 + 1) = 20 dollars for 4 days", "20"),
+    ("Answer: 9 = 16 - 3 - 4", "9"),
+    ("The answer is 9 eggs (16 - 3 - 4 = 9).", "9"),
+    ("The answer is 18, since 9 * 2 = 18, over 7 days.", "18"),
+    ("Answer: Total = 60 / 5 = 12 per day", "12"),
+    ("\\boxed{16 - 3 - 4 = 9}", "9"),
+    ("\\boxed{x = 5}", "5"),
+    ("She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9", "9"),
+    ("The answer is 9*2 = <<9*2=18>>18 dollars", "18"),
+    ("Answer: 20% of 50 = 10", "10"),
+    ("The answer is that she has 16 - 3 - 4 = 9 eggs left for 2 days.", "9"),
+    ("Answer: 3 \\times 4 = 12", "12"),
+    # run-on questions and turns
+    ("#### 70000\n\nQuestion: A robe takes 2 bolts of blue. How many in all?\n#### 3", "70000"),
+    ("#### 70000 Question: A robe takes 2 bolts. #### 3", "70000"),
+    ("#### 70000\n\nTom has 3 apples.\n#### 3", "70000"),
+    ("Answer: 18\n\nQuestion: How many?\nAnswer: 3", "18"),
+    ("The answer is 18.\n\nQ: How many?\nA: The answer is 3.", "18"),
+    ("\\boxed{18}\n\nProblem 2: Find x.\n\\boxed{5}", "18"),
+    ("So she has 18.\n\nHuman: And in 2 weeks?\nAssistant: 252", "18"),
+    ("Answer: 18<|im_end|>\n<|im_start|>user\n4 more?", "18"),
+    ("Question: 4 eggs at 2 dollars?\nAnswer: 8", "8"),
+    # headings are no marks
+    ("#### Step 1: Add\n3 + 4 = 7\n#### Step 2: Double\n2 * 7 = 14\n\n**Answer: 14**", "14"),
+    ("#### 1. Add\n3 + 4 = 7\n#### 2. Double\nThat makes 14.", "14"),
+    ("### Answer\n18", "18"),
+    # currency, thousands, units, percentages
+    ("#### 70,000.00", "70000"),
+    ("Answer: 70\\,000", "70000"),
+    ("Answer: $1,234,567", "1234567"),
+    ("\\boxed{\\$1{,}200}", "1200"),
+    ("\\boxed{18\\text{ dollars}}", "18"),
+    ("Answer: 60 km/h", "60"),
+    ("Answer: 12/day", "12"),
+    ("Answer: €3.50", "3.5"),
+    ("Answer: 12.5%", "12.5"),
+    ("\\boxed{50\\%}", "50"),
+    ("Answer: approximately 33.33", "33.33"),
+    ("Answer: .5", "0.5"),
+    ("Answer: 100", "100"),
+    ("Answer: 0.0", "0"),
+    ("Answer: 1" + "0" * 60, "1" + "0" * 60),
+    # negatives
+    ("Answer: -$5", "-5"),
+    ("Answer: $-5", "-5"),
+    ("The answer is negative 5.", "-5"),
+    ("Answer: (-5)", "-5"),
+    ("10-$5 = $5", "5"),
+    # fractions
+    ("1/2", "1/2"),
+    ("Answer: 3/4 of the cake", "3/4"),
+    ("\\boxed{\\frac{3}{4}}", "3/4"),
+    ("Answer: \\dfrac12", "1/2"),
+    ("Answer: 1 1/2 hours", "3/2"),
+    ("Answer: -1/2", "-1/2"),
+    ("10/2 = 5", "5"),
+    # changes of mind, denials, ranges
+    ("The answer is 9. Wait, let me check.\n9 * 2 = 18.\nSo the answer is 18.", "18"),
+    ("The answer is not 12 but 15.", "15"),
+    ("The answer isn't 12, it's 15", "15"),
+    ("The answer is 12 or 15.", None),
+    ("Answer: 10-12 days", None),
+    ("Answer: 10 to 12", None),
+    ("Answer: between 10 and 12", None),
+    # where the answer stands
+    ("The answer to question 5 is 18.", "18"),
+    ("Answer: 18\n\nThis answer assumes 7 days a week.", "18"),
+    ("Answer: 18 (for 2 days)\n\nLet me know if you need another answer!", "18"),
+    ("The answer is below.\n3 * 4 = 12", "12"),
+    ("**Final Answer:**\n\n**$18**", "18"),
+    ("Final Answer: The final answer is $\\boxed{18}$. I hope it is correct.", "18"),
+    ("Answer: N = 18", "18"),
+    ("Answer:\n- **18**", "18"),
+    ("Therefore, Janet makes \\$18 every day at the market.", "18"),
+    ("答案是18，因为卖了9个，每个2元。", "18"),
+    ("La respuesta es 18 porque vende 9 a 2.", "18"),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), NUMBERS)
+def test_the_number_of_a_small_models_reply(text, number):
+    assert extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "loop", ["1 + ", "1 x ", "( ", "- ", "a b ", "1 of 1 ", "answer ", "\n", "1,", "1/", "\\boxed{", "* "]
+)
+def test_a_reply_that_loops_is_read_quickly(loop):
+    start = time.perf_counter()
+    extract_number("Answer: " + loop * (4000 // len(loop)))
+    extract_result("Answer: " + loop * (4000 // len(loop)))
+    extract_option("Answer: " + loop * (4000 // len(loop)), "ABCDEFGHIJ", ["one"])
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "equal"),
+    [("1/2", "0.5", True), ("6/2", "3", True), ("3", "3", True), ("1/3", "0.33", False), ("1/2", "2", False)],
+)
+def test_numbers_are_compared_by_value(reply, answer, equal):
+    assert equal_numbers(reply, answer) is equal
+
+
 @pytest.mark.parametrize(
     ("text", "result"),
     [
@@ -42,6 +157,15 @@ def test_the_number_a_reply_ends_in(text, number):
         ("hence $x = 4$.", "x = 4"),
         ("\\boxed{unfinished", None),
         ("no idea", None),
+        ("Answer: $x = 4$\n\nQuestion: And y?\nAnswer: $y = 5$", "$x = 4$"),
+        ("\\boxed{4}\n\nProblem 2: Find y.\n\\boxed{5}", "4"),
+        ("**Answer:** $\\frac{1}{2}$", "$\\frac{1}{2}$"),
+        ("**Answer: 5**", "5"),
+        ("Answer: The value is $5$.", "$5$"),
+        ("The answer to part 2 is 7.", "7"),
+        ("Answer: \\( \\frac{1}{2} \\)", "\\frac{1}{2}"),
+        ("Answer: 3$\\pi$", "3$\\pi$"),
+        ("Answer: $7$\n\nThis answer uses the sine rule.", "$7$"),
     ],
 )
 def test_the_formula_a_reply_ends_in(text, result):
@@ -61,6 +185,7 @@ def test_the_formula_a_reply_ends_in(text, result):
         ("2.0", "2"),
         ("50\\%", "50"),
         ("3\\sqrt2", "3\\sqrt{2}"),
+        ("16 - 3 - 4 = 9", "9"),
     ],
 )
 def test_one_result_in_two_spellings(one, other):

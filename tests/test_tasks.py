@@ -12,6 +12,7 @@ from lm_eval import evaluate
 
 from kvfuse.errors import EvaluationError
 from kvfuse.evaluation.harness.adapter import HarnessModel
+from kvfuse.evaluation.harness.requests import cut
 from kvfuse.evaluation.tasks import load_task, made_up, task_manager, task_names
 from kvfuse.evaluation.tasks.longbench import (
     FAMILIES,
@@ -283,3 +284,20 @@ def test_what_is_not_there_is_named(tmp_path):
     write(tmp_path, [ROWS["mmlu_pro"]])
     with pytest.raises(EvaluationError, match="got 'laws'; did you mean 'law'"):
         load_task("mmlu_pro_generate", tmp_path, only="laws")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "run_on"),
+    [
+        ("openbookqa_generate", "openbookqa", "\nQuestion: What next?\n\nChoices:\nA. one\nThe correct answer is A."),
+        ("gsm8k_generate", "gsm8k", "\nAnd in 2 days?\n\nWork this out step by step. Give it.\nAnswer: 3"),
+        ("math500_generate", "math-500", "\nAnd y?\n\nWork this out step by step. Give it.\nAnswer: $y$"),
+    ],
+)
+def test_a_question_of_the_models_own_making_is_not_read(tmp_path, name, row, run_on):
+    task = load_task(name, write(tmp_path, [made_up.ROWS[row]]))
+    marker = task.config.generation_kwargs["until"][0]
+    assert marker.strip() in task.doc_to_text(task.eval_docs[0])
+    for whole in ("Answer: 5", "Question: 2 + 3?\nAnswer: 5", "<think>\nQuestion: 2 + 3?\nOh.</think>Answer: 5"):
+        assert cut(whole, [marker]) == whole
+        assert cut(whole + run_on, [marker]) == whole + run_on.split(marker)[0]

@@ -74,7 +74,11 @@ def generation_options(key: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """Returns a text up to the first of the stop strings."""
+    """Returns a text up to the first of the stop strings; thoughts before the answer are kept whole."""
+    # a model that thinks may repeat the question while it does
+    thoughts, closing, answer = text.partition("</think>") if "<think>" in text else ("", "", text)
+    if closing == "" and thoughts:  # not done with thinking
+        return text
     for stop in filter(None, stops):
-        text = text.split(stop)[0]
-    return text
+        answer = answer.split(stop)[0]
+    return thoughts + closing + answer

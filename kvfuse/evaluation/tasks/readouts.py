@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvfuse.evaluation.scoring.extraction import extract_option, strip_thoughts
-from kvfuse.evaluation.scoring.results import extract_number, extract_result, same_answer, same_result
+from kvfuse.evaluation.scoring.results import equal_numbers, extract_number, extract_result, same_answer, same_result
 from kvfuse.prompts.multiple_choice import ANSWER_STEM
 
 NO_SCORE = -1e9
@@ -61,7 +61,8 @@ def same_text(doc: Document, results: Sequence[str]) -> dict[str, float]:
 
 def same_number(doc: Document, results: Sequence[str]) -> dict[str, float]:
     """Returns whether the number is the answer's."""
-    return _graded(bool(results[0]) and results[0] == extract_number(doc["answer"]), results)
+    right = extract_number(doc["answer"])
+    return _graded(bool(results[0] and right and equal_numbers(results[0], right)), results)
 
 
 def same_formula(doc: Document, results: Sequence[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         hub: Its name on the Hub.
-        read: Turns a row, and the subject that its file or configuration is named after, into a question; None for one
+        read: Makes a question of a row and of the subject that its file or configuration is named after; None for one
             that does not count.
         split: The one that is asked.
         config: Its configuration on the Hub; None where every subject is one, and all of them are read.
