@@ -38,6 +38,15 @@ def test_trainings_in_the_order_of_their_tokens(tmp_path):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training.tokens", "held-out bits per character")
 
 
+def test_a_training_without_a_control_is_drawn_without_it(tmp_path):
+    folder = training(tmp_path / "a", 1000, 0.75)
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    (tmp_path / "a" / "result.json").write_text(json.dumps({**result, "mismatched": None}))
+    finding = run(None, runs=[folder, training(tmp_path / "b", 2000, 0.5)])
+    assert finding.figures["points"][0]["bits_per_character"] == {"receiver": 1.0, "fused": 0.75}
+    assert len(finding.draw().axes) == 1
+
+
 def test_evaluations_know_the_training_of_their_fuser(tmp_path):
     training(tmp_path / "trained", 3000, 0.5)
     folder = evaluation(tmp_path / "evaluated", {"fuser": [f"{tmp_path}/trained/fuser"], "evaluation": {"limit": 4}})

@@ -9,11 +9,15 @@ from helpers import assert_same_tensors
 from safetensors.torch import load_file
 
 from kvfuse.errors import RecipeError
+from kvfuse.evaluation.scoring.statistics import MIN_ITEMS
+from kvfuse.methods.donors import choose_donors
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
 from kvfuse.training.data.columns import to_columns
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
+from kvfuse.training.loop.batches import collate
+from kvfuse.training.loop.loss import example_losses, response_loss
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.loop.validation import Gain, Validation, mismatch
 from kvfuse.training.recipe import TrainSection
@@ -76,9 +80,75 @@ def test_a_loss_that_is_no_number_is_refused(some_pair):
         validation(some_pair).measure()
 
 
-@pytest.mark.parametrize(("fused", "verdict"), [(0.9, "beats"), (1.1, "does NOT beat")])
-def test_the_verdict_is_in_words(fused, verdict):
-    assert f"The fused receiver {verdict} the receiver alone." in str(Gain(1.0, fused, 1.2, 3))
+@pytest.mark.parametrize(
+    ("fused", "gain", "mismatched", "content", "words"),
+    [
+        (
+            0.9,
+            (0.05, 0.15),
+            1.2,
+            (0.2, 0.4),
+            "The fused receiver beats the receiver alone by 0.100 [0.050, 0.150] bits",
+        ),
+        (
+            0.9,
+            (0.05, 0.15),
+            1.2,
+            (0.2, 0.4),
+            "and a sharer that read this example beats one that read another by 0.300",
+        ),
+        (
+            0.9,
+            (0.05, 0.15),
+            0.9,
+            (-0.1, 0.1),
+            "no part of it can be shown to need the sharer to have read this example",
+        ),
+        (0.9, (0.05, 0.15), None, None, "without a control, no part of it is known to be communication."),
+        (0.9, (-0.05, 0.25), 1.2, (0.2, 0.4), "does NOT beat the receiver alone: no gain can be shown (0.100 ["),
+        (1.1, (-0.15, -0.05), 1.2, (0.2, 0.4), "does NOT beat the receiver alone: it is worse (-0.100 ["),
+    ],
+)
+def test_the_verdict_looks_at_intervals_and_at_the_control(fused, gain, mismatched, content, words):
+    assert words in str(Gain(1.0, fused, mismatched, MIN_ITEMS, gain, content))
+    few = str(Gain(1.0, fused, mismatched, MIN_ITEMS - 1, gain, content))
+    assert "No verdict: it takes at least 20 held-out responses" in few
+    assert "beat" not in few
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_example_without_another_has_no_control(some_pair, count):
+    """The only one of its run, or all with one prompt."""
+    gain = Validation(some_pair, [encoded(some_pair)[0]] * count, [len(RESPONSES[0])] * count).measure()
+    assert (gain.mismatched, gain.content_interval) == (None, None)
+    assert (gain.gain_interval is None) == (count == 1)
+    assert "no control, since no example has another one to read" in str(gain)
+    assert "another example" not in gain.table()
+
+
+def test_donors_are_chosen_as_everywhere(some_pair):
+    examples = encoded(some_pair)
+    donors = choose_donors(examples, key=lambda example: len(example.prompt.receiver.ids))
+    for swapped, donor in zip(validation(some_pair).mismatched, donors, strict=True):
+        assert swapped.prompt.sharers[0][0].ids.tolist() == examples[donor].prompt.sharers[0][0].ids.tolist()
+
+
+def test_intervals_are_of_paired_differences(some_pair):
+    gain = validation(some_pair).measure()
+    for difference, (low, high) in (
+        (gain.receiver - gain.fused, gain.gain_interval),
+        (gain.mismatched - gain.fused, gain.content_interval),
+    ):
+        assert low <= difference <= high
+        assert low < high
+
+
+@torch.no_grad()
+def test_losses_of_examples_add_up_to_the_loss_of_their_batch(some_pair):
+    batch = collate(encoded(some_pair))
+    losses = example_losses(some_pair, batch)
+    assert losses.shape == (len(RESPONSES),)
+    assert float(losses.sum()) == pytest.approx(float(response_loss(some_pair, batch, num_items=1)), rel=1e-5)
 
 
 def test_the_table_has_all_three_against_the_receiver():

@@ -5,6 +5,7 @@ from answers import answers, run_of
 
 from kvfuse.evaluation.report.verdict import points
 from kvfuse.evaluation.scoring.metrics import metrics
+from kvfuse.evaluation.scoring.statistics import MIN_ITEMS
 
 
 def verdict_of(**scores):
@@ -80,6 +81,15 @@ def test_the_rest_is_said_where_it_is_known():
     assert "Fused, it keeps 100.0 []% of what the receiver alone has right." in plain
     assert "the sharer alone has right." in verdict_of(receiver=30, sharer=40, cache_to_cache=60)
     assert "removed, the difference is +5.0 [] points." in verdict_of(receiver=30, calibrated=55, cache_to_cache=60)
+
+
+@pytest.mark.parametrize("number", [MIN_ITEMS - 1, MIN_ITEMS])
+def test_no_verdict_from_a_few_items(number):
+    run = run_of(answers("receiver", [0] * number), answers("cache-to-cache", [1] * number, seed=0))
+    verdict = metrics(run)["tasks"]["t"]["verdict"]
+    few = verdict.startswith("No verdict from 19 items, which takes 20: +100.0 [+100.0, +100.0] points")
+    assert few == (number < MIN_ITEMS)
+    assert few != verdict.startswith("The gain over the receiver is 100.0")
 
 
 def test_the_range_of_seeds_is_told():

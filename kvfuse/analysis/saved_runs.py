@@ -48,7 +48,11 @@ def read_points(folder: Path, against: str, x: float | None, task: str | None) -
             "run": folder.name,
             "x": _number({**(result or {}), **config}, against, folder) if x is None else float(x),
             **({} if scores is None else _accuracies(scores, np.ones(len(scores.items), dtype=bool))),
-            **({"bits_per_character": {name: result[name] for name in LOSSES}} if result else {}),
+            **(
+                {"bits_per_character": {name: result[name] for name in LOSSES if result[name] is not None}}
+                if result
+                else {}
+            ),
         }
     ]
 

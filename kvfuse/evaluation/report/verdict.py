@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kvfuse.evaluation.scoring.statistics import MIN_ITEMS
+
 RECEIVER, SHARER, FUSED, MISMATCHED, CALIBRATED = "receiver", "sharer", "cache-to-cache", "mismatched", "calibrated"
 """Methods that figures and sentences refer to by name."""
 
@@ -24,9 +26,10 @@ def verdict(figures: dict[str, Any]) -> str:
     gain = difference(figures, FUSED, RECEIVER)
     if gain is None:
         return f"No verdict: it takes answers of both {FUSED} and {RECEIVER} to the same items."
-    # 2) the gain with its content, then the facts that qualify it
+    # 2) the gain with its content, if there are enough items for one; then the facts that qualify it
     calibrated = _calibrated(difference(figures, FUSED, CALIBRATED))
-    sentences = [_gain(gain, figures["content"]), calibrated, _kept(figures), _seeds(figures)]
+    claim = _gain(gain, figures["content"]) if gain["items"] >= MIN_ITEMS else _too_few(gain)
+    sentences = [claim, calibrated, _kept(figures), _seeds(figures)]
     return " ".join(filter(None, sentences))
 
 
@@ -40,6 +43,11 @@ def difference(figures: dict[str, Any], method: str, against: str) -> dict[str, 
             swapped = {"method": method, "against": against, "helped": pair["hurt"], "hurt": pair["helped"]}
             return {**pair, **swapped, "difference": -pair["difference"], "interval": (-high, -low)}
     return None
+
+
+def _too_few(gain: dict[str, Any]) -> str:
+    shown = points(gain["difference"], gain["interval"], signed=True)
+    return f"No verdict from {gain['items']:,} items, which takes {MIN_ITEMS}: {shown} points against the receiver."
 
 
 def _gain(gain: dict[str, Any], content: dict[str, Any] | None) -> str:

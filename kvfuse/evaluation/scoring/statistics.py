@@ -14,6 +14,8 @@ Groups = Sequence[str] | np.ndarray
 
 NUM_RESAMPLES = 2000
 PERCENTILES = (2.5, 97.5)
+MIN_ITEMS = 20
+"""Fewest items to draw a conclusion from: the percentile bootstrap's 95% intervals of fewer are clearly too narrow."""
 
 
 def bootstrap_mean(values: Values, groups: Groups, draws: int = NUM_RESAMPLES, seed: int = 0) -> tuple[float, Interval]:

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.transformers_cache import CACHE, cache_of
@@ -34,9 +36,27 @@ def response_loss(
     Returns:
         0-d float32 in nats.
     """
+    options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
+    return _respond(pair, batch, fusers, recompute, labels=batch.labels.to(pair.receiver.model.device), **options).loss
+
+
+def example_losses(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None = None) -> Tensor:
+    """Returns the loss of each response, ``(B,)`` float32: nats summed over its tokens; see :func:`response_loss`."""
+    logits = _respond(pair, batch, fusers).logits[:, :-1].float()  # (B, R - 1, vocabulary)
+    labels = batch.labels[:, 1:].to(logits.device)  # -100 where nothing is learnt, which costs nothing
+    return cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
+
+
+def _respond(
+    pair: CacheToCache,
+    batch: TrainingBatch,
+    fusers: Sequence[nn.Module] | None,
+    recompute: bool = False,
+    **options: Any,
+) -> CausalLMOutputWithPast:
+    """The receiver's output on the responses, over the fused cache of their prompts; ``options`` are its own."""
     receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
     mask = torch.cat([past, batch.tail.mask], dim=1)  # (B, T + R)
-    options: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
     options[CACHE] = _fused_cache(pair, batch, fusers)
     # Recomputation runs outside of this context and must give the same numbers: no oneDNN then.
     rows = 0 if recompute else batch.tail.ids.numel()
@@ -46,10 +66,9 @@ def response_loss(
             attention_mask=mask.to(receiver.device),
             position_ids=batch.tail.positions.to(receiver.device),
             use_cache=False,  # read the given cache, do not fill it
-            labels=batch.labels.to(receiver.device),
             **options,
         )
-    return output.loss
+    return output
 
 
 def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.Module] | None) -> Cache | None:

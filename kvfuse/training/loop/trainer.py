@@ -108,7 +108,8 @@ class FuserTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's hook: the held-out loss of the receiver alone, fused, and with a mismatched sharer."""
         assert self.validation is not None
-        metrics = {f"eval_{name}": value for name, value in vars(self.validation.measure()).items()}
+        measured = vars(self.validation.measure())
+        metrics = {f"eval_{name}": value for name, value in measured.items() if isinstance(value, int | float)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
