@@ -12,7 +12,7 @@ from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.prompts.tokenized import read as tokenize
+from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import tiny_fuser
 
 
