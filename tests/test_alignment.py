@@ -147,7 +147,7 @@ def test_the_last_token_is_never_fused():
     assert row.fusable.tolist() == [True] * (len(row.fusable) - 1) + [False]
 
 
-def test_messages_alone_can_be_fused():
+def test_only_tokens_of_messages_are_fusable():
     row = align(chat("Oslo"), FINE, [(COARSE, "span")], fuse="messages")
     span = render(chat("Oslo"), FINE).spans[0]
     fused = [row.receiver.offsets[token].tolist() for token in np.flatnonzero(row.fusable)]

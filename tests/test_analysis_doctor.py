@@ -70,7 +70,7 @@ def test_models_need_a_fuser():
         sample_of(receiver="somewhere")
 
 
-def test_the_command_tells_by_its_status(tmp_path):
+def test_the_exit_status_of_the_command_reports_failures(tmp_path):
     pair = PairFolder().fused(0)
     runner = CliRunner()
     assert runner.invoke(app, ["doctor"]).exit_code == 0

@@ -66,7 +66,7 @@ def test_closed_gates_change_no_rank():
     assert found["sharer"]["tokens"] > 0
 
 
-def test_it_is_what_singular_values_say():
+def test_the_rank_is_computed_from_singular_values():
     study = Study.tiny()
     found = run(study).figures["caches"]
     rows = {}

@@ -71,7 +71,7 @@ def test_closed_gates_add_nothing_and_are_crossed_out(tiny):
 
 
 @pytest.mark.parametrize("options", [{"gate": "none", "weighting": False}, {"parts": "values"}])
-def test_what_is_not_there_is_not_told(tiny, options):
+def test_missing_weights_and_gates_are_none(tiny, options):
     study = study_of(tiny, **options)
     found = run(study).figures
     keys, values = (found["sharers"][0][part] for part in ("keys", "values"))

@@ -1,4 +1,4 @@
-"""Lane by lane a fuser computes what it computes at once, and what is behind a closed gate it does not compute."""
+"""Group by group a fuser computes the same as at once, and it skips groups behind a closed gate."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ OPTIONS = [
 
 
 def both_ways(fuser, inputs, monkeypatch):
-    """The residual with as many lanes at once as there are, and one by one."""
+    """The residual with all groups at once, and group by group."""
     with torch.no_grad():
         monkeypatch.setattr(feed_forward, "CACHE_BYTES", 2**40)
         together = fuser(receiver=inputs[0], sharer=inputs[1])

@@ -40,7 +40,7 @@ def test_lengths_are_few_and_never_too_short():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_comes_behind_changes_nothing_before_it(family):
+def test_padding_behind_a_prompt_does_not_change_its_cache(family):
     model = tiny_model(family).model
     if not supports_prefix_reuse(model):
         pytest.skip("is read as ever")

@@ -24,7 +24,7 @@ def with_norms(fuser):
 
 @pytest.mark.parametrize("kind", ["c2c", "low-rank", "c2c-complex"])
 @pytest.mark.parametrize("budget", [0, 2**40], ids=["lanes", "at once"])
-def test_a_folded_fuser_says_what_it_said_before(receiver, sharer, kind, budget, monkeypatch):
+def test_a_folded_fuser_computes_the_same(receiver, sharer, kind, budget, monkeypatch):
     monkeypatch.setattr(feed_forward, "CACHE_BYTES", budget)
     fuser = with_norms(tiny_fuser(receiver, sharer, kind))
     fuser.gate.logit[1] = -1.0

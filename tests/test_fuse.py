@@ -1,4 +1,4 @@
-"""Fusing in place, and some tokens at a time, is fusing."""
+"""Fusing in place or in pieces gives the same cache as fusing at once."""
 
 import pytest
 import torch

@@ -133,7 +133,7 @@ def test_gate_is_binary_at_inference_and_sharpens_while_training():
     assert all(draw in (0.0, 1.0) or not 0.01 < draw < 0.99 for draw in gate().flatten().tolist())
 
 
-def test_open_gates_are_told(fuser):
+def test_open_gates_are_described(fuser):
     total = sum(opened.numel() for opened in fuser.open_gates().values())
     assert all(opened.all() for opened in fuser.open_gates().values())
     fuser.gate.logit.data[1] = -1.0

@@ -31,7 +31,7 @@ def test_noise_is_drawn_per_gate_or_for_every_token(receiver, sharer, kind, nois
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_noise_is_gone_at_inference(receiver, sharer, kind):
+def test_gate_noise_is_off_at_inference(receiver, sharer, kind):
     logistic, gumbel = (tiny_fuser(receiver, sharer, kind, gate_noise=noise) for noise in ("logistic", "gumbel"))
     inputs = random_kv(logistic.config.receiver_kv), random_kv(logistic.config.sharer_kv)
     assert_kv_equal(*(fuser(receiver=inputs[0], sharer=inputs[1]) for fuser in (logistic, gumbel)))

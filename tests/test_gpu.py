@@ -49,7 +49,7 @@ def test_residuals_are_those_of_a_cpu(fuser, inputs, closed):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @torch.no_grad()
-def test_integers_too(receiver, sharer, weights):
+def test_quantized_residuals_are_close_to_those_of_a_cpu(receiver, sharer, weights):
     small = quantize(tiny_fuser(receiver, sharer), weights)
     inputs = random_kv(receiver.kv_spec, tokens=9), random_kv(sharer.kv_spec, tokens=9)
     expected = small(receiver=inputs[0], sharer=inputs[1])
@@ -96,7 +96,7 @@ def test_answers_are_those_of_a_cpu_and_fusing_waits_for_nothing():
 
 @torch.no_grad()
 def test_products_of_weights_follow_the_weights(receiver, sharer):
-    """What is multiplied once is multiplied again when one of both changes, for all groups or some."""
+    """A product of two weights is computed again when either changes, for all groups or a subset."""
     fuser = tiny_fuser(receiver, sharer).to("cuda")
     inputs = moved(random_kv(receiver.kv_spec, tokens=9)), moved(random_kv(sharer.kv_spec, tokens=9))
     for closed in ([], [1], [0, 2]):

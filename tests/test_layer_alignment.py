@@ -30,6 +30,6 @@ def test_equal_depths_pair_one_to_one(depth, how):
 
 
 @pytest.mark.parametrize("how", ["trminal", [0, 1], [0, 1, 9]])
-def test_what_does_not_fit_is_refused(how):
+def test_an_alignment_that_does_not_fit_is_refused(how):
     with pytest.raises(PairError, match="expected"):
         align_layers(3, 4, how)

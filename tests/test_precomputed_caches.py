@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_reading(pair, examples, keep, both):
     )
 
 
-def test_no_model_reads_what_is_kept(pair, examples, keep, monkeypatch):
+def test_no_model_reads_a_prompt_whose_cache_is_precomputed(pair, examples, keep, monkeypatch):
     rows, kept = [from_columns(examples[row]) for row in (1, 2)], keep(True).load([1, 2])
     expected = response_loss(pair, collate(rows)).item()
     monkeypatch.setattr(pair, "prefiller", None)

@@ -1,4 +1,4 @@
-"""A store spares reading and changes no answer, whoever else has put something into it."""
+"""A prefix store saves prefill and changes no answer, also when several pairs share it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -218,7 +218,7 @@ def test_a_fuser_that_was_changed_is_another(change):
 
 
 @torch.no_grad()
-def test_a_fuser_that_trains_or_is_watched_is_asked_anew(pair):
+def test_a_fuser_in_training_or_with_hooks_is_run_again(pair):
     kept, prompt, seen = with_store(pair), stack([pair.align(CHAT)]), []
     kept.prefill(prompt)
     with pair.fusers[0].register_forward_hook(lambda *_: seen.append(1)):
@@ -230,7 +230,7 @@ def test_a_fuser_that_trains_or_is_watched_is_asked_anew(pair):
 
 
 @torch.no_grad()
-def test_one_model_in_two_precisions_is_two(pair, saved_models):
+def test_two_precisions_of_a_model_share_no_cache(pair, saved_models):
     store, prompt = PrefixStore(), stack([pair.align(CHAT)])
     for dtype in (torch.bfloat16, torch.float32):
         loaded = [LanguageModel.from_pretrained(saved_models / name, dtype=dtype) for name in ("receiver", "sharer")]
@@ -243,7 +243,7 @@ def test_one_model_in_two_precisions_is_two(pair, saved_models):
 
 
 @torch.no_grad()
-def test_a_model_that_was_changed_is_another():
+def test_a_changed_model_reuses_no_cache():
     pair = pair_of()
     kept, prompt = with_store(pair), stack([pair.align(CHAT)])
     kept.prefill(prompt)
@@ -265,7 +265,7 @@ def held(store):
 
 @pytest.mark.parametrize("fuse_response", [False, True])
 @pytest.mark.parametrize("options", WAYS.values(), ids=list(WAYS))
-def test_nobody_writes_to_what_is_kept(options, fuse_response):
+def test_stored_caches_are_never_written_to(options, fuse_response):
     if fuse_response and "prompt_lookup_num_tokens" in options:
         pytest.skip("not both")
     pair = pair_of(fuse_response=fuse_response)
@@ -278,7 +278,7 @@ def test_nobody_writes_to_what_is_kept(options, fuse_response):
 
 
 @torch.no_grad()
-def test_streams_that_somebody_changed_leave_no_trace(pair):
+def test_caches_changed_by_the_caller_are_not_stored(pair):
     kept, prompt = with_store(pair), stack([pair.align(CHAT)])
     streams = kept.read(prompt)
     for layer in streams.sharers[0].layers:

@@ -98,7 +98,7 @@ def reference_complex(state, part, mine, theirs):
 REFERENCES = {"c2c": reference_c2c, "c2c-complex": reference_complex}
 
 
-def test_it_computes_what_the_published_weights_say(fuser, folder):
+def test_residuals_equal_those_of_the_published_formula(fuser, folder):
     mine, theirs = inputs_of(fuser, batch=1)
     residual = load_fuser(folder)(receiver=mine, sharer=theirs)
     reference = REFERENCES[next(kind for kind in KINDS if type(fuser) is FUSERS[kind])]

@@ -150,7 +150,7 @@ def test_both_ways_to_multiply_agree(monkeypatch, weights, dtype):
     assert ((integers - floats).abs() <= most + 2 * torch.finfo(dtype).eps * floats.abs().amax()).all()
 
 
-def test_the_way_is_chosen_by_device_processor_and_gradient(monkeypatch, weights):
+def test_integer_products_depend_on_device_processor_and_gradient(monkeypatch, weights):
     _, small = linear_of(32, 16, weights)
     taken = []
     monkeypatch.setattr(QuantizedLinear, "_multiply_integers", lambda self, x: taken.append("integers"))
@@ -169,7 +169,7 @@ def test_gradients_of_inputs_are_the_weights(weights):
     torch.testing.assert_close(x.grad, small.weight.sum(2)[:, None].expand_as(x))
 
 
-def test_groups_can_be_taken_apart(weights):
+def test_a_slice_of_groups_is_a_layer(weights):
     """Every tensor has the groups as its first dimension: its slice is a layer of these groups, for any strides."""
     _, small = linear_of(130, 33, weights, groups=4)
     x = torch.randn(4, 5, 130)

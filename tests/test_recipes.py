@@ -40,12 +40,12 @@ def test_a_recipe_is_right_and_opens_with_its_command(path):
 
 
 @pytest.mark.parametrize(("path", "words"), COMMANDS)
-def test_what_the_page_on_training_tells_to_run_is_right(path, words):
+def test_commands_of_the_page_on_training_are_valid(path, words):
     load_recipe(FOLDER.parent / path, [word for word in words.split() if word != "--dry-run"])
 
 
 @pytest.mark.parametrize(("path", "words"), EVALUATIONS)
-def test_what_the_page_on_evaluation_tells_to_run_is_right(path, words):
+def test_commands_of_the_page_on_evaluation_are_valid(path, words):
     load_evaluation(FOLDER.parent / path, [word for word in words.split() if "=" in word])
 
 

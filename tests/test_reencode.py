@@ -110,7 +110,7 @@ def test_messages_have_the_same_positions_in_both_models():
 
 
 @pytest.mark.parametrize(("receiver", "sharer"), [(FINE, COARSE), (COARSE, FINE)])
-def test_both_models_are_told_the_positions(receiver, sharer):
+def test_both_models_get_the_same_positions_for_messages(receiver, sharer):
     row = align(chat("What is it?", "No.", "Oslo"), receiver, [(sharer, "reencode-first")], fuse="messages")
     (theirs, index), message = row.sharers[0], locate(row.receiver).sections % 2 == 1
     assert row.receiver.positions[message].tolist() == theirs.positions[index[message]].tolist()
@@ -144,7 +144,7 @@ def test_the_sharer_reads_its_template_around_the_receivers_messages(contents, t
     assert (message[row.fusable]).all()
 
 
-def test_a_fuser_trained_that_way_changes_the_tokens_of_messages_only(receiver, sharer):
+def test_fusing_messages_changes_no_other_token(receiver, sharer):
     fuser = tiny_fuser(receiver, sharer, token_alignment="reencode-longest", fuse="messages")
     pair = CacheToCache(receiver, [sharer], [fuser])
     row = pair.align(chat("What is the capital of Norway?"))

@@ -54,7 +54,7 @@ def test_keys_turned_back_are_the_same_at_any_position(family):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_keys_of_other_makes_of_rope_too(family, monkeypatch):
+def test_keys_are_rotated_back_for_other_kinds_of_rope(family, monkeypatch):
     monkeypatch.setitem(FAMILIES, family, OTHERS[family])
     assert_positions_are_gone(tiny_model(family).model)
 
