@@ -96,9 +96,8 @@ def run(
     for indices in asked.batches():
         batch = [asked.questions[index] for index in indices]
         if shots is None:
-            contexts = [
-                as_chat(augmented.prompt) for augmented in hints.augment([question.prompt for question in batch])
-            ]
+            prompts = [question.prompt for question in batch]
+            contexts = [as_chat(augmented.prompt) for augmented in hints.augment(prompts)]
         else:
             contexts = [_few_shot(study, question, shots) for question in batch]
         batches.append(enrich(pair, batch, contexts, positions))
