@@ -121,9 +121,9 @@ class PreallocatedLayer(DynamicLayer):
         held = (self.keys, self.values) if length else states
         capacity = max(total, int(GROWTH * length)) - held[0].shape[2]
         self.stack = None
-        self.buffers = tuple(buffer[0] for buffer in _buffers(held, 1, extra_tokens=capacity))  # type: ignore[assignment]
+        keys, values = _buffers(held, 1, extra_tokens=capacity)
+        self.buffers = keys[0], values[0]
         if length:
-            assert self.buffers is not None
             for buffer, part in zip(self.buffers, held, strict=True):
                 buffer[:, :, :length] = part
 
