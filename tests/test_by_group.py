@@ -117,7 +117,7 @@ def test_a_cut_shares_the_weights():
     assert part.weight.data_ptr() == linear.weight[2].data_ptr()
     x = torch.randn(2, 3, 4)
     assert torch.equal(part(x), linear(x.repeat(3, 1, 1))[2:4])
-    pairs = select_groups(linear, slice(1, 2), 3)  # a lane of two groups
+    pairs = select_groups(linear, slice(1, 2), 3)  # a gate group of two groups
     assert torch.equal(pairs.weight, linear.weight[[1, 4]])
 
 

@@ -227,8 +227,8 @@ def describe_gates(fuser: Fuser) -> str:
         layers = (~opened.reshape(len(opened), -1).any(1)).nonzero().flatten().tolist()
         if layers:
             closed.append(f"{name} {', '.join(map(str, layers))}")
-    told = f"Open gates: {', '.join(counts)}."
-    return told + (f" Closed layers: {'; '.join(closed)}." if closed else "")
+    text = f"Open gates: {', '.join(counts)}."
+    return text + (f" Closed layers: {'; '.join(closed)}." if closed else "")
 
 
 def require_choices(config: FuserConfig, **choices: Sequence[str]) -> None:

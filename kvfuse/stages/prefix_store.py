@@ -59,7 +59,7 @@ class Stats:
 class PrefixStore:
     """Caches of prompts; the least recently used ones are evicted. Threads may share one.
 
-    Models are told apart as live objects, so that the result of one load is never given to another in another
+    Models are distinguished as live objects, so that the result of one load is never given to another in another
     precision; a model whose parameters were changed in place, cast or moved counts as another one. Other ways to change
     what a model or a fuser computes (switching on an adapter, writing to ``parameter.data`` of a model) need
     :meth:`clear`.

@@ -3,7 +3,7 @@
 The groups of a fuser know nothing of each other. What one gate switches is a gate group: the keys of a layer or its
 values, or both together. At inference closed gate groups are not computed at all. On a CPU the open ones are computed
 one after the other if all together would not stay in the processor's cache; elsewhere adjacent ones go together.
-Training, and whoever watches a fuser with hooks, gets all groups at once.
+In training, and while hooks watch a fuser, all groups are computed at once.
 """
 
 import copy
