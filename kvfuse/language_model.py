@@ -11,18 +11,12 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
-from kvfuse.stages.prefill import probe
+from kvfuse.stages.context import context_length
+from kvfuse.stages.prefill import continues_exactly, probe
 from kvfuse.stages.rope import RoPE, measure_rope
 
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
@@ -85,13 +79,21 @@ class LanguageModel:
 
     @cached_property
     def context(self) -> int | None:
-        """The longest prompt the model was made for, in tokens; None if its configuration does not say."""
-        return _context(self.model.config)
+        """The longest prompt the model was made for, in tokens; None if its configuration does not say.
+
+        Set it to allow another length.
+        """
+        return context_length(self.model.config)
 
     @cached_property
     def kv_spec(self) -> KVSpec:
         """Shape of the model's cache, measured in a run over two tokens."""
         return probe(self.model)
+
+    @cached_property
+    def continues_exactly(self) -> bool:
+        """Whether several tokens after a filled cache are computed as one by one, measured."""
+        return continues_exactly(self.model)
 
     @cached_property
     def rope(self) -> RoPE:
@@ -119,7 +121,7 @@ def load_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokeni
 def load_context(name: str | Path) -> int | None:
     """A model's :attr:`LanguageModel.context` without its weights. Raises PairError where there is no configuration."""
     with reraise_as("a model's configuration", name):
-        return _context(AutoConfig.from_pretrained(name))
+        return context_length(AutoConfig.from_pretrained(name))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -170,10 +172,6 @@ def reraise_as(what: str, name: str | Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         got = first_line(error)
         raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
-
-
-def _context(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:

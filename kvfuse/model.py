@@ -23,8 +23,9 @@ from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
 from kvfuse.prompts.chat import Prompt, as_chat
 from kvfuse.prompts.response_tokens import response_tokens
-from kvfuse.stages.decode import decode, require_counts, static_length, stream
+from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
+from kvfuse.stages.generate_options import require_options, static_length
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
@@ -47,7 +48,7 @@ class CacheToCache:
         store: Keeps the caches of prompts for later prompts with the same prefix; by default none are kept.
 
     Raises:
-        PairError: A fuser belongs to another pair.
+        PairError: A fuser belongs to another pair, or a model cannot go on from a filled cache.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class CacheToCache:
 
     def answer(self, prompt: AlignedPrompt, *, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
         """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`fuse`, the rest as in :meth:`generate`."""
-        require_counts(self.receiver.model, options)
+        require_options(self.receiver.model, options)
         capacity = static_length(self.receiver.model, prompt.ids.shape[1], options)
         fused = self.fuse(prompt, fusers=fusers, max_cache_len=capacity)
         return self.decode(prompt, fused.cache, response_fuser=fused.response_fuser, **options)
@@ -408,10 +409,22 @@ class CacheToCache:
         return self.use_cuda_graphs()
 
 
+def _require_exact(model: LanguageModel, role: str) -> None:
+    """Refuse a model that reads several tokens after a filled cache otherwise than one by one."""
+    if not model.continues_exactly:
+        raise PairError(
+            f"expected a {role} that reads several tokens after a filled cache as it reads them one by one, "
+            f"got {model.name} ({type(model.model).__name__}), which does not; use another"
+        )
+
+
 def _require_fit(*, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> None:
     """Refuse a fuser that was trained with other models, or that these models cannot serve."""
     check_identity(receiver, role="receiver", expected=fuser.config.receiver)
     check_identity(sharer, role="sharer", expected=fuser.config.sharer)
+    _require_exact(receiver, "receiver")
+    if fuser.config.fuse_response:
+        _require_exact(sharer, "sharer for fusers of responses")
     alignment = fuser.config.token_alignment
     if alignment == "identity":
         needed, known = len(receiver.tokenizer), sharer.model.get_input_embeddings().num_embeddings

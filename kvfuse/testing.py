@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, "layer_types": WINDOWED, **GPT_OSS_EXPERTS, **DEFAULT_ROPE},
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
     "gpt2": {},  # learned positions, no grouped queries
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2},  # ALiBi; its configuration uses no cache
     "gpt_neox": {},  # rotary embedding of a part of each head
     "qwen3_next": {"layer_types": PARTLY_LINEAR, "head_dim": 8, **SHARED_EXPERT, **EXPERTS, **LINEAR},
     "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},

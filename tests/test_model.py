@@ -22,6 +22,18 @@ PROMPTS = [QUESTION, [{"role": "user", "content": "hi"}], "Two models read the s
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
+# Hybrids whose mixers forget their state when they are given several tokens on a filled cache
+UNFIT = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "recurrent_gemma": {
+        "lru_width": 32,
+        "attention_window_size": 64,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "head_dim": 8,
+    },
+}
+
+
 @pytest.fixture(params=FAMILIES)
 def any_pair(request, sharer):
     receiver = tiny_model(request.param)
@@ -434,6 +446,29 @@ def test_models_of_unlike_precision_talk(pair, saved_models, tmp_path, mine, the
     options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     got, expected = (one.answer(prompt, **options).logits[0].float() for one in (mixed, pair))
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.15)
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_receiver_that_loses_its_state_is_refused(sharer, monkeypatch, family):
+    """Several tokens at once on a filled cache: its scores and losses would not be those of generating."""
+    monkeypatch.setitem(FAMILIES, family, UNFIT[family])
+    receiver = tiny_model(family)
+    with pytest.raises(
+        PairError, match=f"expected a receiver that reads several tokens .* got {type(receiver.model).__name__}"
+    ):
+        CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
+
+
+@pytest.mark.parametrize("fuse_response", [False, True])
+def test_a_sharer_that_loses_its_state_reads_prompts_alone(receiver, monkeypatch, fuse_response):
+    monkeypatch.setitem(FAMILIES, "jamba", UNFIT["jamba"])
+    sharer = tiny_model("jamba")
+    fuser = tiny_fuser(receiver, sharer, fuse_response=fuse_response)
+    if fuse_response:
+        with pytest.raises(PairError, match="expected a sharer for fusers of responses that reads several tokens"):
+            CacheToCache(receiver, [sharer], [fuser])
+    else:
+        assert CacheToCache(receiver, [sharer], [fuser]).chat(QUESTION, max_new_tokens=2) is not None
 
 
 def test_one_fuser_per_sharer(receiver, sharer):

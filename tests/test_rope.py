@@ -48,7 +48,7 @@ def assert_positions_are_gone(model):
     assert (here.key - there.key).abs().max() > 0.1, "or there was nothing to remove"
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gpt2", "mpt")])
 def test_keys_turned_back_are_the_same_at_any_position(family):
     assert_positions_are_gone(tiny_model(family).model)
 

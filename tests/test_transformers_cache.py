@@ -49,7 +49,7 @@ def test_probe_reads_the_shape(family):
     config = tiny_model(family).model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = config.num_hidden_layers - (getattr(config, "layer_types", None) or []).count("linear_attention")
-    heads = config.num_attention_heads if family in ("gpt2", "gpt_neox") else config.num_key_value_heads
+    heads = config.num_attention_heads if family in ("gpt2", "gpt_neox", "mpt") else config.num_key_value_heads
     assert probe(tiny_model(family).model) == KVSpec(layers, heads, dim, dim)
 
 

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.analysis.study import Question, Study
 from kvfuse.cache.kv import KV
-from kvfuse.cache.transformers_cache import CACHE, read_cache, read_only_cache
+from kvfuse.cache.transformers_cache import cache_arguments, read_cache, read_only_cache
 from kvfuse.errors import PairError
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
@@ -109,7 +109,7 @@ class ReadBatch:
             prefilled = copy.deepcopy(prefilled)
             prefilled.reorder_cache(torch.zeros(variants, dtype=torch.long, device=kv.key.device))
         # 3) The cache is read only, so that a run leaves no trace.
-        return model(**inputs, **outputs, **{CACHE: read_only_cache(prefilled, kv)})
+        return model(**inputs, **outputs, **cache_arguments(read_only_cache(prefilled, kv)))
 
     def first_logits(self, kv: KV) -> Tensor:
         """``(B or variants, V)`` float32: logits of the first answer token; see :meth:`run_last_token`."""

@@ -22,6 +22,11 @@ Layers = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, ``(B, H, T, D)``."""
 
 
+def cache_arguments(cache: Cache | None) -> dict[str, Any]:
+    """The arguments by which a model reads a cache and goes on from it, whatever its configuration says of caches."""
+    return {CACHE: cache, "use_cache": True}
+
+
 def empty_cache(config: PreTrainedConfig, extra_tokens: int = 0) -> DynamicCache:
     """A cache to prefill into. It keeps every position, also in layers with a sliding window, all layers in one stack.
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from threading import Event, Thread
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from kvfuse.cache.transformers_cache import CACHE
+from kvfuse.cache.transformers_cache import CACHE, cache_arguments
 from kvfuse.errors import PromptError
 from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.stages.context import require_one_rope
+from kvfuse.stages.generate_options import ASSISTED_DECODING, effective, require_options, resolve, total_length
 from kvfuse.stages.phases import generation
 from kvfuse.stages.response_fusion import ResponseFuser
-
-ASSISTED_DECODING = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def decode(
@@ -45,17 +44,20 @@ def decode(
         What ``generate`` returns: ``(B, T + new)`` ids, or its output object.
 
     Raises:
-        PromptError: Assisted decoding is asked for where the response is fused too, or a count is below one.
+        PromptError: An option does not go with a filled cache (:mod:`kvfuse.stages.generate_options`) or with fusing
+            the response; or the model replaced the cache it was given.
     """
-    require_counts(model, options)
+    require_options(model, options)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    wanted = _options(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
+    wanted = effective(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
     is_assisted = any(wanted[name] for name in ASSISTED_DECODING)
     if response_fuser is not None and is_assisted:
         raise PromptError(
             f"expected none of {', '.join(ASSISTED_DECODING)} where the response is fused too, got one; leave it out"
         )
+    options = resolve(model, options)
     if cache is not None:
+        require_one_rope(model, read=cache.get_seq_length(), total=total_length(model, ids.shape[1], options) - 1)
         # 1) generate repeats the ids for beams and samples, but not a cache it is given.
         if response_fuser is not None:
             _reorder_together(cache, response_fuser)
@@ -63,14 +65,16 @@ def decode(
         if copies > 1:
             cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
         # 2) The cache is of the kind and length that were asked for already.
-        options.pop("max_cache_len", None)
-        options |= {"cache_implementation": None, CACHE: cache}
+        options |= {"max_cache_len": None, "cache_implementation": None, CACHE: cache}
         if response_fuser is not None or is_assisted:
             model = _fed_only_new_tokens(model, response_fuser)
     else:
         options.setdefault("cache_implementation", None)  # as for longer prompts, not the publisher's recommendation
     with generation(phase, options) as options:
-        return model.generate(ids, attention_mask=mask, **options)
+        output = model.generate(ids, attention_mask=mask, **options)
+    if cache is not None:
+        _require_used(model, cache, output)
+    return output
 
 
 class _Cancelled(Exception):
@@ -146,8 +150,9 @@ def score(
         them is the most likely at its position.
     """
     mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
+    require_one_rope(model, read=prompt.ids.shape[1] - 1, total=mask.shape[1])
     ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[:, :-1]
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **cache_arguments(cache)).logits[:, :-1]
     # The vocabulary is large: padding is left out before the softmax.
     is_token = tail.mask[:, 1:].bool().to(logits.device)  # (B, R)
     targets, logits = ids[:, 1:][is_token], logits[is_token].float()  # (n,), (n, vocabulary)
@@ -157,45 +162,15 @@ def score(
     return by_row.sum(1), greedy.all(1)
 
 
-def require_counts(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse numbers of tokens, beams or sequences to generate that are not whole and positive.
-
-    Raises:
-        PromptError: Names the option.
-    """
-    for name, value in _options(model, options, "max_new_tokens", "num_beams", "num_return_sequences").items():
-        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
-            raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
-
-
-def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
-    """Capacity of the static cache that ``options`` ask for; None for one that grows.
-
-    As in transformers, one less than there will be tokens, for the last is not read, or ``max_cache_len`` if that is
-    more. A receiver is compiled again for every length.
-
-    Raises:
-        PromptError: They ask for a cache that fused keys and values cannot be written into. Where the model's own
-            generation_config asks for one, it grows.
-    """
-    wanted = _options(model, options, "cache_implementation", "max_new_tokens", "max_length", "max_cache_len")
-    kind = wanted["cache_implementation"]
-    # A kind that the model's publisher recommends is no request of the user
-    if "cache_implementation" not in options and kind == model.generation_config.cache_implementation != "static":
-        kind = None
-    if kind not in (None, "dynamic", "static"):
-        raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
-    if kind != "static":
-        return None
-    new = wanted["max_new_tokens"]
-    total = prompt_length + new if new is not None else wanted["max_length"] or model.generation_config.max_length
-    return max(total - 1, wanted["max_cache_len"] or 0)
-
-
-def _options(model: PreTrainedModel, options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What ``generate`` would take each option to be."""
-    config = options.get("generation_config") or model.generation_config
-    return {name: options.get(name, getattr(config, name, None)) for name in names}
+def _require_used(model: PreTrainedModel, cache: Cache, output: Any) -> None:
+    """Refuse an answer for which the model did not read and fill the cache to its end, as some do at some lengths."""
+    total = getattr(output, "sequences", output).shape[1]
+    used = int(cache.get_seq_length())
+    if used < total - 1:  # the last token is not read
+        raise PromptError(
+            f"expected {type(model).__name__} to answer from the cache it is given, but it left it after {used} of "
+            f"{total} tokens; ask for fewer new tokens or use another receiver"
+        )
 
 
 def _reorder_together(cache: Cache, response_fuser: ResponseFuser) -> None:

@@ -11,9 +11,10 @@ from transformers import Cache, PreTrainedModel
 from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.kv import KVSpec
 from kvfuse.cache.preallocated import LastLayerRead, PreallocatedLayer
-from kvfuse.cache.transformers_cache import CACHE, empty_cache, is_filled, read_cache
+from kvfuse.cache.transformers_cache import cache_arguments, empty_cache, is_filled, read_cache, write_cache
 from kvfuse.errors import PairError, first_line
 
+TOLERANCE, HALF_TOLERANCE = 5e-3, 2.5e-2  # share of the largest logit; rounding stays below, a lost state does not
 Prefill = Callable[..., Cache]
 """Anything that is called as :func:`prefill` is."""
 
@@ -59,14 +60,44 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
             input_ids=ids.to(model.device),
             attention_mask=None if bool(mask.all()) else mask.to(model.device),  # on the CPU, so no device waits
             position_ids=positions.to(model.device),
-            use_cache=True,
-            **{CACHE: cache},
+            **cache_arguments(cache),
         )
     if not any(is_filled(layer) for layer in cache.layers):
         raise PairError(
             f"expected a causal language model with a KV-cache, got {type(model).__name__}; use another model"
         )
     return cache
+
+
+@torch.no_grad()
+def continues_exactly(model: PreTrainedModel) -> bool:
+    """Whether a model computes several tokens after a filled cache as it computes them one by one.
+
+    Scoring, training and fused responses feed a response at once. The mixers of some hybrids (Jamba, RecurrentGemma)
+    forget their state there, without an error.
+    """
+    # 1) Four prompts of ordinary tokens: a state that is lost shows in all, an expert that rounding switches in few.
+    rows, read, fed = 4, 3, 2
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(rows * (read + fed)).reshape(rows, -1) + vocabulary // 2) % vocabulary
+    mask, positions = torch.ones_like(ids), torch.arange(read + fed).expand(rows, -1)
+
+    def run(chunk: int) -> Tensor:
+        prefilled = prefill(model, ids[:, :read], mask[:, :read], positions[:, :read])
+        cache = write_cache(model.config, prefilled, read_cache(prefilled))
+        logits = []
+        for start in range(read, read + fed, chunk):
+            part, end = slice(start, start + chunk), start + chunk
+            inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, :end], "position_ids": positions[:, part]}
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            logits.append(model(**inputs, **cache_arguments(cache)).logits.float())
+        return torch.cat(logits, dim=1)  # (rows, fed, vocabulary)
+
+    # 2) The largest difference of each prompt, as a share of its largest logit.
+    at_once, one_by_one = run(fed), run(1)
+    difference, largest = ((at_once - one_by_one).abs().amax((1, 2)), one_by_one.abs().amax((1, 2)))  # (rows,) each
+    tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    return bool((difference <= tolerance * largest).any())
 
 
 def probe(model: PreTrainedModel) -> KVSpec:

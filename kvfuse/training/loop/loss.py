@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfuse.backends.onednn import onednn_linears
-from kvfuse.cache.transformers_cache import CACHE, cache_of
+from kvfuse.cache.transformers_cache import cache_arguments, cache_of
 from kvfuse.model import CacheToCache
 from kvfuse.stages.prefill import ModelCaches
 from kvfuse.training.loop.batches import TrainingBatch
@@ -57,7 +57,7 @@ def _respond(
     """The receiver's output on the responses, over the fused cache of their prompts; ``options`` are its own."""
     receiver, past = pair.receiver.model, batch.prompt.mask[:, :-1]
     mask = torch.cat([past, batch.tail.mask], dim=1)  # (B, T + R)
-    options[CACHE] = _fused_cache(pair, batch, fusers)
+    options |= cache_arguments(_fused_cache(pair, batch, fusers))
     # Recomputation runs outside of this context and must give the same numbers: no oneDNN then.
     rows = 0 if recompute else batch.tail.ids.numel()
     with recomputed_layers(receiver, recompute), onednn_linears(rows):
@@ -65,7 +65,6 @@ def _respond(
             input_ids=batch.tail.ids.to(receiver.device),
             attention_mask=mask.to(receiver.device),
             position_ids=batch.tail.positions.to(receiver.device),
-            use_cache=False,  # read the given cache, do not fill it
             **options,
         )
     return output

@@ -1,0 +1,110 @@
+"""Options of transformers' ``generate`` over a filled cache: what the cache decides, what the user, what the model."""
+
+from numbers import Integral
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvfuse.errors import PromptError
+
+# Fields of GenerationConfig that the filled cache decides; all others are honoured, a user's before the model's own.
+# A model's own generation_config is overridden, for it was written for generate alone; a user who asks is refused.
+DECIDED_BY_CACHE: dict[str, Any] = {
+    "use_cache": True,  # without it, every step would feed all tokens again over the filled cache
+    "cache_config": None,  # for kinds of caches that fused keys and values cannot be written into
+    "prefill_chunk_size": None,  # the prompt is read already
+    "token_healing": False,  # would change the prompt after it was read
+    "use_mtp": None,  # needs the prompt's hidden states, which are not kept
+    "is_assistant": False,  # rolls the cache of another model's draft back
+    # Decoding by code from the Hub, which fills a cache of its own
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "num_beam_groups": None,
+    "low_memory": None,
+}
+ASSISTED_DECODING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+DEFAULT_NEW_TOKENS = 20  # of generate
+COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+
+
+def require_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse counts that are not whole and positive, and what a filled cache does not allow.
+
+    Args:
+        model: The receiver.
+        options: A user's, for ``generate``.
+
+    Raises:
+        PromptError: Names the option.
+    """
+    for name, value in effective(model, options, *COUNTS).items():
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+            raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
+    for name, decided in DECIDED_BY_CACHE.items():
+        value = requested(model, options, name)
+        if value is not None and value != decided:
+            raise PromptError(
+                f"expected no {name}, since generate goes on from a cache of the prompt, got {value!r}; leave it out"
+            )
+
+
+def resolve(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for ``generate``, with those that the model's own generation_config must not decide."""
+    decided = dict(DECIDED_BY_CACHE)
+    if not requested(model, options, "return_dict_in_generate"):  # ids, unless the user wants more
+        decided["return_dict_in_generate"] = False
+    configured = effective(model, options, *decided)
+    return options | {name: value for name, value in decided.items() if configured[name] not in (None, value)}
+
+
+def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:
+    """Capacity of the static cache that ``options`` ask for; None for one that grows.
+
+    As in transformers, one less than there will be tokens, for the last is not read, or ``max_cache_len`` if that is
+    more. A receiver is compiled again for every length.
+
+    Raises:
+        PromptError: They ask for a cache that fused keys and values cannot be written into. Where the model's own
+            generation_config asks for one, it grows.
+    """
+    kind = requested(model, options, "cache_implementation")
+    if kind is None and model.generation_config.cache_implementation == "static":
+        kind = "static"
+    if kind not in (None, "dynamic", "static"):
+        raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
+    if kind != "static":
+        return None
+    capacity: int = effective(model, options, "max_cache_len")["max_cache_len"] or 0
+    return max(total_length(model, prompt_length, options) - 1, capacity)
+
+
+def total_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int:
+    """The most tokens that prompt and answer may have together."""
+    wanted = effective(model, options, "max_new_tokens", "max_length")
+    if wanted["max_new_tokens"] is not None:
+        return prompt_length + int(wanted["max_new_tokens"])
+    return int(wanted["max_length"] or prompt_length + DEFAULT_NEW_TOKENS)
+
+
+def effective(model: PreTrainedModel, options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What ``generate`` takes each option to be: the user's, else the model's own; None where neither says."""
+    return {name: _first_of(options.get(name), *_configured(model, options, name)) for name in names}
+
+
+def requested(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """What the user asks an option to be; None for what only the model's own generation_config says."""
+    if name in options:
+        return options[name]
+    given, own = _configured(model, options, name)
+    return None if given == own else given
+
+
+def _configured(model: PreTrainedModel, options: dict[str, Any], name: str) -> tuple[Any, Any]:
+    """A field of the generation_config that the user gives, and of the model's own."""
+    return getattr(options.get("generation_config"), name, None), getattr(model.generation_config, name, None)
+
+
+def _first_of(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
