@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfuse.backends.offloading import loaded
 from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
 from kvfuse.stages.context import context_length
@@ -176,10 +177,13 @@ def reraise_as(what: str, name: str | Path) -> Iterator[None]:
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:
     """A few weights of tensors spread evenly over the model, in the model's dtype."""
-    # sorted by name, so that the order of modules does not matter
-    tensors = [tensor for _, tensor in sorted(model.named_parameters())]
-    chosen = tensors[:: max(1, len(tensors) // SAMPLED_TENSORS)]
-    return tuple(round(value, 9) for tensor in chosen for value in _sample(tensor))
+    # Sorted by name, so that the order of modules does not matter
+    names = sorted(name for name, _ in model.named_parameters())
+    values: list[float] = []
+    for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
+        with loaded(model, name) as tensor:
+            values += _sample(tensor)
+    return tuple(round(value, 9) for value in values)
 
 
 def _sample(tensor: torch.Tensor) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from kvfuse.backends.cuda_graphs import CudaGraphPrefill
+from kvfuse.backends.offloading import input_device
 from kvfuse.backends.streams import fork
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import has_state, read_cache, read_only_cache, write_cache
@@ -121,7 +122,7 @@ class CacheToCache:
         others = [LanguageModel.from_pretrained(name, **sharer_options) for name in sharers]
         # 3) A fuser is never computed in less precision than it was trained in, nor than the receiver.
         for one in fusers:
-            one.to(loaded.model.device, torch.promote_types(one.dtype, loaded.model.dtype))
+            one.to(input_device(loaded.model), torch.promote_types(one.dtype, loaded.model.dtype))
         return cls(loaded, others, fusers, fusion, store)
 
     @property
@@ -132,7 +133,7 @@ class CacheToCache:
     @property
     def device(self) -> torch.device:
         """Of the receiver."""
-        return self.receiver.model.device
+        return input_device(self.receiver.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -320,7 +321,7 @@ class CacheToCache:
 
         On one GPU the sharers read at the same time as the receiver; models on several devices overlap anyway.
         """
-        beside = fork(self.receiver.model.device)
+        beside = fork(self.device)
         receiver = self.read_receiver(prompt)
         with beside:
             return ModelCaches(receiver, self.read_sharers(prompt, num_sharers))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kvfuse.backends.offloading import input_device
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
@@ -52,7 +53,7 @@ class Single(Method):
         # 2) read each prompt once, up to its last token, and repeat its cache for the options
         if prompt.ids.shape[1] > 1:
             cache = prefill(model, prompt.ids[:, :-1], prompt.mask[:, :-1], prompt.positions[:, :-1])
-            cache.reorder_cache(batch.rows.to(model.device))
+            cache.reorder_cache(batch.rows.to(input_device(model)))
         # 3) read the last token and the options over the cache
         return batch.score(model, cache)
 

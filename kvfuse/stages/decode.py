@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from kvfuse.backends.offloading import input_device
 from kvfuse.cache.transformers_cache import CACHE, cache_arguments
 from kvfuse.errors import PromptError
 from kvfuse.prompts.alignment import AlignedPrompt
@@ -48,7 +49,8 @@ def decode(
             the response; or the model replaced the cache it was given.
     """
     require_options(model, options)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    device = input_device(model)
+    ids, mask = ids.to(device), mask.to(device)
     wanted = effective(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
     is_assisted = any(wanted[name] for name in ASSISTED_DECODING)
     if response_fuser is not None and is_assisted:
@@ -149,9 +151,10 @@ def score(
         Summed log-probabilities of the response's tokens ``(B,)`` float32, in nats; and ``(B,)`` bool, whether each of
         them is the most likely at its position.
     """
-    mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(model.device)
+    device = input_device(model)
+    mask = torch.cat([prompt.mask[:, :-1], tail.mask], dim=1).to(device)
     require_one_rope(model, read=prompt.ids.shape[1] - 1, total=mask.shape[1])
-    ids, positions = tail.ids.to(model.device), tail.positions.to(model.device)
+    ids, positions = tail.ids.to(device), tail.positions.to(device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **cache_arguments(cache)).logits[:, :-1]
     # The vocabulary is large: padding is left out before the softmax.
     is_token = tail.mask[:, 1:].bool().to(logits.device)  # (B, R)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvfuse.backends.offloading import input_device
 from kvfuse.backends.onednn import onednn_linears
 from kvfuse.cache.kv import KVSpec
 from kvfuse.cache.preallocated import LastLayerRead, PreallocatedLayer
@@ -55,11 +56,12 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor
     cache = empty_cache(model.config) if cache is None else cache
     if isinstance(cache.layers[-1], PreallocatedLayer):  # else the layer holds more than keys and values
         cache.layers[-1].ends_run = True
+    device = input_device(model)
     with suppress(LastLayerRead), onednn_linears(ids.numel()):
         model.base_model(
-            input_ids=ids.to(model.device),
-            attention_mask=None if bool(mask.all()) else mask.to(model.device),  # on the CPU, so no device waits
-            position_ids=positions.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=None if bool(mask.all()) else mask.to(device),  # on the CPU, so no device waits
+            position_ids=positions.to(device),
             **cache_arguments(cache),
         )
     if not any(is_filled(layer) for layer in cache.layers):
@@ -89,7 +91,7 @@ def continues_exactly(model: PreTrainedModel) -> bool:
         for start in range(read, read + fed, chunk):
             part, end = slice(start, start + chunk), start + chunk
             inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, :end], "position_ids": positions[:, part]}
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
             logits.append(model(**inputs, **cache_arguments(cache)).logits.float())
         return torch.cat(logits, dim=1)  # (rows, fed, vocabulary)
 

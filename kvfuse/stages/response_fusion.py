@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvfuse.backends.offloading import input_device
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import keep_rows, read_cache, stage
 from kvfuse.prompts.alignment import AlignedPrompt, SharerPrompt, count_positions, pad_left
@@ -100,7 +101,7 @@ class ResponseFuser:
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows, repeated or left out, as beams are."""
         for model, cache in ((self.receiver, self.cache), *((sharer.model, sharer.cache) for sharer in self.sharers)):
-            cache.reorder_cache(rows.to(model.device))
+            cache.reorder_cache(rows.to(input_device(model)))
         self.mask, self.position = self.mask[rows.cpu()], self.position[rows.cpu()]
         for sharer in self.sharers:
             sharer.reorder(rows.cpu())
