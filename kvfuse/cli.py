@@ -136,6 +136,7 @@ def evaluate(
     smoke: Annotated[
         bool, Option("--smoke", help="Run the recipe on tiny random models and made-up questions.")
     ] = False,
+    overwrite: StartAgain = False,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, latency, a verdict. A killed run resumes.
 
@@ -149,11 +150,7 @@ def evaluate(
     flags = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
     controls = [name for name, wanted in zip(CONTROLS, flags, strict=True) if wanted]
     loaded = load_evaluation(recipe, words).with_controls(controls)
-    if smoke:
-        from kvfuse.evaluation.smoke import tiny
-
-        loaded = tiny(loaded, out)
-    run(loaded, out, typer.echo)
+    run(loaded, out, typer.echo, overwrite=overwrite, smoke=smoke)
 
 
 @app.command()
