@@ -42,6 +42,7 @@ Fusers = Annotated[
 FuserSource = Annotated[str, Argument(metavar="FUSER", help="Folder or Hub id of a fuser.")]
 NewFolder = Annotated[Path, Argument(help="Folder to write.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the fuser that the folder holds.")]
+StartAgain = Annotated[bool, Option("--overwrite", help="Start again where the folder holds another run.")]
 Subfolder = Annotated[str, Option(help="Folder of the fuser inside its repository.")]
 
 
@@ -99,21 +100,21 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be trained, with time and memory.")] = False,
+    overwrite: StartAgain = False,
 ) -> None:
     """Train a fuser for two frozen models. A killed run, started again, resumes.
 
     kvfuse train recipes/stories.yaml train.steps=100 output=runs/short
     """
-    from kvfuse.training.plan import plan
     from kvfuse.training.recipe import load_recipe
-    from kvfuse.training.run import prepare_data
+    from kvfuse.training.run import dry_run as estimate
     from kvfuse.training.run import train as run
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        typer.echo(plan(loaded, prepare_data(loaded, typer.echo)))
+        typer.echo(estimate(loaded, typer.echo, overwrite))
     else:
-        run(loaded, typer.echo)
+        run(loaded, typer.echo, overwrite=overwrite)
 
 
 @app.command("eval")
@@ -135,6 +136,7 @@ def evaluate(
     smoke: Annotated[
         bool, Option("--smoke", help="Run the recipe on tiny random models and made-up questions.")
     ] = False,
+    overwrite: StartAgain = False,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, latency, a verdict. A killed run resumes.
 
@@ -148,11 +150,7 @@ def evaluate(
     flags = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
     controls = [name for name, wanted in zip(CONTROLS, flags, strict=True) if wanted]
     loaded = load_evaluation(recipe, words).with_controls(controls)
-    if smoke:
-        from kvfuse.evaluation.smoke import tiny
-
-        loaded = tiny(loaded, out)
-    run(loaded, out, typer.echo)
+    run(loaded, out, typer.echo, overwrite=overwrite, smoke=smoke)
 
 
 @app.command()

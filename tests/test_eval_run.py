@@ -73,7 +73,8 @@ def test_a_run_leaves_answers_timings_and_reports(recipe, tmp_path):
         row.answer for row in found.predictions if row.score == 1
     }
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.yaml", "versions.json", PREDICTIONS, LATENCY, "metrics.json", "report.html", "report.md",
+        "config.yaml", "eval-inputs.json", "versions.json", PREDICTIONS, LATENCY,
+        "metrics.json", "report.html", "report.md",
     }  # fmt: skip
     assert "No verdict from 12 items" in said[-2], "too few for one"
     assert run(recipe, tmp_path / "out")[:-2] == [], "nothing is asked twice"

@@ -64,6 +64,26 @@ def test_an_unknown_key_names_the_nearest(recipe, key, nearest):
         ("data.format=opanbook", "did you mean 'openbookqa'"),
         ("data.loss_on=every", "data.loss_on to be one of last, all, got 'every'"),
         ("data.max_bad_share=2", "data.max_bad_share"),
+        ("train.seed=-1", "train.seed to be right .*greater than or equal to 0.*, got -1"),
+        ("train.seed=4294967296", "train.seed"),
+        *((f"train.{key}={value}", f"train.{key}") for key in ("learning_rate", "epochs") for value in (".inf", "nan")),
+        ("train.weight_decay=.inf", "train.weight_decay"),
+        ("train.max_grad_norm=1e999", "train.max_grad_norm"),
+        ("fuser.hidden_dim=-3", "fuser.hidden_dim to be right .*, got -3; correct it"),
+        ("fuser.hidden_dim=0", "fuser.hidden_dim"),
+        ("fuser.hidden_dim=abc", "fuser.hidden_dim"),
+        ("fuser.hidden_dim=2.5", "fuser.hidden_dim"),
+        ("fuser.num_layers=2", "fuser.num_layers"),
+        ("fuser.dropout=1.5", "fuser.dropout"),
+        ("fuser.dropout=-0.1", "fuser.dropout"),
+        ("fuser.gate_init=.nan", "fuser.gate_init"),
+        ("fuser.final_temperature=0", "fuser.final_temperature"),
+        ("fuser.replace=maybe", "fuser.replace"),
+        ("fuser.layer_alignment=[a]", "fuser.layer_alignment"),
+        ("fuser.fuse=some", "fuser.fuse to be one of all, messages"),
+        ("fuser={kind: low-rank, rank: 0}", "fuser.rank"),
+        ("fuser={kind: ridge, num_sources: 0}", "fuser.num_sources"),
+        ("fuser={kind: c2c-complex, weight_temperature: 0}", "fuser.weight_temperature"),
     ],
 )
 def test_a_wrong_value_is_named(recipe, override, message):
@@ -146,3 +166,9 @@ def test_a_missing_key_is_named(recipe):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="expected a recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_an_option_is_a_number_however_yaml_reads_it(recipe):
+    """YAML takes 1e-3, without a point, for text."""
+    loaded = load_recipe(recipe(GOOD), ["fuser.final_temperature=1e-3", "fuser.dropout=0"])
+    assert loaded.fuser.options == {"final_temperature": 1e-3, "dropout": 0.0}

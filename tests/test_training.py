@@ -206,6 +206,8 @@ def test_a_run_begun_by_version_0_1_can_be_resumed(recipe, tmp_path):
     train(loaded, lambda line: None)
     saved = tmp_path / "out" / "recipe.yaml"
     saved.write_text(saved.read_text().replace("train:\n", "train:\n  start: random\n"))
+    for written_since in ("train-inputs.json", "result.json"):
+        (tmp_path / "out" / written_since).unlink()
     train(loaded, lambda line: None)
     assert "start" not in saved.read_text()
 

@@ -169,6 +169,11 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns a run's configuration; an empty one where there is none. Raises EvaluationError: It is damaged."""
+    return _mapping(folder / CONFIG)
+
+
 def read_predictions(path: Path) -> list[Prediction]:
     """Returns the rows of a file but for an unfinished last line; an empty list where there is no file.
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
 from kvfuse.evaluation.report.published_figures import as_rows
-from kvfuse.methods import find_method
+from kvfuse.methods import WITHOUT_FUSER, find_method
 from kvfuse.support.config import Section, check, read_recipe
 
 FOREIGN_SECTIONS = ("fuser", "data", "train", "token_alignment")
@@ -122,15 +122,28 @@ class EvaluationRecipe(Section):
         """Returns a recipe per pair, without :attr:`EvaluationSection.pairs`."""
         return [self._of(pair) for pair in self.evaluation.pairs] or [self]
 
+    @property
+    def fuse(self) -> bool:
+        """Whether a fuser is needed, by a method or to name the models."""
+        methods = set(self.evaluation.methods)
+        return not (methods <= WITHOUT_FUSER and self.receiver is not None and self.sharer is not None)
+
     def fusers(self) -> Fusers:
-        """Returns the fusers, one or several for each seed. Raises RecipeError where there is none."""
+        """Returns the fusers, one or several for each seed; none where none is named nor needed.
+
+        Raises:
+            RecipeError: None is named, and a method needs one, or the models are not named either.
+        """
         if self.evaluation.fusers:
             return self.evaluation.fusers
-        if self.output is None:
+        if self.output is not None:
+            return [str(self.output / "fuser")]
+        if self.fuse:
             raise RecipeError(
-                "expected evaluation.fusers, or output where one was trained, got none; name the folder of a fuser"
+                "expected evaluation.fusers, or output where one was trained, got none; name the folder of a fuser, "
+                "or receiver and sharer for methods that fuse nothing"
             )
-        return [str(self.output / "fuser")]
+        return []
 
     def _of(self, pair: PairSection) -> "EvaluationRecipe":
         # keys that the pair sets replace the recipe's

@@ -73,8 +73,8 @@ def _section(section: EvaluationSection, folder: Path) -> dict[str, Any]:
 
 def _num_sharers(run: EvaluationRecipe) -> int:
     """Returns the number of sharers, which is that of the fusers of a seed."""
-    fuser = run.fusers()[0]
-    return 1 if isinstance(fuser, str) else len(fuser)
+    names = next(iter(run.fusers()), run.sharer)  # without fusers, the sharers are named
+    return len(names) if isinstance(names, list) else 1
 
 
 def _models(run: EvaluationRecipe, folder: Path) -> dict[str, Any]:

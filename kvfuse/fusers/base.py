@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
@@ -41,7 +41,7 @@ class FuserConfig(PreTrainedConfig):
     sharer: dict[str, Any] = field(default_factory=dict)
     token_alignment: str = "span"
     layer_alignment: str | list[int] = "terminal"
-    fuse: str = "all"
+    fuse: Literal["all", "messages"] = "all"
     fuse_response: bool = False
     rope: str = "kept"
     weights: str = "full"

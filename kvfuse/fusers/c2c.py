@@ -1,8 +1,9 @@
 """The paper's fuser: projection with feature fusion, a weight per head, a gate per layer; each part can be left out."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvfuse.fusers.base import require_choices, require_uniform
@@ -34,9 +35,9 @@ class C2CConfig(GatedConfig):
 
     model_type = "kvfuse-c2c"
 
-    hidden_dim: int = 1024
-    intermediate_dim: int = 1024
-    num_layers: int = 3
+    hidden_dim: Annotated[int, Field(ge=1)] = 1024
+    intermediate_dim: Annotated[int, Field(ge=1)] = 1024
+    num_layers: Annotated[int, Field(ge=3)] = 3
     receiver_input: bool = True
     feature_fusion: bool = True
     replace: bool = False

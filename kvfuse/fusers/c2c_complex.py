@@ -1,8 +1,9 @@
 """The paper's stronger fuser, C2C-C: a separate network first translates the sharer's cache to the receiver's width."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +25,10 @@ class C2CComplexConfig(GatedConfig):
 
     model_type = "kvfuse-c2c-complex"
 
-    hidden_dim: int = 1024
-    weight_hidden_dim: int = 1024
-    num_layers: int = 3
-    weight_temperature: float = 1.0
+    hidden_dim: Annotated[int, Field(ge=1)] = 1024
+    weight_hidden_dim: Annotated[int, Field(ge=1)] = 1024
+    num_layers: Annotated[int, Field(ge=2)] = 3
+    weight_temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class C2CComplexFuser(GatedFuser):

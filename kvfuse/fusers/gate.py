@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvfuse.cache.kv import KV
@@ -86,11 +87,11 @@ class GatedConfig(FuserConfig):
         zero_init: Start from a projection of zero, that is from a residual of zero unless the cache is replaced.
     """
 
-    dropout: float = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     gate_init: float = 0.0
     gate_noise: str = "logistic"
-    initial_temperature: float = 1.0
-    final_temperature: float = 0.001
+    initial_temperature: Annotated[float, Field(gt=0)] = 1.0
+    final_temperature: Annotated[float, Field(gt=0)] = 0.001
     zero_init: bool = False
 
     def new_gate(self, groups: int, heads: int = 1) -> Gate:

@@ -1,8 +1,9 @@
 """A small fuser: the paper's three parts behind a bottleneck, about a hundredth of its size."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvfuse.fusers.base import require_uniform
@@ -21,7 +22,7 @@ class LowRankConfig(GatedConfig):
 
     model_type = "kvfuse-low-rank"
 
-    rank: int = 40
+    rank: Annotated[int, Field(ge=1)] = 40
 
 
 class LowRankFuser(GatedFuser):

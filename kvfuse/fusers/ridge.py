@@ -1,9 +1,10 @@
 """A fuser in closed form: the receiver's cache is regressed on the sharer's, no gradient needed."""
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvfuse.cache.kv import KV
@@ -31,8 +32,8 @@ class RidgeConfig(FuserConfig):
     model_type = "kvfuse-ridge"
 
     rope: str = "removed"
-    num_sources: int = 3
-    penalty: float = 0.01
+    num_sources: Annotated[int, Field(ge=1)] = 3
+    penalty: Annotated[float, Field(gt=0)] = 0.01
     gate_init: float = 0.0
     zero_init: bool = False
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvfuse.errors import MethodError, nearest
+from kvfuse.language_model import LanguageModel
 from kvfuse.methods.augmented import FewShot
 from kvfuse.methods.base import Method
 from kvfuse.methods.cache_to_cache import Fused
@@ -25,12 +26,20 @@ GROUP = "kvfuse.methods"
 CASCADE_SHARE = 0.5  # as in the paper
 
 
+@dataclass(frozen=True)
+class Unfused:
+    """Models without a fuser between them: enough for the methods of :data:`WITHOUT_FUSER`."""
+
+    receiver: LanguageModel
+    sharers: Sequence[LanguageModel]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodContext:
     """The options of all methods; each method takes those it needs.
 
     Attributes:
-        pair: The models and fusers.
+        models: The models, and the fusers where there are any.
         sharer: Index of the sharer that answers alone, is routed to and writes hints.
         hint_request: Prompt for a hint, with ``{question}``.
         hint_reading: Prompt with the hint, see :class:`TextToText`.
@@ -48,7 +57,7 @@ class MethodContext:
         seed: Seed of random fusers and shuffled positions.
     """
 
-    pair: CacheToCache
+    models: CacheToCache | Unfused
     sharer: int = 0
     hint_request: str = HINT_REQUEST
     hint_reading: str | None = None
@@ -65,14 +74,21 @@ class MethodContext:
     seed: int = 0
 
     @property
+    def pair(self) -> CacheToCache:
+        """The models and fusers. Raises MethodError where there are no fusers."""
+        if isinstance(self.models, Unfused):
+            raise MethodError("expected a fuser for a method that fuses, got models alone; name the fuser's folder")
+        return self.models
+
+    @property
     def receiver_alone(self) -> Single:
         """The method ``receiver``."""
-        return Single("receiver", self.pair.receiver)
+        return Single("receiver", self.models.receiver)
 
     @property
     def sharer_alone(self) -> Single:
         """The method ``sharer``."""
-        return Single("sharer", self.pair.sharers[self.sharer])
+        return Single("sharer", self.models.sharers[self.sharer])
 
 
 MethodMaker = Callable[[MethodContext], Method]
@@ -132,6 +148,10 @@ METHODS: dict[str, MethodMaker] = {
 """Name -> the function that makes the method: the built-in ones, and those registered so far."""
 
 
+WITHOUT_FUSER = frozenset({"receiver", "sharer", "few-shot", "text-to-text", "routing", "cascade", "calibrated"})
+"""The methods that need no fuser; one of another package may need one."""
+
+
 def register_method(name: str, maker: MethodMaker) -> None:
     """Register a method under a name.
 
@@ -155,22 +175,22 @@ def find_method(name: str) -> MethodMaker:
     return find_plugin(name, option="method", group=GROUP, known=METHODS, register=register_method, error=MethodError)
 
 
-def make_method(name: str, pair: CacheToCache, **options: Any) -> Method:
+def make_method(name: str, pair: CacheToCache | Unfused, **options: Any) -> Method:
     """Make a method by its name.
 
     Args:
         name: A key of :data:`METHODS`, or the name of a method that an installed package offers.
-        pair: The models and fusers.
+        pair: The models and fusers; models alone for a method of :data:`WITHOUT_FUSER`.
         options: Fields of :class:`MethodContext`; those of other methods are ignored.
 
     Raises:
         MethodError: The name or an option is unknown (the message names the nearest), or the method lacks an option.
     """
     maker = find_method(name)
-    known = [field.name for field in fields(MethodContext) if field.name != "pair"]
+    known = [field.name for field in fields(MethodContext) if field.name != "models"]
     for option in options:
         if option not in known:
             raise MethodError(
                 f"expected an option of methods, got the unknown {option!r}; did you mean {nearest(option, known)!r}?"
             )
-    return maker(MethodContext(pair=pair, **options))
+    return maker(MethodContext(models=pair, **options))

@@ -15,7 +15,7 @@ from kvfuse.support.files import read_text
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RecipeLoader(yaml.SafeLoader):

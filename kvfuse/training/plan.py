@@ -102,7 +102,7 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
     response = sum(map(len, training["response"][:])) / len(training)
     prompt = sum(training["length"][:]) / len(training) - response
     # 3) Memory: weights and optimizer, then one batch's caches and the logits of its responses
-    steps, batch = _steps(recipe, len(training)), recipe.train.batch_size
+    steps, batch = _steps(recipe, len(training)), min(recipe.train.batch_size, len(training))
     per_example = (prompt + response) * (receiver.kv_bytes + sharer.kv_bytes)
     per_example += LOGIT_BYTES * response * receiver.vocabulary
     memory = sum(model.parameters * model.itemsize for model in (receiver, sharer))

@@ -1,15 +1,16 @@
 """The sections of a recipe that ``kvfuse train`` reads. The texts below fields are their documentation."""
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
-from kvfuse.support.config import Section, check, override, read_recipe, unknown_key
+from kvfuse.support.config import Section, check, override, read_recipe
 from kvfuse.support.rows import DOCUMENT_SEPARATOR
 
 FOREIGN_SECTIONS = ("evaluation",)
@@ -25,6 +26,12 @@ class FuserSection(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return self.model_extra or {}
+
+
+class _Options(Section):
+    """Base of the options of a kind, whose names and types packages choose."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
 
 class DataSection(Section):
@@ -87,7 +94,7 @@ class TrainSection(Section):
     """Compute the fuser in bfloat16, with float32 weights; ``auto``: on GPUs that support it."""
     fsdp: bool = False
     """Shard the fuser, its gradients and its optimizer over the GPUs of several processes; default: a copy in each."""
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the fuser's first weights, the order of the examples, dropout and gates."""
     group_by_length: bool = False
     """Batch examples of similar length: less padding, but learning slows where length tells the kind of example."""
@@ -132,12 +139,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_recipe(path, overrides)
     _drop_start(content)
     recipe = check(content, Recipe, FOREIGN_SECTIONS)
-    # Options depend on the kind, so pydantic cannot check their names
-    known = _fuser_options(recipe.fuser.kind)
-    for option in recipe.fuser.options:
-        if option not in known:
-            raise unknown_key(f"fuser.{option}", known)
-    return recipe
+    # Options depend on the kind, so they are checked once it is known
+    options = check({"fuser": recipe.fuser.options}, _fuser_options(recipe.fuser.kind)).model_dump(exclude_unset=True)
+    return recipe.model_copy(update={"fuser": FuserSection(kind=recipe.fuser.kind, **options["fuser"])})
 
 
 def load_data(path: str | Path, overrides: Sequence[str] = ()) -> DataSection:
@@ -166,12 +170,17 @@ def _drop_start(content: dict[str, Any]) -> None:
     )
 
 
-def _fuser_options(kind: str) -> list[str]:
+def _fuser_options(kind: str) -> type[Section]:
+    """A section ``fuser`` with the options of a kind, their types and limits."""
     try:
         config = fuser_class(kind).config_class
     except PairError as error:
         raise RecipeError(str(error)) from error
     # Options are the fields of the kind's configuration, except fields that training derives from the pair
     derived = {"receiver", "sharer", "token_alignment", "model_type", "weights"}
-    classes = [cls for cls in config.__mro__ if issubclass(cls, FuserConfig)]
-    return [name for cls in classes for name in cls.__annotations__ if name not in derived]
+    classes = [cls for cls in reversed(config.__mro__) if issubclass(cls, FuserConfig)]
+    types = {name: hint for cls in classes for name, hint in inspect.get_annotations(cls, eval_str=True).items()}
+    # None stands for an option that the recipe leaves out
+    fields: dict[str, Any] = {name: (hint, None) for name, hint in types.items() if name not in derived}
+    options = create_model("Options", __base__=_Options, **fields)
+    return create_model("FuserOptions", __base__=Section, fuser=(options, ...))

@@ -3,78 +3,112 @@
 from collections.abc import Callable
 
 import torch
-import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from kvfuse.checkpoint import save_fuser
-from kvfuse.errors import RecipeError
+from kvfuse.errors import RecipeError, nearest
 from kvfuse.fusers import Fuser, describe_gates, make_fuser
-from kvfuse.fusers.folder import require_replaceable
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
+from kvfuse.support.run_folder import Inputs, claim
+from kvfuse.training import folder
 from kvfuse.training.closed_form import fit
 from kvfuse.training.data.columns import from_columns
 from kvfuse.training.data.encoding import Encoder, token_alignment
 from kvfuse.training.data.prepare import Prepared, prepare, split
 from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.loop.validation import Gain, Validation
+from kvfuse.training.plan import Plan, plan
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.run_metadata import run_metadata
 
+Say = Callable[[str], None]
 
-def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
+
+def train(recipe: Recipe, say: Say = print, quiet: bool = False, overwrite: bool = False) -> Gain:
     """Run a recipe. A killed run, started again with the same recipe, resumes from its last checkpoint.
 
     Args:
         recipe: See :class:`Recipe`.
         say: Takes lines of progress.
         quiet: Show no progress bar.
+        overwrite: Start again where the folder holds a run, also one with other settings, data or models.
 
     Returns:
-        The gain of the fuser on held-out examples.
+        The gain of the fuser on held-out examples. A finished run is not touched again.
 
     Raises:
         RecipeError, PairError, PromptError: Before anything is written, except a list of too many bad rows.
     """
-    group = processes()
-    say = group.on_main_process(say)
-    # 1) Check the recipe and encode its data, before any model is loaded
-    _require_own_folder(recipe)
+    say = processes().on_main_process(say)
+    with claim(recipe.output, RecipeError):
+        # 1) Check everything that can be checked before a model is loaded
+        prepared, inputs = _check(recipe, say, quiet, overwrite)
+        gain = None if overwrite else folder.finished(recipe)
+        if gain is not None:
+            say(f"{gain}\n{recipe.output} is finished; to train it again, start again (--overwrite)")
+            return gain
+        # 2) Load the models, make a new fuser and train it
+        pair = new_pair(recipe)
+        trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
+        frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
+        say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
+        folder.begin(recipe, inputs, prepared, overwrite=overwrite)
+        return _train(recipe, pair, prepared, say, quiet)
+
+
+def dry_run(recipe: Recipe, say: Say = print, overwrite: bool = False) -> Plan:
+    """Check a recipe and its folder as :func:`train` does, and estimate the run. Nothing is left in the folder."""
+    with claim(recipe.output, RecipeError):
+        prepared, _ = _check(recipe, processes().on_main_process(say), False, overwrite)
+        return plan(recipe, prepared)
+
+
+def _check(recipe: Recipe, say: Say, quiet: bool, overwrite: bool) -> tuple[Prepared, Inputs]:
+    """Refuse what cannot be run, and encode the data. Inputs are empty in all processes but the first."""
+    folder.require_own_folder(recipe, overwrite=overwrite)
     _require_gpus(recipe)
+    _require_logger(recipe)
     prepared = prepare_data(recipe, say, quiet)
+    examples = len(split(prepared.examples, recipe.data.validation_share)[0])
+    if recipe.train.batch_size > examples:
+        say(f"train.batch_size is {recipe.train.batch_size:,}: every batch has all {examples:,} training examples")
+    if not processes().is_main_process:
+        return prepared, {}
+    inputs = folder.inputs_of(recipe, prepared)
+    if not overwrite:
+        folder.require_same_inputs(recipe, inputs)
+    return prepared, inputs
+
+
+def _train(recipe: Recipe, pair: CacheToCache, prepared: Prepared, say: Say, quiet: bool) -> Gain:
+    group = processes()
     training, held_out = split(prepared.examples, recipe.data.validation_share)
-    # 2) Load the models and make a new fuser
-    pair = new_pair(recipe)
-    trainable = sum(parameter.numel() for parameter in pair.fusers[0].parameters())
-    frozen = sum(model.model.num_parameters() for model in (pair.receiver, *pair.sharers))
-    say(f"trainable: {trainable:,} parameters of the fuser; frozen: {frozen:,} of receiver and sharer")
-    if group.is_main_process:
-        write_file(recipe.output / "recipe.yaml", _as_yaml(recipe))
-        _list_bad_rows(recipe, prepared)
-    # 3) Train it, or fit it in closed form
+    # 1) Train the fuser, or fit it in closed form
     validation = Validation(pair, list(map(from_columns, held_out)), held_out["characters"][:])
     throughput = None
     if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
-        trainer = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet)
-        throughput = trainer.resume()
+        checkpoints = recipe.output / folder.CHECKPOINTS
+        throughput = FuserTrainer(pair, recipe.train, training, checkpoints, validation, quiet).resume()
     pair.fusers[0].eval()
-    # 4) Measure and save
-    gain = validation.measure()
+    # 2) Measure and save
+    gain, fuser = validation.measure(), recipe.output / folder.FUSER
     if group.is_main_process:
-        save_fuser(pair.fusers[0], recipe.output / "fuser", _notes(gain, recipe))
+        save_fuser(pair.fusers[0], fuser, _notes(gain, recipe))
         result = run_metadata(gain, throughput, pair, prepared, group.num_processes)
-        write_file(recipe.output / "result.json", result)
+        write_file(recipe.output / folder.RESULT, result)
     group.wait_for_everyone()  # the output is complete when any process returns
     say(str(gain))
     say(describe_gates(pair.fusers[0]))
-    say(f"saved to {recipe.output / 'fuser'}{'' if throughput is None else f'; {throughput}'}")
+    say(f"saved to {fuser}{'' if throughput is None else f'; {throughput}'}")
     return gain
 
 
-def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Prepared:
+def prepare_data(recipe: Recipe, say: Say = print, quiet: bool = False) -> Prepared:
     """Encode a recipe's data before its models are loaded; the first process of a machine does it for the others.
 
     Raises:
@@ -93,7 +127,7 @@ def prepare_data(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool
         prepared.require_enough(recipe.data)
     except RecipeError:
         if group.is_main_process:
-            _list_bad_rows(recipe, prepared)
+            folder.list_bad_rows(recipe, prepared)
         raise
     return prepared
 
@@ -118,27 +152,6 @@ def _new_fuser(recipe: Recipe, *, receiver: LanguageModel, sharer: LanguageModel
     ).to(receiver.model.device)
 
 
-def _require_own_folder(recipe: Recipe) -> None:
-    """Refuse an output folder that another recipe or another program has started."""
-    saved = recipe.output / "recipe.yaml"
-    if recipe.output.exists() and not recipe.output.is_dir():
-        raise RecipeError(f"expected output to be a folder, got the file {recipe.output}; choose another output")
-    # Training removes broken checkpoints and replaces the fuser, so both must be its own
-    foreign = [name for name in ("checkpoints", "fuser") if (recipe.output / name).exists()]
-    if foreign and not saved.exists():
-        raise RecipeError(
-            f"expected {recipe.output} to be new or begun by this very recipe, "
-            f"got {foreign[0]} of something else in it; choose another output"
-        )
-    require_replaceable(recipe.output / "fuser")
-    # Version 0.1 wrote train.start, which had one other value
-    if saved.exists() and saved.read_text().replace("train:\n  start: random\n", "train:\n") != _as_yaml(recipe):
-        raise RecipeError(
-            f"expected {recipe.output} to be new or begun by this very recipe, got one begun by another; "
-            "choose another output"
-        )
-
-
 def _require_gpus(recipe: Recipe) -> None:
     """Refuse FSDP where Trainer would silently train a copy of the fuser in each process."""
     if recipe.train.fsdp and (on_cpu() or processes().num_processes == 1):
@@ -148,14 +161,17 @@ def _require_gpus(recipe: Recipe) -> None:
         )
 
 
-def _list_bad_rows(recipe: Recipe, prepared: Prepared) -> None:
-    if prepared.bad:
-        write_file(recipe.output / "bad_rows.jsonl", prepared.bad_rows())
+def _require_logger(recipe: Recipe) -> None:
+    """Refuse a logger that Trainer does not know, or whose package is not installed."""
+    name, known = recipe.train.report_to, ["none", "all", *INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise RecipeError(
+            f"expected train.report_to to be one of {', '.join(known)}, got {name!r}; "
+            f"did you mean {nearest(name, known)!r}?"
+        )
+    if name not in ("none", "all", *get_available_reporting_integrations()):
+        raise RecipeError(f"expected the package of train.report_to={name}, got none; install {name}, or leave it out")
 
 
 def _notes(gain: Gain, recipe: Recipe) -> str:
-    return f"## Measured\n\n{gain.table()}\n\n{gain}\n\n## Recipe\n\n```yaml\n{_as_yaml(recipe)}```\n"
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return f"## Measured\n\n{gain.table()}\n\n{gain}\n\n## Recipe\n\n```yaml\n{folder.as_yaml(recipe)}```\n"

@@ -1,5 +1,8 @@
 """Tasks of the harness by name, from the Hub or from local files, with another template on request."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +73,29 @@ def load_task(
         known, similar = ", ".join(task_names()), nearest(name, manager.all_tasks)
         raise EvaluationError(f"expected a task of {known}, got {name!r}; did you mean {similar!r}?")
     # 2) read its questions, then replace prompt and length
-    loaded = manager.load(name)
+    with _without_notice():
+        loaded = manager.load(name)
     text = None if template is None else _read_template(template)
     for task in loaded["tasks"].values():  # several in a group
         _set_prompt(task, text)
         if max_new_tokens is not None and task.config.generation_kwargs:
             task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
     return loaded.get("groups", {}).get(name) or loaded["tasks"][name]
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Drop the harness's notice about its own option ``--metadata``, for every data set that a function loads."""
+    logger = logging.getLogger("lm_eval.api.task")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "--metadata" not in record.getMessage()
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 class Template:

@@ -1,6 +1,7 @@
 """All rows -> encoded examples on disk: in parallel, cached by content, with an account of bad rows."""
 
 import atexit
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.support.rows import Row, decode
-from kvfuse.training.data.columns import empty_row, features, to_columns
+from kvfuse.training.data.columns import RECEIVER_COLUMNS, SHARER_COLUMNS, empty_row, features, to_columns
 from kvfuse.training.data.encoding import Encoder, TooLongError
 from kvfuse.training.data.examples import Example, examples_of, without_oldest_turn
 from kvfuse.training.data.sources import explain_errors, import_datasets, load_rows, parse, require_any
@@ -20,7 +21,7 @@ from kvfuse.training.recipe import DataSection
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROWS_PER_BATCH = 64
+ROWS_PER_BATCH, ROWS_PER_HASH = 64, 1000
 NOT_ENCODED = {"path", "limit", "validation_share", "max_bad_share", "workers"}
 """Keys of ``data`` that choose rows or change nothing: they do not decide what is encoded of a row."""
 BAD_ROWS_SHOWN = 3
@@ -56,6 +57,16 @@ class Prepared:
         shortened = f", {self.shortened} without their oldest turns" if self.shortened else ""
         bad = f"; bad: {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}" if self.bad else ""
         return f"examples: {len(self.examples)}{shortened}{bad}"
+
+    @property
+    def content(self) -> str:
+        """64 hex digits of the examples alone: the same wherever they come from, and whatever encoded them."""
+        digest = hashlib.sha256()
+        for table in self.examples.with_format("arrow").iter(ROWS_PER_HASH):
+            for name in (*RECEIVER_COLUMNS, *SHARER_COLUMNS, "pad_ids", "characters"):
+                for chunk in table.column(name).chunks:
+                    _update(digest, chunk)
+        return digest.hexdigest()
 
     def bad_rows(self) -> str:
         """The bad rows as JSON lines."""
@@ -106,6 +117,15 @@ def split(examples: "Dataset", validation_share: float) -> tuple["Dataset", "Dat
     held_out = min(max(1, round(len(examples) * validation_share)), len(examples) - 1)
     first = len(examples) - held_out
     return examples.select(range(first)), examples.select(range(first, len(examples)))
+
+
+def _update(digest: Any, column: Any) -> None:
+    """Add an Arrow array of numbers, or of lists of them, to a hash: lengths of lists first, then what is in them."""
+    if hasattr(column, "value_lengths"):
+        digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+        _update(digest, column.flatten())
+    else:
+        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
 
 
 def _map(rows: "Dataset", data: DataSection, encoder: Encoder) -> "Dataset":
