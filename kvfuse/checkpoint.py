@@ -12,6 +12,7 @@ from kvfuse.fusers.folder import dtype_of, locate, require_new, size_of
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import require_new_published, write_published
 from kvfuse.support.files import write_folder
+from kvfuse.support.hub import DOWNLOAD_OPTIONS
 
 
 def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser:
@@ -20,16 +21,16 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
     Args:
         source: Folder or Hub id.
         subfolder: Folder inside of it.
-        options: For ``from_pretrained``, e.g. ``dtype``; ``revision`` for the Hub.
+        options: For ``from_pretrained``, e.g. ``dtype``; ``revision``, ``token``, ``cache_dir``, … for the Hub.
 
     Raises:
         CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of ours.
     """
-    revision = options.pop("revision", None)
-    folder = locate(source, subfolder, revision)
+    download = {name: options.pop(name) for name in ("revision", *DOWNLOAD_OPTIONS) if name in options}
+    folder = locate(source, subfolder, **download)
     if find_projectors(folder) is None:
         return Fuser.from_pretrained(folder, **options)
-    fuser = read_published(locate(source, subfolder, revision, pickles=True))
+    fuser = read_published(locate(source, subfolder, pickles=True, **download))
     return fuser.to(options["dtype"]) if isinstance(options.get("dtype"), torch.dtype) else fuser
 
 

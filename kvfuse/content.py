@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from kvfuse.errors import PairError
 from kvfuse.fusers.folder import locate
-from kvfuse.language_model import load_tokenizer, reraise_as, tokenizer_hash
+from kvfuse.language_model import load_config, load_tokenizer, tokenizer_hash
 from kvfuse.published.reader import find_projectors
 from kvfuse.support.run_folder import Inputs
 
@@ -35,7 +34,7 @@ def model_content(role: str, name: str) -> Inputs:
     tokenizer = load_tokenizer(name)
     reading = [tokenizer_hash(tokenizer), tokenizer.special_tokens_map]
     return {
-        f"the {role}'s weights": _weights(Path(name)) if Path(name).is_dir() else _commit(name),
+        f"the {role}'s weights": _weights(name),
         f"the {role}'s configuration": _hash_files(Path(name), CONFIGURATIONS),
         f"the {role}'s tokenizer": hash_json(reading),
         f"the {role}'s chat template": hash_json(tokenizer.chat_template),
@@ -61,7 +60,12 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _weights(folder: Path) -> str:
+def _weights(name: str) -> str:
+    folder = Path(name)
+    if folder.is_file():
+        return file_content(folder)
+    if not folder.is_dir():
+        return str(load_config(name)._commit_hash)
     kind = next((pattern for pattern in WEIGHTS if any(folder.glob(pattern))), None)
     if kind is None:
         raise PairError(f"expected weights in {folder}, got none of {', '.join(WEIGHTS)}; name the folder of a model")
@@ -72,11 +76,6 @@ def _weights(folder: Path) -> str:
         except (SafetensorError, OSError) as error:
             raise PairError(f"expected whole weights in {file}, got: {error}; copy the file again") from error
     return _hash_files(folder, [kind])
-
-
-def _commit(name: str) -> str:
-    with reraise_as("a model's configuration", name):
-        return str(AutoConfig.from_pretrained(name)._commit_hash)
 
 
 def _hash_files(folder: Path, patterns: Iterable[str]) -> str:

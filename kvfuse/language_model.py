@@ -2,23 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from kvfuse.backends.dtypes import fast_dtype
 from kvfuse.backends.offloading import loaded
 from kvfuse.cache.kv import KVSpec
-from kvfuse.errors import PairError, first_line
+from kvfuse.errors import PairError
 from kvfuse.stages.context import context_length
 from kvfuse.stages.prefill import continues_exactly, probe
 from kvfuse.stages.rope import RoPE, measure_rope
+from kvfuse.support.hub import SOURCE_OPTIONS, reading, select
 
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
@@ -67,16 +73,21 @@ class LanguageModel:
         """Load model and tokenizer from a local folder or the Hub.
 
         Args:
-            name: Folder or Hub id.
-            model_options: For ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype``, ``device_map``, ``revision``.
+            name: Folder, Hub id or GGUF file.
+            model_options: For ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map``. ``dtype`` is that of the
+                weights by default, or float32 on a CPU that is faster with it. Options that say which files to read
+                (:data:`kvfuse.support.hub.SOURCE_OPTIONS`) reach the tokenizer too.
 
         Raises:
             PairError: There is no causal language model of that name.
         """
-        with reraise_as("a causal language model", name):
-            model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **model_options})
-        tokenizer = load_tokenizer(name, revision=model_options.get("revision", "main"))
-        return cls(model.eval().requires_grad_(False), tokenizer)
+        source = select(model_options, SOURCE_OPTIONS)
+        with reading("a causal language model", name, source) as (place, files):
+            model = AutoModelForCausalLM.from_pretrained(place, **{"dtype": "auto", **model_options, **files})
+        model.name_or_path = str(name)
+        if model_options.get("dtype", "auto") == "auto":
+            model = _in_fast_dtype(model)
+        return cls(model.eval().requires_grad_(False), load_tokenizer(name, **source))
 
     @cached_property
     def context(self) -> int | None:
@@ -113,16 +124,24 @@ class LanguageModel:
         )
 
 
-def load_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
-    """Load a tokenizer without its model. Raises PairError where there is none."""
-    with reraise_as("a tokenizer", name):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+def load_tokenizer(name: str | Path, **source: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer without its model; ``source`` as in :data:`kvfuse.support.hub.SOURCE_OPTIONS`.
+
+    Raises:
+        PairError: There is none.
+    """
+    with reading("a tokenizer", name, source) as (place, files):
+        return AutoTokenizer.from_pretrained(place, **files)
 
 
-def load_context(name: str | Path) -> int | None:
-    """A model's :attr:`LanguageModel.context` without its weights. Raises PairError where there is no configuration."""
-    with reraise_as("a model's configuration", name):
-        return context_length(AutoConfig.from_pretrained(name))
+def load_config(name: str | Path, **source: Any) -> PreTrainedConfig:
+    """Load a model's configuration without its weights; ``source`` as in :func:`load_tokenizer`.
+
+    Raises:
+        PairError: There is none.
+    """
+    with reading("a model's configuration", name, source) as (place, files):
+        return AutoConfig.from_pretrained(place, **files)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -165,14 +184,13 @@ def check_identity(model: LanguageModel, *, role: str, expected: dict[str, Any])
         raise PairError(f"expected the weights of {name!r}, got other ones {trained_with}")
 
 
-@contextmanager
-def reraise_as(what: str, name: str | Path) -> Iterator[None]:
-    """Turn the errors of transformers for a model that cannot be loaded into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        got = first_line(error)
-        raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
+def _in_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in the dtype that its device computes fastest; as it is where it is quantised or lies on disk."""
+    is_movable = all(parameter.device == model.device for parameter in model.parameters())
+    if not is_movable or model.device.type == "meta" or getattr(model, "is_quantized", False):
+        return model
+    dtype = fast_dtype(model.dtype, model.device, model.name_or_path)
+    return model if dtype == model.dtype else model.to(dtype)
 
 
 def _sample_weights(model: PreTrainedModel) -> tuple[float, ...]:

@@ -31,6 +31,7 @@ from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser
+from kvfuse.support.hub import DOWNLOAD_OPTIONS, select
 
 Prompts = Prompt | Sequence[Prompt]
 """One text or chat, or several."""
@@ -88,6 +89,7 @@ class CacheToCache:
         fuser: str | Path | Sequence[str | Path] = (),
         subfolder: str | Sequence[str] = "",
         fusion: str = "parallel",
+        receiver_options: dict[str, Any] | None = None,
         sharer_options: dict[str, Any] | None = None,
         store: PrefixStore | None = None,
         **model_options: Any,
@@ -100,10 +102,11 @@ class CacheToCache:
             fuser: One per sharer, in the same order; in our format or the authors'.
             subfolder: Folder of the fuser inside of ``fuser``, or one for each.
             fusion: See :class:`CacheToCache`.
-            sharer_options: For the sharers in place of ``model_options``, name by name, e.g. ``{"device_map":
-                "cuda:1"}``.
+            receiver_options: For the receiver in place of ``model_options``, name by name, e.g. its ``subfolder``.
+            sharer_options: The same for the sharers, e.g. ``{"device_map": "cuda:1"}``.
             store: See :class:`CacheToCache`.
-            model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``.
+            model_options: For all models, e.g. ``dtype``, ``device_map``, ``quantization_config``; ``token``,
+                ``cache_dir`` and the like hold for the fusers' repositories too.
 
         Raises:
             PairError: Models and fusers that do not fit, or a model that is not there.
@@ -112,13 +115,16 @@ class CacheToCache:
         # 1) Fusers: they name the models that they were trained with.
         sources = _as_list(fuser)
         subfolders = [subfolder] * len(sources) if isinstance(subfolder, str) else subfolder
-        fusers = [load_fuser(source, inside) for source, inside in zip(sources, subfolders, strict=True)]
+        download = select(model_options, DOWNLOAD_OPTIONS)
+        fusers = [load_fuser(source, inside, **download) for source, inside in zip(sources, subfolders, strict=True)]
         if not fusers:
             raise PairError("expected at least one fuser, got none; name a fuser's folder or Hub id")
         # 2) Models.
         sharers = _as_list(sharer) if sharer is not None else [fuser.config.sharer["name"] for fuser in fusers]
-        loaded = LanguageModel.from_pretrained(receiver or fusers[0].config.receiver["name"], **model_options)
-        sharer_options = {**model_options, **(sharer_options or {})}
+        receiver_options, sharer_options = (
+            {**model_options, **(options or {})} for options in (receiver_options, sharer_options)
+        )
+        loaded = LanguageModel.from_pretrained(receiver or fusers[0].config.receiver["name"], **receiver_options)
         others = [LanguageModel.from_pretrained(name, **sharer_options) for name in sharers]
         # 3) A fuser is never computed in less precision than it was trained in, nor than the receiver.
         for one in fusers:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device that a model's ids belong on."""
-    if model.device.type != "meta":
-        return model.device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+    if model.device.type != "meta" or hook is None:
+        return model.device
+    return torch.device(hook.execution_device)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from kvfuse.errors import CheckpointError, PairError
 from kvfuse.fusers import folder as fuser_folder
 from kvfuse.fusers.layer_alignment import align_layers
 from kvfuse.fusers.registry import class_of
+from kvfuse.support.hub import DOWNLOAD_OPTIONS
 
 ROPES = ("kept", "removed")
 
@@ -148,7 +149,8 @@ class Fuser(PreTrainedModel):
             CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of this kind, or a
                 weight is NaN or infinite.
         """
-        folder = fuser_folder.locate(source, subfolder, options.pop("revision", None))
+        download = {key: options.pop(key) for key in ("revision", *DOWNLOAD_OPTIONS) if key in options}
+        folder = fuser_folder.locate(source, subfolder, **download)
         kind = class_of(fuser_folder.read_config(folder))
         if not issubclass(kind, cls):
             raise CheckpointError(f"expected a {cls.__name__} in {folder}, got a {kind.__name__}; load it with Fuser")

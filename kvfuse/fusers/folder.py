@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -15,32 +14,37 @@ from transformers import PreTrainedConfig
 from kvfuse.errors import CheckpointError, first_line
 from kvfuse.fusers.registry import PREFIX
 from kvfuse.support.files import write_folder
+from kvfuse.support.hub import FAULTS, missing
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def locate(source: str | Path, subfolder: str = "", revision: str | None = None, pickles: bool = False) -> Path:
+def locate(source: str | Path, subfolder: str = "", *, pickles: bool = False, **download: Any) -> Path:
     """The local folder of a fuser, downloaded if need be.
 
     Args:
         source: Folder or Hub id.
         subfolder: Folder inside of it.
-        revision: For the Hub.
         pickles: Whether to download pickles as well; only the authors' format needs them.
+        download: ``revision``, and others of :data:`kvfuse.support.hub.DOWNLOAD_OPTIONS`.
 
     Raises:
         CheckpointError: There is no such folder or repository.
     """
     if Path(source).is_dir():
         return Path(source) / subfolder
+    found = missing(source)
+    if found is not None:
+        raise CheckpointError(f"expected a fuser at {str(source)!r}, got {found}; name a local folder or a Hub id")
     within = f"{subfolder}/*" if subfolder else None
     ignored = "*/training_state.pt" if pickles else list(PICKLES)
     try:
-        top = snapshot_download(str(source), revision=revision, allow_patterns=within, ignore_patterns=ignored)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        top = snapshot_download(str(source), allow_patterns=within, ignore_patterns=ignored, **download)
+    except FAULTS as error:
+        got = first_line(error)
         raise CheckpointError(
-            f"expected a fuser at {str(source)!r}, found no such folder or Hub repository; check the name"
+            f"expected a fuser at {str(source)!r}, got: {got}; name a local folder or a Hub id"
         ) from error
     return Path(top, subfolder)
 

@@ -1,15 +1,16 @@
 """``kvfuse train --dry-run``: shapes, steps, memory and time of a run, estimated before any weight is loaded."""
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from kvfuse.backends.dtypes import fast_dtype, products_per_second
 from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
 from kvfuse.fusers import fuser_class
+from kvfuse.language_model import load_config
 from kvfuse.stages.prefill import probe
 from kvfuse.support.processes import processes
 from kvfuse.training.data.prepare import Prepared, split
@@ -17,7 +18,6 @@ from kvfuse.training.recipe import Recipe
 
 TRAINED_PARAMETER_BYTES = 16  # weight, gradient and two moments in float32
 LOGIT_BYTES = 8  # a logit and its gradient in float32
-MATRIX_SIZE = 1024  # of the products that measure this machine's speed
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,24 @@ class ModelShape:
     Attributes:
         name: Folder or Hub id, as in the recipe.
         parameters: Number of parameters.
-        itemsize: Bytes per parameter.
+        dtype: Of its weights and caches.
         kv: Shape of one token's cache.
         vocabulary: Number of logits per token.
     """
 
     name: str
     parameters: int
-    itemsize: int
+    dtype: torch.dtype
     kv: KVSpec
     vocabulary: int
 
     def __str__(self) -> str:
         return f"{self.name}: {self.parameters:,} parameters, {self.kv}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per parameter."""
+        return self.dtype.itemsize
 
     @property
     def kv_bytes(self) -> int:
@@ -110,14 +115,20 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
     # 4) Time in multiply-adds: both prefills and the fuser forward and twice backward over the prompt, the receiver
     #    forward and once backward over the response
     products = prompt * (receiver.parameters + sharer.parameters + 3 * trainable) + 2 * response * receiver.parameters
-    seconds = steps * recipe.train.accumulation * batch * products / _products_per_second()
+    seconds = (
+        steps
+        * recipe.train.accumulation
+        * batch
+        * products
+        / products_per_second(receiver.dtype, torch.device(processes().device))
+    )
     return Plan(receiver, sharer, trainable, len(training), (prompt, response), steps, memory, seconds)
 
 
 def shape_of(name: str, dtype: str) -> ModelShape:
     """Measure a model's shape from its configuration: it is built and run without memory for its weights."""
+    config = load_config(name)
     try:
-        config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).eval()
     except (OSError, ValueError, KeyError) as error:
@@ -125,8 +136,8 @@ def shape_of(name: str, dtype: str) -> ModelShape:
             f"expected a causal language model at {name!r}, got: {first_line(error)}; check the name"
         ) from error
     # "auto" is no attribute of torch: it is the dtype that the weights are stored in
-    stored = getattr(torch, dtype, None) or config.dtype or torch.float32
-    return ModelShape(name, model.num_parameters(), stored.itemsize, probe(model), config.get_text_config().vocab_size)
+    chosen = getattr(torch, dtype, None) or fast_dtype(config.dtype or torch.float32, torch.device(processes().device))
+    return ModelShape(name, model.num_parameters(), chosen, probe(model), config.get_text_config().vocab_size)
 
 
 def _trainable(recipe: Recipe, *, receiver: ModelShape, sharer: ModelShape) -> int:
@@ -141,12 +152,3 @@ def _trainable(recipe: Recipe, *, receiver: ModelShape, sharer: ModelShape) -> i
 def _steps(recipe: Recipe, examples: int) -> int:
     batches = math.ceil(examples / (recipe.train.batch_size * processes().num_processes))
     return recipe.train.steps or math.ceil(recipe.train.epochs * math.ceil(batches / recipe.train.accumulation))
-
-
-def _products_per_second() -> float:
-    """Multiply-adds per second of this machine."""
-    matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE, device=processes().device)
-    float((matrix @ matrix).sum())  # warm up
-    start = time.perf_counter()
-    float(sum((matrix @ matrix).sum() for _ in range(3)))
-    return 3 * MATRIX_SIZE**3 / (time.perf_counter() - start)

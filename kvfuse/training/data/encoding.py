@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
 from kvfuse.fusers import fuser_class
-from kvfuse.language_model import LanguageModel, load_context, load_tokenizer, tokenizer_hash
+from kvfuse.language_model import LanguageModel, load_config, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, default_token_alignment
 from kvfuse.prompts.response import tokenize_response
+from kvfuse.stages.context import context_length
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -62,7 +63,7 @@ class Reader:
     @classmethod
     def load(cls, name: str) -> Self:
         """Load without the weights. Raises PairError where tokenizer or configuration are missing."""
-        return cls(name, load_tokenizer(name), load_context(name))
+        return cls(name, load_tokenizer(name), context_length(load_config(name)))
 
     def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
         """Raises TooLongError for a length beyond the context or ``max_tokens``."""

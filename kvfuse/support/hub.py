@@ -1,0 +1,74 @@
+"""Models and fusers by name: local folders, GGUF files and repositories of the Hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+
+from kvfuse.errors import PairError, first_line
+
+SOURCE_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Options of ``from_pretrained`` that say which files to read: of a model, its configuration and its tokenizer."""
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Those of them that hold for a fuser's repository too."""
+FAULTS = (OSError, ValueError, KeyError, ImportError, SafetensorError, HfHubHTTPError, HFValidationError)
+"""What transformers and huggingface_hub raise for files that are missing, damaged or out of reach."""
+
+
+def select(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of these names."""
+    return {name: options[name] for name in names if name in options}
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a name is that of a folder or file, there or not, rather than the id of a repository."""
+    text = str(name)
+    return Path(text).exists() or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text
+
+
+def missing(name: str | Path) -> str | None:
+    """What stands in place of a local folder; None where it is there, or the name is a repository's."""
+    if not is_path(name) or Path(name).is_dir():
+        return None
+    return "a file" if Path(name).is_file() else "no such folder"
+
+
+@contextmanager
+def reading(what: str, name: str | Path, source: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where the loaders of transformers read a model's files from; their errors become one line.
+
+    Args:
+        what: For the message.
+        name: Folder, GGUF file or Hub id.
+        source: Some of :data:`SOURCE_OPTIONS`.
+
+    Yields:
+        Folder or Hub id; and ``source``, with the name of the GGUF file if there is one.
+
+    Raises:
+        PairError: There is nothing of the kind.
+    """
+    path, place = Path(name), str(name)
+    if path.suffix == ".gguf" and path.is_file():
+        place, source = str(path.parent), {**source, "gguf_file": path.name}
+    found = missing(place)
+    if found is not None:
+        raise PairError(f"expected {what} at {place!r}, got {found}; name a local folder or a Hub id")
+    try:
+        yield place, source
+    except FAULTS as error:
+        got = first_line(error)
+        raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
