@@ -7,6 +7,8 @@ from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
 from kvfuse.stages.context import context_length, rope_switch
 from kvfuse.testing import LLAMA_3_ROPE, tiny_fuser, tiny_model
+from kvfuse.training.data.encoding import Encoder, TooLongError
+from kvfuse.training.data.examples import Example
 
 SWITCH = 64
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
@@ -103,3 +105,11 @@ def test_longrope_scores_only_what_it_reads_as_it_writes(pair):
 def test_only_longrope_has_such_a_length(receiver):
     assert rope_switch(receiver.model.config) is None
     assert rope_switch(tiny_model("phi3", **LONGROPE).model.config) == SWITCH
+
+
+def test_longrope_learns_no_response_across_its_length(pair):
+    encoder = Encoder.of(pair)
+    question = [{"role": "user", "content": SENTENCE}]
+    assert len(encoder.encode(Example(question, "Oslo")).response.ids) > 0
+    with pytest.raises(TooLongError, match=f"fit {SWITCH} tokens of .* rotates its keys otherwise"):
+        encoder.encode(Example(question, "Oslo " * 30))

@@ -18,7 +18,7 @@ from kvfuse.language_model import LanguageModel, load_config, load_tokenizer, to
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, default_token_alignment
 from kvfuse.prompts.response import tokenize_response
-from kvfuse.stages.context import context_length
+from kvfuse.stages.context import context_length, rope_switch
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -50,20 +50,29 @@ class TooLongError(PromptError):
 
 @dataclass(frozen=True)
 class Reader:
-    """The part of a model that encoding needs: its tokenizer, and the length of its context in tokens."""
+    """The part of a model that encoding needs: its tokenizer, and the lengths that it can read.
+
+    Attributes:
+        name: Folder or Hub id.
+        tokenizer: The model's.
+        context: Its longest prompt in tokens.
+        switch: See :func:`kvfuse.stages.context.rope_switch`.
+    """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     context: int | None
+    switch: int | None = None
 
     @classmethod
     def of(cls, model: LanguageModel) -> Self:
-        return cls(model.name, model.tokenizer, model.context)
+        return cls(model.name, model.tokenizer, model.context, rope_switch(model.model.config))
 
     @classmethod
     def load(cls, name: str) -> Self:
         """Load without the weights. Raises PairError where tokenizer or configuration are missing."""
-        return cls(name, load_tokenizer(name), context_length(load_config(name)))
+        config = load_config(name)
+        return cls(name, load_tokenizer(name), context_length(config), rope_switch(config))
 
     def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
         """Raises TooLongError for a length beyond the context or ``max_tokens``."""
@@ -72,10 +81,24 @@ class Reader:
         if length > room:
             raise TooLongError(f"expected {what} to fit {room} tokens of {self.name}, got {length}; shorten them")
 
+    def require_one_rope(self, *, prompt: int, response: int) -> None:
+        """Raises TooLongError for a response that goes on where all keys of its prompt would be rotated otherwise."""
+        if self.switch is not None and prompt - 1 <= self.switch < prompt + response:
+            raise TooLongError(
+                f"expected prompt and response to fit {self.switch} tokens of {self.name}, which rotates its keys "
+                f"otherwise beyond, or a longer prompt, got {prompt} and {response}; shorten them"
+            )
+
     def identify(self) -> list[Any]:
         """Everything that decides the ids it reads."""
         tokenizer = self.tokenizer
-        return [tokenizer_hash(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, self.context]
+        return [
+            tokenizer_hash(tokenizer),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            self.context,
+            self.switch,
+        ]
 
 
 @dataclass(frozen=True)
@@ -135,6 +158,7 @@ class Encoder:
     def _require_room(self, example: EncodedExample) -> None:
         prompt, length = example.prompt, len(example.prompt.receiver.ids) + len(example.response.ids)
         self.receiver.require_room(length, "prompt and response", self.max_tokens)
+        self.receiver.require_one_rope(prompt=len(prompt.receiver.ids), response=len(example.response.ids))
         what = "prompt and response" if example.response.sharers else "the prompt"
         sharers = zip(self.sharers, prompt.sharers, example.sharer_responses, strict=True)
         for (sharer, _), (tokens, _), (response_ids, _) in sharers:
