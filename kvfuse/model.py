@@ -21,7 +21,7 @@ from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.fold_norms import fold_norms
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.messages import Prompt, as_chat
 from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.stages.decode import decode, require_counts, static_length, stream
 from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens

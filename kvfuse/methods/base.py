@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.stages.phases import measured
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.response import Response, tokenize_continuation
 from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 from kvfuse.stages.decode import decode, stream

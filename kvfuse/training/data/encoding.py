@@ -25,6 +25,7 @@ from kvfuse.training.recipe import Recipe
 ENCODING_MODULES = (
     "kvfuse.support.files",
     "kvfuse.support.rows",
+    "kvfuse.prompts.messages",
     "kvfuse.prompts.chat",
     "kvfuse.prompts.template_spans",
     "kvfuse.prompts.tokenized",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.prompts.messages import Message, Prompt
 from kvfuse.support.rows import Row
 from kvfuse.training.data.shapes import to_messages
 from kvfuse.training.recipe import DataSection
