@@ -17,6 +17,7 @@ from kvfuse.stages.phases import generation
 from kvfuse.stages.response_fusion import ResponseFuser
 
 ASSISTED_DECODING = ("assistant_model", "prompt_lookup_num_tokens")
+INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "cache", "past_key_values")
 
 
 def decode(
@@ -158,11 +159,16 @@ def score(
 
 
 def require_counts(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse numbers of tokens, beams or sequences to generate that are not whole and positive.
+    """Refuse inputs in place of the prompt and its fused cache, and counts that are not whole and positive.
 
     Raises:
         PromptError: Names the option.
     """
+    for name in INPUTS:
+        if name in options:
+            raise PromptError(
+                f"expected options for the answer, got {name}, which the prompt and its cache decide; leave it out"
+            )
     for name, value in _options(model, options, "max_new_tokens", "num_beams", "num_return_sequences").items():
         if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
