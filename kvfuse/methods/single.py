@@ -12,7 +12,7 @@ from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
 from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.response import Response, tokenize_continuation
 from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
-from kvfuse.stages.decode import decode, require_counts, stream
+from kvfuse.stages.decode import decode, require_counts, stream, token_options
 from kvfuse.stages.prefill import prefill
 
 
@@ -68,6 +68,5 @@ class Single(Method):
     def decode(self, prompt: AlignedPrompt, **options: Any) -> Any:
         """Result of transformers' ``generate``; reading the prompt is timed as the phase ``<name>_prefill``."""
         require_counts(self.model.model, options)
-        pad_id = self.model.tokenizer.pad_token_id or 0
-        options = {"pad_token_id": pad_id, **options}
+        options = token_options(self.model.model, self.model.tokenizer, options)
         return decode(self.model.model, prompt.ids, prompt.mask, None, phase=f"{self.name}_prefill", **options)

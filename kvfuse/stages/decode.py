@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIt
 from kvfuse.cache.transformers_cache import CACHE
 from kvfuse.errors import PromptError
 from kvfuse.prompts.alignment import AlignedPrompt
+from kvfuse.prompts.ends import end_ids
 from kvfuse.stages.phases import generation
 from kvfuse.stages.response_fusion import ResponseFuser
 
@@ -172,6 +173,16 @@ def require_counts(model: PreTrainedModel, options: dict[str, Any]) -> None:
     for name, value in _options(model, options, "max_new_tokens", "num_beams", "num_return_sequences").items():
         if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
+
+
+def token_options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of ``generate`` with the tokens that end an answer and pad a batch, unless they name their own."""
+    configs = model.generation_config, options.get("generation_config")
+    ends = end_ids(tokenizer, *configs)
+    pad_id = next((index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if index is not None), 0)
+    return {"eos_token_id": ends or None, "pad_token_id": pad_id, **options}
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:

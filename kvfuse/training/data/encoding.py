@@ -28,6 +28,7 @@ ENCODING_MODULES = (
     "kvfuse.prompts.messages",
     "kvfuse.prompts.chat",
     "kvfuse.prompts.template_spans",
+    "kvfuse.prompts.ends",
     "kvfuse.prompts.tokenized",
     "kvfuse.prompts.message_axis",
     "kvfuse.prompts.multiple_choice",

@@ -18,7 +18,7 @@ class Example:
     Attributes:
         prompt: Text or a chat.
         response: The text to learn.
-        ends: Whether the answer ends with the response, so that the end-of-sequence token is learnt too.
+        ends: Whether the answer ends with the response, so that the token that ends it is learnt too.
     """
 
     prompt: Prompt
