@@ -22,11 +22,11 @@ from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.fold_norms import fold_norms
 from kvfuse.language_model import LanguageModel, check_identity
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.messages import Prompt, as_chat
 from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
-from kvfuse.stages.generate_options import require_options, static_length
+from kvfuse.stages.generate_options import require_options, static_length, token_options
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
@@ -371,9 +371,8 @@ class CacheToCache:
 
     def decode(self, prompt: Aligned, cache: Cache | None, **options: Any) -> Any:
         """Step 4: the receiver goes on from a fused cache, which is consumed. Options as those of :meth:`generate`."""
-        prompt, tokenizer = _as_prompt(prompt), self.receiver.tokenizer
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        options.setdefault("pad_token_id", pad_id)
+        prompt = _as_prompt(prompt)
+        options = token_options(self.receiver.model, self.receiver.tokenizer, options)
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
             options["position_ids"] = prompt.positions.to(self.device)
         return decode(self.receiver.model, prompt.ids, prompt.mask, cache, **options)

@@ -51,6 +51,12 @@ FLAGS_REMOVED = (
     "{% else %}{{ content }}{% endif %}"
     "<|end|>{% endfor %}<|assistant|>{% if not ns.think %}<think></think>{% endif %}"
 )
+ODD_LITERALS = (  # a real line break, escapes and neighbours, as Jinja's strings have them and Python's do not
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' }}"
+    "{% if message.role == 'assistant' and '</th' \"ink\\x3e\" in message.content %}"
+    "{{ message.content.split('</' 'thin' 'k>') | last }}{% else %}{{ message.content }}{% endif %}"
+    "{{ '\n\\'\r\n\\u2028\"' }}{% endfor %}<|assistant|>"
+)
 CHANNELS = (
     "<|start|>system<|message|>Knowledge: 2024. user, assistant.<|end|>{% for message in messages %}"
     "{% if '<|channel|>' in message.content %}{{ raise_exception('no <|channel|> in contents, please') }}{% endif %}"
@@ -92,6 +98,7 @@ TEMPLATES = {
     "system in last user": (SYSTEM_IN_LAST_USER, verbatim),
     "thoughts dropped": (THOUGHTS_DROPPED, without_thoughts),
     "flags removed": (FLAGS_REMOVED, without_flags),
+    "odd literals": (ODD_LITERALS, without_thoughts),
     "channels": (CHANNELS, verbatim),
     "one space": (ONE_SPACE, trimmed),
     "twice": (TWICE, verbatim),

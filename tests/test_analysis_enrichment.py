@@ -8,7 +8,7 @@ from kvfuse.analysis.enrichment import enrich, kept_tokens, run
 from kvfuse.analysis.readout import read
 from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError, PairError
-from kvfuse.prompts.chat import as_chat
+from kvfuse.prompts.messages import as_chat
 
 
 def behind_a_shot(question):

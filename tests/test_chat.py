@@ -244,9 +244,54 @@ def test_content_in_parts_is_one_message():
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen2.5", "llama-3.2", "phi-4"])
-def test_content_in_parts_is_refused_where_the_template_does_not_read_it(model, shared):
-    with pytest.raises(PromptError, match=r"give .*string|contents that are strings"):
-        render([*parts_of("hi"), *chat("plain")], real_tokenizer(shared, model))
+def test_content_in_parts_is_joined_where_the_template_reads_strings_only(model, shared):
+    chats = [*chat("plain", "yes"), *parts_of("one", " and", " two")], [*chat("plain", "yes"), *chat("one and two")]
+    in_parts, joined = (render(messages, real_tokenizer(shared, model)) for messages in chats)
+    assert in_parts == joined
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [({"type": "image"}, "'image'"), ({"type": "audio", "text": "hi"}, "'audio'"), ({"type": "text"}, "without text")],
+)
+@pytest.mark.parametrize("template", ["tagged", None])
+def test_parts_that_are_no_text_are_refused_by_their_type(part, reason, template):
+    with pytest.raises(PromptError, match=reason):
+        render([{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}], tiny_tokenizer(template=template))
+
+
+@pytest.mark.parametrize("template", ["tagged", None])
+def test_a_message_without_a_role_or_with_an_unknown_one_is_refused(template):
+    for message, reason in (
+        ({}, "without a role"),
+        ({"role": None}, "without a role"),
+        ({"role": "wizard"}, "'wizard'"),
+    ):
+        with pytest.raises(PromptError, match=reason):
+            render([{**message, "content": "hi"}, *chat("and?")], tiny_tokenizer(template=template))
+
+
+def test_a_role_that_the_template_names_is_known():
+    tokenizer = tokenizer_with("{% for m in messages %}{{ '' if m.role == 'wizard' }}{{ m.content }}{% endfor %}")
+    assert render([{"role": "wizard", "content": "hi"}], tokenizer).text == "hi"
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen2.5"])
+def test_a_role_that_the_template_leaves_out_is_refused(model, shared):
+    with pytest.raises(PromptError, match="'developer', which it leaves out"):
+        render([{"role": "developer", "content": "Be brief."}, *chat("hi")], real_tokenizer(shared, model))
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ 'a }}", "{{ messages | nofilter }}", "{% x %}"])
+def test_a_template_that_is_no_jinja_is_refused_with_the_line(template):
+    with pytest.raises(PromptError, match=r"^expected a chat template in Jinja, got .* in its line 2; correct"):
+        render(chat("hi"), tokenizer_with("\n" + template))
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_an_escape_that_is_none_is_what_jinja_makes_of_it():
+    tokenizer = tokenizer_with(r"{% for m in messages %}{{ m.content.split('\/think') | last }}{% endfor %}")
+    assert text_of(render(chat(r"a\/thinkuser", "b"), tokenizer), 0) == "user"
 
 
 def test_long_messages_use_marks_again(monkeypatch):
@@ -279,7 +324,7 @@ def test_empty_prompt_is_refused(prompt):
         render(prompt, tiny_tokenizer())
 
 
-@pytest.mark.parametrize("content", [None, 7, {"text": "hi"}, [{"type": "image"}], ["hi"]])
+@pytest.mark.parametrize("content", [None, 7, {"text": "hi"}, [{"type": "text"}], ["hi"]])
 def test_message_without_text_is_refused(content):
     with pytest.raises(PromptError, match="without text"):
         render([{"role": "user", "content": content}], tiny_tokenizer())
@@ -299,7 +344,6 @@ def test_template_that_hides_the_messages_is_refused(body):
     ("messages", "like", "reason"),
     [
         ([{"role": "assistant", "content": "hi"}], "system in user", "'roles must take turns'"),
-        ([{"content": "hi"}, {"role": "user", "content": "hi"}], "system in user", "'roles must take turns'"),
         (chat("<|channel|>"), "channels", "'no <|channel|> in contents, please'"),
         (result("sunny"), "verbatim", "content"),
     ],

@@ -11,6 +11,7 @@ from kvfuse.cache.transformers_cache import CACHE, is_filled, read_cache
 from kvfuse.checkpoint import save_fuser
 from kvfuse.errors import PairError, PromptError
 from kvfuse.language_model import LanguageModel
+from kvfuse.methods import Single
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, count_positions, stack
 from kvfuse.stages.fuse import fuse
@@ -317,6 +318,21 @@ def test_what_is_no_prompt_is_refused(pair, prompts, message):
 def test_what_is_no_chat_is_not_streamed(pair, prompt):
     with pytest.raises(PromptError, match="expected"):
         list(pair.stream(prompt, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "inputs_embeds", "input_ids", "inputs", "attention_mask"])
+@pytest.mark.parametrize("value", [1, None])
+def test_inputs_in_place_of_the_prompt_are_refused(pair, name, value):
+    options = {**GREEDY, name: value}
+    alone = Single("receiver", pair.receiver)
+    for ask in (
+        pair.generate,
+        pair.chat,
+        lambda prompt, **options: list(pair.stream(prompt, **options)),
+        lambda prompt, **options: alone.reply([prompt], **options),
+    ):
+        with pytest.raises(PromptError, match=f"got {name}, which the prompt and its cache decide; leave it out"):
+            ask("What is it?", **options)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from kvfuse.errors import PromptError, RecipeError
 from kvfuse.fusers import describe_gates
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import as_chat
+from kvfuse.prompts.messages import as_chat
 from kvfuse.testing import tiny_fuser
 from kvfuse.training.data.columns import to_columns
 from kvfuse.training.data.encoding import Encoder

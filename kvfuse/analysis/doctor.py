@@ -16,7 +16,7 @@ from kvfuse.fusers import describe_gates
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import stack
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.view import view
 from kvfuse.stages.phases import measured
 

@@ -28,7 +28,7 @@ from kvfuse.errors import AnalysisError
 from kvfuse.methods import FewShot, Single, TextToText
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import pad_left
-from kvfuse.prompts.chat import Message, as_chat
+from kvfuse.prompts.messages import Message, as_chat
 from kvfuse.prompts.tokenized import tokenize
 from kvfuse.support import plots
 

@@ -24,7 +24,7 @@ from kvfuse.fusers import Fuser, make_fuser
 from kvfuse.fusers.base import ROPES
 from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import as_chat
+from kvfuse.prompts.messages import as_chat
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.prompts.tokenized import tokenize
 from kvfuse.support import plots

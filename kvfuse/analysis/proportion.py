@@ -20,7 +20,7 @@ from kvfuse.errors import AnalysisError
 from kvfuse.methods import Fused
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.support.plots import Figure
 
 SHARES = (0.25, 0.5, 0.75)

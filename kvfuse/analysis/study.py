@@ -11,7 +11,7 @@ from kvfuse.demo.questions import all_questions
 from kvfuse.demo.score import held_out, sample
 from kvfuse.errors import AnalysisError
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.messages import Prompt, as_chat
 from kvfuse.support.rows import decode
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.training.data.examples import examples_of

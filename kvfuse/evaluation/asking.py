@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from kvfuse.evaluation.predictions import Prediction, Timing
 from kvfuse.evaluation.scoring.results import same_answer
 from kvfuse.methods import Answer, Method
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 
 R = TypeVar("R")
 

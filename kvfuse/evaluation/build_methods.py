@@ -13,7 +13,7 @@ from kvfuse.evaluation.recipe import EvaluationRecipe
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Router, Unfused, make_method
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import Message
+from kvfuse.prompts.messages import Message
 from kvfuse.prompts.multiple_choice import without_choices
 from kvfuse.support.files import read_text
 from kvfuse.support.processes import processes

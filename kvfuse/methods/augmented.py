@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfuse.methods.base import Method, OptionScore, Reply
-from kvfuse.prompts.chat import Message, Prompt, as_chat
+from kvfuse.prompts.messages import Message, Prompt, as_chat
 
 
 @dataclass(frozen=True)

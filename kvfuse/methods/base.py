@@ -12,7 +12,8 @@ from torch import Tensor
 from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
 from kvfuse.prompts.alignment import AlignedPrompt
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.ends import end_ids
+from kvfuse.prompts.messages import Prompt
 from kvfuse.stages.phases import measured
 
 T = TypeVar("T")
@@ -120,17 +121,16 @@ def to_replies(ids: Tensor, prompt: AlignedPrompt, model: LanguageModel) -> list
     """Decode generated ids.
 
     Args:
-        ids: ``(B, T + new)`` int64, what ``generate`` returned; a row ends at its first end-of-sequence token.
+        ids: ``(B, T + new)`` int64, what ``generate`` returned; a row ends at the first token that ends a response.
         prompt: What all models read, the generating model's ids ``(B, T)``.
         model: The model that generated them.
     """
-    eos = model.model.generation_config.eos_token_id
-    stops = set(eos if isinstance(eos, list) else [eos])
+    stops = end_ids(model.tokenizer, model.model.generation_config)
     masks = [prompt.mask, *(sharer.mask for sharer in prompt.sharers)]
     tokens_in = torch.stack([mask.sum(1) for mask in masks]).sum(0)  # (B,)
     replies = []
     for row, read in zip(ids[:, prompt.ids.shape[1] :].tolist(), tokens_in.tolist(), strict=True):
-        # the end-of-sequence token counts as generated, the padding after it does not
+        # the token that ends a response counts as generated, the padding after it does not
         length = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
         replies.append(Reply(model.tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, read))
     return replies

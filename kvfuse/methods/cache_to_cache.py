@@ -10,7 +10,7 @@ from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow, stack
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.stages.decode import stream
 

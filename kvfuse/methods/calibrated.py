@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice
 from kvfuse.methods.single import Single
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.stages.phases import phase
 

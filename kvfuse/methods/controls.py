@@ -18,7 +18,7 @@ from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.donors import choose_donors
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedRow
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 
 FIRST_DRAW = 2**20  # seeds of random fusers start here, so that none is the seed of a trained fuser's first weights
 

@@ -19,7 +19,7 @@ from kvfuse.methods.routing import Cascade, Routed, Router
 from kvfuse.methods.single import Single
 from kvfuse.methods.text_to_text import HINT_REQUEST, Hybrid, TextToText
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.prompts.messages import Message, Prompt
 from kvfuse.support.plugins import find_plugin
 
 GROUP = "kvfuse.methods"

@@ -18,7 +18,7 @@ from kvfuse.errors import MethodError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods.base import Method, OptionScore, Reply, by_choice, to_replies
 from kvfuse.methods.single import Single
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 
 PROMPTS_PER_BATCH = 32  # of :meth:`_TwoModels.prepare`
 

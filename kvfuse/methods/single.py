@@ -10,10 +10,11 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.methods.base import Method, OptionScore, Reply, to_replies
 from kvfuse.methods.scoring import OptionBatch
 from kvfuse.prompts.alignment import AlignedPrompt, from_ids, pad_left
-from kvfuse.prompts.chat import Prompt
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.response import Response, tokenize_continuation
 from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 from kvfuse.stages.decode import decode, stream
+from kvfuse.stages.generate_options import require_options, token_options
 from kvfuse.stages.prefill import prefill
 
 
@@ -68,6 +69,6 @@ class Single(Method):
 
     def decode(self, prompt: AlignedPrompt, **options: Any) -> Any:
         """Result of transformers' ``generate``; reading the prompt is timed as the phase ``<name>_prefill``."""
-        pad_id = self.model.tokenizer.pad_token_id or 0
-        options = {"pad_token_id": pad_id, **options}
+        require_options(self.model.model, options)
+        options = token_options(self.model.model, self.model.tokenizer, options)
         return decode(self.model.model, prompt.ids, prompt.mask, None, phase=f"{self.name}_prefill", **options)

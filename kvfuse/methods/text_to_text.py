@@ -7,7 +7,7 @@ from typing import Any
 from kvfuse.methods.augmented import Augmented, AugmentedPrompt
 from kvfuse.methods.base import Reply
 from kvfuse.methods.single import Single
-from kvfuse.prompts.chat import Message, Prompt, as_chat
+from kvfuse.prompts.messages import Message, Prompt, as_chat
 from kvfuse.stages.phases import phase
 
 HINT_REQUEST = (

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PairError
-from kvfuse.prompts.chat import Prompt
 from kvfuse.prompts.message_axis import locate, message_order
+from kvfuse.prompts.messages import Prompt
 from kvfuse.prompts.reencode import REENCODINGS, common_positions, reencoding, splice
 from kvfuse.prompts.tokenized import TokenizedPrompt, tokenize
 

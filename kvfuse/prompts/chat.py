@@ -1,9 +1,10 @@
 """Messages -> the text a model reads, and which characters of it come from messages rather than the template."""
 
-import ast
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,13 +13,18 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
+from kvfuse.prompts.messages import Message, Prompt, fill_texts, join_parts, replace_texts, require_roles, texts_of
 from kvfuse.prompts.template_spans import Layout, Span, find_spans
 
-Message = dict[str, Any]
-Prompt = str | Sequence[Message]
-"""Plain text, read as it is, or a chat, read through each model's own template."""
-
-TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 MAX_LAYOUTS = 32
 
 Shape = tuple[str, str]
@@ -50,101 +56,63 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
 
     Args:
         prompt: Plain text, or a chat that ends before the answer. Content is text or a list of ``{"type": "text"}``
-            parts.
+            parts, which are joined where the template reads strings only.
         tokenizer: The model's own, with or without a chat template.
         template_options: Passed to the template, e.g. ``tools=[...]`` or ``enable_thinking=True`` (off by default).
 
     Raises:
-        PromptError: The prompt is empty or of another type, a message has no text, or the template refuses, rewrites or
-            leaves out the messages.
+        PromptError: The prompt is empty or of another type, a message has no role or no text, or the template refuses,
+            rewrites or leaves out the messages.
     """
-    # 1) The text of each message
-    _require_prompt(prompt)
-    contents = (prompt,) if isinstance(prompt, str) else tuple(map(_content, prompt))
-    if not any(map(str.strip, contents)):
-        raise PromptError("expected a prompt with text, got an empty one; write a question")
-    if isinstance(prompt, str) or not tokenizer.chat_template:
+    contents = texts_of(prompt)
+    if isinstance(prompt, str):
         return _join(contents)
-    # 2) The chat as the template writes it: the text is always its own
+    if not tokenizer.chat_template:
+        require_roles(prompt)
+        return _join(contents)
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
-    text = _apply(prompt, tokenizer, options)
-    # 3) The messages in it: where a chat of this shape had them before, else measured
+    joined = join_parts(prompt)
+    try:
+        return _render_chat(prompt, contents, tokenizer, options)
+    except PromptError:
+        if joined == prompt:
+            raise
+    return _render_chat(joined, contents, tokenizer, options)
+
+
+def _render_chat(
+    chat: Sequence[Message], contents: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> RenderedPrompt:
+    # 1) The chat as the template writes it: the text is always its own
+    text = _apply(chat, tokenizer, options)
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
-    shape = template, repr((options, tokenizer.special_tokens_map, _replace_texts(prompt, bool)))
+    require_roles(chat, lambda: _literals(template))
+    # 2) The messages in it: where a chat of this shape had them before, else measured
+    shape = template, repr((options, tokenizer.special_tokens_map, replace_texts(chat, bool)))
     layouts = _LAYOUTS.setdefault(tokenizer, {})
     layout = layouts.get(shape)
     spans = layout.find(text, contents) if layout else None
     if spans is None:
-        roles, words = [str(message.get("role")) for message in prompt], _words(template, tokenizer)
+        roles = [message["role"] for message in chat]
+        words = [*map(str, tokenizer.special_tokens_map.values()), *_literals(template)]
 
         def render_marked(marks: str) -> str:
-            return _apply(_fill_texts(prompt, marks), tokenizer, options)
+            return _apply(fill_texts(chat, marks), tokenizer, options)
 
         spans, layout = find_spans(text=text, contents=contents, roles=roles, words=words, render=render_marked)
-    _check_written(prompt, contents, spans)
+    _check_written(chat, contents, spans, template)
     if layout:
         _keep(layouts, shape, layout)
     return RenderedPrompt(text, contents, spans, templated=True)
 
 
-def as_chat(prompt: Prompt) -> Sequence[Message]:
-    """Plain text as the one message of a user; a chat unchanged."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _require_prompt(prompt: Any) -> None:
-    """Refuse what is neither a text nor a list of messages."""
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise PromptError(
-            f"expected a prompt that is a text or a list of messages, got {type(prompt).__name__}; "
-            "give a str, or [{'role': ..., 'content': text}]"
-        )
-    for message in prompt:
-        if not isinstance(message, dict):
-            raise PromptError(
-                "expected messages of the form {'role': ..., 'content': text}, "
-                f"got {type(message).__name__}; give a list of dicts"
-            )
-
-
-def _content(message: Message) -> str:
-    """The text of a message; one that calls tools may have none."""
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
-    # a string is one part
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if len(texts) < len(parts):
-        raise PromptError(
-            "expected messages of the form {'role': ..., 'content': text}, got one without text; "
-            "give its content as a string"
-        )
-    return "".join(texts)
-
-
-def _replace_texts(chat: Sequence[Message], new: Callable[[str], Any]) -> list[Message]:
-    """The chat with ``new(text)`` in place of each text that is not empty."""
-
-    def replaced(content: str | list[Message]) -> Any:
-        return new(content) if isinstance(content, str) else [{**part, "text": new(part["text"])} for part in content]
-
-    return [
-        {**message, "content": replaced(message["content"])} if message.get("content") else message for message in chat
-    ]
-
-
-def _fill_texts(chat: Sequence[Message], characters: str) -> list[Message]:
-    """The chat with other characters, as many, in place of those of its messages."""
-    stream = io.StringIO(characters)
-    return _replace_texts(chat, lambda text: stream.read(len(text)))
-
-
 def _apply(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     try:
         return tokenizer.apply_chat_template(list(chat), **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise PromptError(
+            f"expected a chat template in Jinja, got {error.message!r} in its line {error.lineno}; correct the template"
+        ) from error
     except TEMPLATE_ERRORS as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())
         raise PromptError(
@@ -153,10 +121,12 @@ def _apply(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options:
         ) from error
 
 
-def _words(template: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Strings that a template may look for in a message: its special tokens, and the literals in its code."""
-    yield from map(str, tokenizer.special_tokens_map.values())
-    yield from (ast.literal_eval(word) for _, kind, word in jinja2.Environment().lex(template) if kind == "string")
+@lru_cache(maxsize=MAX_LAYOUTS)
+def _literals(template: str) -> tuple[str, ...]:
+    """The strings in a template's code as Jinja reads them, not Python; strings that follow each other are one."""
+    tokens = jinja2.Environment().lexer.tokenize(template)
+    groups = groupby(tokens, key=attrgetter("type"))
+    return tuple("".join(token.value for token in group) for kind, group in groups if kind == "string")
 
 
 def _keep(layouts: dict[Shape, Layout], shape: Shape, layout: Layout) -> None:
@@ -168,18 +138,26 @@ def _keep(layouts: dict[Shape, Layout], shape: Shape, layout: Layout) -> None:
             del layouts[next(iter(layouts))]
 
 
-def _check_written(chat: Sequence[Message], contents: tuple[str, ...], spans: tuple[Span, ...]) -> None:
-    # a template may drop a message that is a string, but parts that are missing were not understood
+def _check_written(chat: Sequence[Message], contents: tuple[str, ...], spans: tuple[Span, ...], template: str) -> None:
+    """Refuse a chat of which a message is missing from the text because the template does not know its form or role."""
     written = {span.message for span in spans}
-    for number, (message, content) in enumerate(zip(chat, contents, strict=True)):
-        if isinstance(message.get("content"), list) and content.strip() and number not in written:
-            raise PromptError(
-                "expected contents that the chat template reads, got a list of parts that it leaves out; give a string"
-            )
     if not written:
         raise PromptError(
             "expected a chat template that writes messages, got one that leaves all of them out; use other roles"
         )
+    for number, (message, content) in enumerate(zip(chat, contents, strict=True)):
+        if number in written or not content.strip():
+            continue
+        # a template may drop a message that is a string, but parts that are missing were not understood
+        if isinstance(message.get("content"), list):
+            raise PromptError(
+                "expected contents that the chat template reads, got a list of parts that it leaves out; give a string"
+            )
+        if message["role"] not in _literals(template):
+            raise PromptError(
+                f"expected a role that the chat template writes, got {message['role']!r}, which it leaves out; "
+                "use another role"
+            )
 
 
 def _join(contents: tuple[str, ...]) -> RenderedPrompt:

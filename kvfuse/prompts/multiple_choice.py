@@ -1,6 +1,6 @@
 """The form of multiple-choice questions and answers, which training data, evaluation tasks and controls share."""
 
-from kvfuse.prompts.chat import Prompt, as_chat
+from kvfuse.prompts.messages import Prompt, as_chat
 
 ANSWER_STEM = "The correct answer is"
 """Begins the sentence that a prompt asks for; a letter ends it."""

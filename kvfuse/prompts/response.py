@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
+from kvfuse.prompts.ends import end_id
 from kvfuse.prompts.reencode import reencoding
 from kvfuse.prompts.tokenized import TokenizedPrompt, encode
 
@@ -42,11 +43,12 @@ def tokenize_response(
         receiver: The receiver's tokenizer.
         sharers: Where responses are fused too, each sharer's tokenizer and alignment
             (:func:`kvfuse.prompts.alignment.align`).
-        ends: Append an end-of-sequence token.
+        ends: Append the token that ends a response, if the receiver has one (:func:`kvfuse.prompts.ends.end_id`).
     """
     ids, reached = tokenize_continuation(prompt.receiver, text, receiver)
-    if ends:
-        ids, reached = np.append(ids, receiver.eos_token_id), np.append(reached, len(text))
+    end = end_id(receiver, templated=prompt.receiver.prompt.templated) if ends else None
+    if end is not None:
+        ids, reached = np.append(ids, end), np.append(reached, len(text))
     read = []
     for (tokenized, _), (tokenizer, alignment) in zip(prompt.sharers, sharers, strict=False):  # no sharers: not fused
         visible = np.arange(1 + len(ids))

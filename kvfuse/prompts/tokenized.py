@@ -9,7 +9,8 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
-from kvfuse.prompts.chat import Prompt, RenderedPrompt, render
+from kvfuse.prompts.chat import RenderedPrompt, render
+from kvfuse.prompts.messages import Prompt
 
 _GREEDY: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
 """Per tokenizer its length (tokens may be added) and the ids of special tokens that swallow adjacent white space."""

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
 from kvfuse.prompts.alignment import align
-from kvfuse.prompts.chat import Message, Prompt, as_chat
 from kvfuse.prompts.message_axis import covered, locate
+from kvfuse.prompts.messages import Message, Prompt, as_chat
 from kvfuse.prompts.tokenized import TokenizedPrompt
 from kvfuse.support.files import read_text
 

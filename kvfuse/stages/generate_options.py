@@ -3,9 +3,10 @@
 from numbers import Integral
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
+from kvfuse.prompts.ends import end_ids
 
 # Fields of GenerationConfig that the filled cache decides; all others are honoured, a user's before the model's own.
 # A model's own generation_config is overridden, for it was written for generate alone; a user who asks is refused.
@@ -26,11 +27,13 @@ DECIDED_BY_CACHE: dict[str, Any] = {
 }
 ASSISTED_DECODING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 DEFAULT_NEW_TOKENS = 20  # of generate
+INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "cache", "past_key_values")
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
 
 
 def require_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse counts that are not whole and positive, and what a filled cache does not allow.
+    """Refuse inputs in place of the prompt and its cache, counts that are not whole and positive, and what a filled
+    cache does not allow.
 
     Args:
         model: The receiver.
@@ -39,6 +42,11 @@ def require_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     Raises:
         PromptError: Names the option.
     """
+    for name in INPUTS:
+        if name in options:
+            raise PromptError(
+                f"expected options for the answer, got {name}, which the prompt and its cache decide; leave it out"
+            )
     for name, value in effective(model, options, *COUNTS).items():
         if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
@@ -57,6 +65,16 @@ def resolve(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
         decided["return_dict_in_generate"] = False
     configured = effective(model, options, *decided)
     return options | {name: value for name, value in decided.items() if configured[name] not in (None, value)}
+
+
+def token_options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of ``generate`` with the tokens that end an answer and pad a batch, unless they name their own."""
+    configs = model.generation_config, options.get("generation_config")
+    ends = end_ids(tokenizer, *configs)
+    pad_id = next((index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if index is not None), 0)
+    return {"eos_token_id": ends or None, "pad_token_id": pad_id, **options}
 
 
 def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int | None:

@@ -30,7 +30,7 @@ from kvfuse.evaluation.harness.requests import (
 )
 from kvfuse.evaluation.tasks.readouts import NO_SCORE
 from kvfuse.methods import Method
-from kvfuse.prompts.chat import Message
+from kvfuse.prompts.messages import Message
 from kvfuse.support.processes import processes
 
 Unit = tuple[str, list[int]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, MethodContext, Single, find_method, make_method
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.prompts.messages import Message, Prompt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

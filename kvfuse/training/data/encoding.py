@@ -26,8 +26,10 @@ from kvfuse.training.recipe import Recipe
 ENCODING_MODULES = (
     "kvfuse.support.files",
     "kvfuse.support.rows",
+    "kvfuse.prompts.messages",
     "kvfuse.prompts.chat",
     "kvfuse.prompts.template_spans",
+    "kvfuse.prompts.ends",
     "kvfuse.prompts.tokenized",
     "kvfuse.prompts.message_axis",
     "kvfuse.prompts.multiple_choice",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvfuse.prompts.chat import Message, Prompt
+from kvfuse.prompts.messages import Message, Prompt
 from kvfuse.support.rows import Row
 from kvfuse.training.data.shapes import to_messages
 from kvfuse.training.recipe import DataSection
@@ -18,7 +18,7 @@ class Example:
     Attributes:
         prompt: Text or a chat.
         response: The text to learn.
-        ends: Whether the answer ends with the response, so that the end-of-sequence token is learnt too.
+        ends: Whether the answer ends with the response, so that the token that ends it is learnt too.
     """
 
     prompt: Prompt

@@ -11,7 +11,7 @@ import torch
 from kvfuse.errors import RecipeError
 from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Single
-from kvfuse.prompts.chat import Message
+from kvfuse.prompts.messages import Message
 from kvfuse.prompts.tokenized import tokenize
 from kvfuse.support.rows import decode
 from kvfuse.training.data.encoding import Reader

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from kvfuse.prompts.chat import Message
+from kvfuse.prompts.messages import Message
 from kvfuse.prompts.multiple_choice import ANSWER_STEM
 from kvfuse.support.rows import Row
 
