@@ -28,7 +28,7 @@ from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
-from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser
+from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser, TailKV
 
 Prompts = Prompt | Sequence[Prompt]
 """One text or chat, or several."""
@@ -335,6 +335,16 @@ class CacheToCache:
         reads = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
         with phase("sharer_prefill"):
             return [self._prefill(sharer.model, part.ids, part.mask, part.positions) for sharer, part in reads]
+
+    def read_tail(self, prompt: AlignedPrompt, caches: ModelCaches, tail: AlignedPrompt) -> TailKV:
+        """Step 2 for responses that are to be fused: every model reads them behind a prompt, which extends its cache.
+
+        Args:
+            prompt: The batch.
+            caches: What :meth:`read` gave for it.
+            tail: See :meth:`prefill`.
+        """
+        return self._response_fuser(prompt, caches, self.fusers).read(tail)
 
     def fuse_kv(
         self,

@@ -94,7 +94,7 @@ class TrainSection(Section):
     recompute: bool = False
     """Recompute activations in the backward pass: half the memory or less, about a quarter more time."""
     keep_caches: Literal["none", "sharer", "both"] = "none"
-    """Compute prompt caches once and keep them on disk for all epochs: the sharer's, or the larger receiver's too."""
+    """Compute caches once and keep them on disk for all epochs: the sharer's, or the larger receiver's too."""
     keep_caches_as: Literal["bfloat16", "int8"] = "bfloat16"
     """Format of the sharer's caches; the receiver's are kept in bfloat16."""
     save_steps: int = Field(200, ge=1)
