@@ -40,9 +40,9 @@ class DataSection(Section):
     """Revision of the Hub data set."""
     streaming: bool = False
     """Read rows one by one, up to ``limit``, without storing their files; encoded rows are kept for this run only."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "mbpp", "pairs", "text"
+    ] = "auto"
     """Shape of a row (``training/data/shapes.py``); ``auto``: by its columns; ``text``: documents, cut in pieces."""
     loss_on: Literal["last", "all"] = "last"
     """Learn the assistant's last turn, or all its turns, each as one example, which reads a chat once per turn."""

@@ -13,7 +13,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
-from kvfuse.training.closed_form import fit
+from kvfuse.training.closed_form import fit, read_pairs
 from kvfuse.training.data.columns import from_columns
 from kvfuse.training.data.encoding import Encoder, token_alignment
 from kvfuse.training.data.prepare import Prepared, prepare, split
@@ -21,6 +21,9 @@ from kvfuse.training.loop.trainer import FuserTrainer
 from kvfuse.training.loop.validation import Gain, Validation
 from kvfuse.training.recipe import Recipe
 from kvfuse.training.run_metadata import run_metadata
+
+EXAMPLES_TO_PREPARE = 64
+"""Training examples whose prompts a fuser may read before it is trained, to know the statistics of its inputs."""
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False) -> Gain:
@@ -58,6 +61,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = Fals
     if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
+        first = training.select(range(min(EXAMPLES_TO_PREPARE, len(training))))
+        pair.fusers[0].prepare(read_pairs(pair, map(from_columns, first), recipe.train.batch_size))
         trainer = FuserTrainer(pair, recipe.train, training, recipe.output / "checkpoints", validation, quiet)
         throughput = trainer.resume()
     pair.fusers[0].eval()
