@@ -30,7 +30,7 @@ from kvfuse.stages.generate_options import require_options, static_length, token
 from kvfuse.stages.phases import phase
 from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
-from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser
+from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser, TailKV
 from kvfuse.support.hub import DOWNLOAD_OPTIONS, select
 
 Prompts = Prompt | Sequence[Prompt]
@@ -343,6 +343,16 @@ class CacheToCache:
         reads = list(zip(self.sharers, prompt.sharers, strict=True))[:num_sharers]
         with phase("sharer_prefill"):
             return [self._prefill(sharer.model, part.ids, part.mask, part.positions) for sharer, part in reads]
+
+    def read_tail(self, prompt: AlignedPrompt, caches: ModelCaches, tail: AlignedPrompt) -> TailKV:
+        """Step 2 for responses that are to be fused: every model reads them behind a prompt, which extends its cache.
+
+        Args:
+            prompt: The batch.
+            caches: What :meth:`read` gave for it.
+            tail: See :meth:`prefill`.
+        """
+        return self._response_fuser(prompt, caches, self.fusers).read(tail)
 
     def fuse_kv(
         self,

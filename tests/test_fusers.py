@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import assert_gradients_reach_everything, assert_kv_close, inputs_of, random_kv
 
+from kvfuse.cache.kv import KV
+from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import PairError
 from kvfuse.fusers import FUSERS, make_fuser, register_fuser
 from kvfuse.fusers.base import describe_gates
@@ -188,3 +190,32 @@ def test_what_cannot_be_registered_is_refused():
         register_fuser("c2c", type("Other", (c2c,), {}))
     assert "mine" not in FUSERS
     assert FUSERS["c2c"] is c2c
+
+
+def test_standardized_inputs_have_no_mean_and_unit_scale(receiver, sharer, tmp_path):
+    fuser = tiny_fuser(receiver, sharer, "low-rank", standardize=True)
+    # Keys with large means that hardly vary, as a bias makes them, and one channel that never does
+    torch.manual_seed(0)
+    batches = [(random_kv(fuser.config.receiver_kv), random_kv(fuser.config.sharer_kv)) for _ in range(2)]
+    moved = [(one, KV(1000 + 0.1 * other.key, other.value)) for one, other in batches]
+    for _, other in moved:
+        other.value[..., 0] = 3.0
+    fuser.prepare(iter(moved))
+    seen = []
+    with fuser.down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        for one, other in moved:
+            fuser(receiver=one, sharer=other)
+    channels = torch.cat(seen, dim=1)  # (G, N, C)
+    assert channels.mean(1).abs().max() < 2e-3
+    std = channels.std(1, correction=0)
+    assert bool(((std - 1).abs() < 2e-3).logical_or(std < 1e-6).all())
+    assert (std < 1e-6).sum() == len(std) // 2 * fuser.config.sharer_kv.num_kv_heads
+    # The statistics are saved with the weights
+    fuser.save_pretrained(tmp_path / "fuser")
+    assert_kv_close(
+        *(each(receiver=moved[0][0], sharer=moved[0][1]) for each in (fuser, load_fuser(tmp_path / "fuser")))
+    )
+
+
+def test_a_kind_that_needs_no_statistics_reads_nothing(fuser):
+    fuser.prepare(pytest.fail(f"read {each}") for each in range(1))

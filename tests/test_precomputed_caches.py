@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -79,7 +80,7 @@ def test_files_that_are_there_are_not_read_again(keep, monkeypatch):
     assert sorted(file.name for file in folder.iterdir()) == [f"{shard:06d}.safetensors" for shard in range(3)]
     (folder / "000001.safetensors").unlink()
     written = []
-    monkeypatch.setattr(PrecomputedCaches, "_write", lambda self, first, batch_size: written.append(first))
+    monkeypatch.setattr(PrecomputedCaches, "_write", lambda self, first, *others: written.append(first))
     keep()
     assert written == [3]
 
@@ -94,10 +95,42 @@ def test_the_size_is_told_before_anything_is_read(keep, monkeypatch):
         keep(True, "int8")
 
 
-def test_responses_that_are_fused_are_refused(receiver, sharer, examples, tmp_path):
-    pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
-    with pytest.raises(PairError, match="prompts only"):
-        PrecomputedCaches(pair, examples, tmp_path, receiver=False, dtype="int8")
+@pytest.fixture
+def along(receiver, sharer):
+    """A pair whose sharer reads the response along."""
+    return CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=True)])
+
+
+def test_responses_that_are_fused_are_kept_too(along, tmp_path, monkeypatch):
+    rows = [Encoder.of(along).encode(example) for example in EXAMPLES]
+    columns = Dataset.from_list([to_columns(row) for row in rows])
+    kept = PrecomputedCaches(along, columns, tmp_path, receiver=True, dtype="bfloat16")
+    kept.fill(batch_size=2)
+    files = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert kept.bytes == pytest.approx(files, rel=0.35)
+    chosen = [4, 0, 6]
+    examples, caches = [rows[row] for row in chosen], kept.load(chosen)
+    expected = response_loss(along, collate(examples)).item()
+    monkeypatch.setattr("kvfuse.stages.response_fusion.prefill", None)  # no model reads a response any more
+    monkeypatch.setattr(along, "prefiller", None)
+    assert response_loss(along, collate(examples, caches)).item() == pytest.approx(expected, rel=3e-3)
+
+
+def test_responses_that_are_fused_need_both_models_caches(along, examples, tmp_path):
+    with pytest.raises(PairError, match="keep_caches=both"):
+        PrecomputedCaches(along, examples, tmp_path, receiver=False, dtype="int8")
+
+
+def test_short_examples_are_read_together(pair, examples, keep, monkeypatch, capsys):
+    one_by_one = keep(True)
+    whole = one_by_one.load(range(len(examples)))
+    monkeypatch.setattr(precomputed_caches, "TOKENS_PER_READ", 1)
+    shutil.rmtree(one_by_one.folder)
+    one_by_one.fill(batch_size=1)
+    alone = one_by_one.load(range(len(examples)))
+    for got, expected in zip((whole.receiver, *whole.sharers), (alone.receiver, *alone.sharers), strict=True):
+        torch.testing.assert_close(got.key, expected.key, rtol=2**-7, atol=2**-7)
+    assert "keeping caches: 100%" in capsys.readouterr().err
 
 
 def test_a_receiver_with_state_is_refused(sharer, examples, tmp_path):

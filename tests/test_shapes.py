@@ -77,6 +77,14 @@ def test_multiple_choice_is_asked_alike_in_all_sets(shape, row):
     assert answer["content"] == "The correct answer is B."
 
 
+def test_code_is_asked_for_with_its_first_test():
+    row = {"text": "Add one.", "code": "def f(x):\r\n\treturn x + 1\r\n", "test_list": ["assert f(1) == 2", "…"]}
+    system, request, answer = to_messages(row)
+    assert to_messages(row, "mbpp") == [system, request, answer]
+    assert request["content"] == "Add one.\nReply with the code alone. It must pass:\nassert f(1) == 2"
+    assert answer["content"] == "def f(x):\n    return x + 1"
+
+
 def test_a_long_text_comes_before_its_question():
     question, answer = to_messages({"input": "Who?", "context": "A long text.", "answers": ["Ann", "Bo"]})
     assert question["content"].index("A long text.") < question["content"].index("Who?")

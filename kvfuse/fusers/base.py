@@ -110,6 +110,13 @@ class Fuser(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def prepare(self, batches: Iterable[tuple[KV, KV]]) -> None:
+        """Called once before training, for kinds that start from statistics of their inputs; default: no-op.
+
+        Args:
+            batches: As in :meth:`fit`, of a few training examples; read when they are asked for.
+        """
+
     def set_progress(self, share: float) -> None:
         """Called before every training step with the share of the run (0 … 1) that is done; for annealing."""
 

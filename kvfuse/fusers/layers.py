@@ -4,6 +4,7 @@ Tensors are ``(G, N, C)``, see :mod:`kvfuse.fusers.groups`.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kvfuse.backends.onednn import linear
 from kvfuse.fusers.execution.feed_forward import feed_forward
+
+MIN_STD = 1e-4
+"""Of a channel that is scaled; below it a channel counts as constant."""
 
 
 class Grouped(nn.Module):
@@ -78,6 +82,50 @@ class GroupedLayerNorm(Grouped):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of ``(G, N, C)``."""
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+
+
+class GroupedStandardize(Grouped):
+    """Centres and scales the channels of each group by measured statistics, which are not trained.
+
+    Some models' keys have channels of large means (Qwen's have biases), beside which nothing else would be learnt.
+
+    Attributes:
+        mean: ``(G, 1, C)``.
+        scale: ``(G, 1, C)``, one over the standard deviation.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, groups: int, features: int) -> None:
+        super().__init__()
+        for name in ("mean", "scale"):
+            self.register_buffer(name, torch.empty(groups, 1, features))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.scale)
+
+    @torch.no_grad()
+    def measure(self, tokens: Iterable[Tensor]) -> None:
+        """Take the statistics of batches ``(G, N, C)`` of tokens, at least two tokens in all."""
+        # 1) Sums in float64: a variance is a small difference of large squares
+        count, total = 0, torch.zeros_like(self.mean, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for batch in tokens:
+            values = batch.double()
+            count += values.shape[1]
+            total += values.sum(1, keepdim=True)
+            squares += values.square().sum(1, keepdim=True)
+        # 2) A channel that never changes is centred, not scaled
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(std > MIN_STD, 1 / std, torch.ones_like(std)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(G, N, C)`` to ``(G, N, C)``."""
+        return (x - self.mean) * self.scale
 
 
 class GroupedSwiGLU(nn.Module):

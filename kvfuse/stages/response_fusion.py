@@ -25,6 +25,19 @@ Fuse = Callable[..., KV]
 """Fuses positions, called with ``prompt``, ``receiver`` and ``sharers`` (:func:`kvfuse.stages.fuse.fuse`)."""
 
 
+@dataclass(frozen=True)
+class TailKV:
+    """Keys and values of responses, each with the last token of its prompt before it, as the models read them.
+
+    Attributes:
+        receiver: ``(L_r, B, H_r, 1 + R, D_r)``, padded right.
+        sharers: ``(L_s, B, H_s, 1 + R_s, D_s)`` each, padded right.
+    """
+
+    receiver: KV
+    sharers: tuple[KV, ...]
+
+
 class ResponseFuser:
     """Reads responses with every model and fuses their positions: at once, or token by token.
 
@@ -55,15 +68,12 @@ class ResponseFuser:
         self.sharers = [_SharerReader(model, cache, reads, rows, make) for model, cache, reads, make in columns]
         self.started = False
 
-    def prefill(self, tail: AlignedPrompt) -> KV:
-        """Read whole responses at once.
+    def read(self, tail: AlignedPrompt) -> TailKV:
+        """Read whole responses at once, with every model.
 
         Args:
             tail: ``(B, k)``: the last prompt token and the response, padded right. A sharer's part begins with its last
                 prompt token, which it has read.
-
-        Returns:
-            Fused keys and values of the tail, ``(L, B, H, k, D)``.
         """
         mask = torch.cat([self.mask, tail.mask], dim=1)
         prefill(self.receiver, tail.ids, mask, tail.positions, self.cache)
@@ -72,7 +82,20 @@ class ResponseFuser:
             prefill(sharer.model, reads.ids[:, 1:], mask, reads.positions[:, 1:], sharer.cache)
         lengths = [reads.ids.shape[1] for reads in tail.sharers]
         sharers = [read_cache(sharer.cache, last=length) for sharer, length in zip(self.sharers, lengths, strict=True)]
-        return self.fuse(prompt=tail, receiver=read_cache(self.cache, last=tail.ids.shape[1]), sharers=sharers)
+        return TailKV(read_cache(self.cache, last=tail.ids.shape[1]), tuple(sharers))
+
+    def prefill(self, tail: AlignedPrompt, known: TailKV | None = None) -> KV:
+        """Fuse whole responses at once.
+
+        Args:
+            tail: See :meth:`read`.
+            known: What :meth:`read` gave for it; by default it is read.
+
+        Returns:
+            Fused keys and values of the tail, ``(L, B, H, k, D)``.
+        """
+        read = self.read(tail) if known is None else known
+        return self.fuse(prompt=tail, receiver=read.receiver, sharers=read.sharers)
 
     def step(self, ids: Tensor, mask: Tensor) -> KV:
         """Read one new token per row.
@@ -126,10 +149,11 @@ class FusedPrompt:
         if self.response_fuser is not None:
             self.response_fuser.reorder(rows)
 
-    def stage(self, tail: AlignedPrompt) -> None:
-        """Read responses ``(B, 1 + R)`` with every model: they are fused when the receiver reads them next."""
+    def stage(self, tail: AlignedPrompt, known: TailKV | None = None) -> None:
+        """Read responses ``(B, 1 + R)`` with every model, unless it is known what they read: they are fused when the
+        receiver reads them next."""
         if self.cache is not None and self.response_fuser is not None:
-            stage(self.cache, self.response_fuser.prefill(tail))
+            stage(self.cache, self.response_fuser.prefill(tail, known))
 
 
 class _SharerReader:

@@ -47,9 +47,9 @@ class DataSection(Section):
     """Revision of the Hub data set."""
     streaming: bool = False
     """Read rows one by one, up to ``limit``, without storing their files; encoded rows are kept for this run only."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "pairs", "text"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "openbookqa", "mmlu", "longbench", "mbpp", "pairs", "text"
+    ] = "auto"
     """Shape of a row (``training/data/shapes.py``); ``auto``: by its columns; ``text``: documents, cut in pieces."""
     loss_on: Literal["last", "all"] = "last"
     """Learn the assistant's last turn, or all its turns, each as one example, which reads a chat once per turn."""
@@ -101,7 +101,7 @@ class TrainSection(Section):
     recompute: bool = False
     """Recompute activations in the backward pass: half the memory or less, about a quarter more time."""
     keep_caches: Literal["none", "sharer", "both"] = "none"
-    """Compute prompt caches once and keep them on disk for all epochs: the sharer's, or the larger receiver's too."""
+    """Compute caches once and keep them on disk for all epochs: the sharer's, or the larger receiver's too."""
     keep_caches_as: Literal["bfloat16", "int8"] = "bfloat16"
     """Format of the sharer's caches; the receiver's are kept in bfloat16."""
     save_steps: int = Field(200, ge=1)

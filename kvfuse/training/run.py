@@ -14,7 +14,7 @@ from kvfuse.support.files import write_file
 from kvfuse.support.processes import on_cpu, processes
 from kvfuse.support.run_folder import Inputs, claim
 from kvfuse.training import folder
-from kvfuse.training.closed_form import fit
+from kvfuse.training.closed_form import fit, read_pairs
 from kvfuse.training.data.columns import from_columns
 from kvfuse.training.data.encoding import Encoder, token_alignment
 from kvfuse.training.data.prepare import Prepared, prepare, split
@@ -25,6 +25,8 @@ from kvfuse.training.recipe import Recipe
 from kvfuse.training.run_metadata import run_metadata
 
 Say = Callable[[str], None]
+EXAMPLES_TO_PREPARE = 64
+"""Training examples whose prompts a fuser may read before it is trained, to know the statistics of its inputs."""
 
 
 def train(recipe: Recipe, say: Say = print, quiet: bool = False, overwrite: bool = False) -> Gain:
@@ -92,8 +94,10 @@ def _train(recipe: Recipe, pair: CacheToCache, prepared: Prepared, say: Say, qui
     if pair.fusers[0].closed_form:
         fit(pair, recipe.train, training)
     else:
-        checkpoints = recipe.output / folder.CHECKPOINTS
-        throughput = FuserTrainer(pair, recipe.train, training, checkpoints, validation, quiet).resume()
+        first = training.select(range(min(EXAMPLES_TO_PREPARE, len(training))))
+        pair.fusers[0].prepare(read_pairs(pair, map(from_columns, first), recipe.train.batch_size))
+        trainer = FuserTrainer(pair, recipe.train, training, recipe.output / folder.CHECKPOINTS, validation, quiet)
+        throughput = trainer.resume()
     pair.fusers[0].eval()
     # 2) Measure and save
     gain, fuser = validation.measure(), recipe.output / folder.FUSER

@@ -69,6 +69,13 @@ def longbench(row: Row) -> list[Message]:
     return _exchange(context, row["answers"][0])
 
 
+def mbpp(row: Row) -> list[Message]:
+    """MBPP: ``text``, the request; ``test_list``, of which the first is shown; ``code``."""
+    request = f"{_text(row['text'])}\nReply with the code alone. It must pass:\n{row['test_list'][0]}"
+    code = _text(row["code"]).replace("\r\n", "\n").replace("\t", "    ").strip("\n").rstrip()
+    return [_message("system", "You write Python."), *_exchange(request, code)]
+
+
 def pairs(row: Row) -> list[Message]:
     """``prompt`` and ``response``. A row without a response is a prompt to generate one for."""
     return _exchange(row["prompt"], row["response"]) if "response" in row else [_message("user", row["prompt"])]
@@ -89,6 +96,7 @@ SHAPES: dict[str, Shape] = {
     "openbookqa": Shape(frozenset({"choices", "answerKey"}), openbookqa),
     "mmlu": Shape(frozenset({"question", "choices", "answer"}), mmlu),
     "longbench": Shape(frozenset({"input", "context", "answers"}), longbench),
+    "mbpp": Shape(frozenset({"text", "code", "test_list"}), mbpp),
     "pairs": Shape(frozenset({"prompt"}), pairs),
 }
 

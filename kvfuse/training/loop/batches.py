@@ -8,6 +8,7 @@ from torch import Tensor
 from kvfuse.cache.kv import KV
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.response import stack_responses
+from kvfuse.stages.response_fusion import TailKV
 from kvfuse.training.data.columns import EncodedExample
 
 IGNORED = -100  # the label that transformers' losses skip
@@ -20,10 +21,12 @@ class PromptKV:
     Attributes:
         receiver: ``(L_r, B, H_r, T - 1, D_r)``, or None where the receiver reads the prompts itself.
         sharers: ``(L_s, B, H_s, T_s, D_s)`` each.
+        tail: Those of the responses, where they are fused too.
     """
 
     receiver: KV | None
     sharers: tuple[KV, ...]
+    tail: TailKV | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,5 +77,5 @@ def _fused_cache(pair: CacheToCache, batch: TrainingBatch, fusers: Sequence[nn.M
         receiver = pair.read_receiver(batch.prompt) if known.receiver is None else cache_of(known.receiver)
         caches = ModelCaches(receiver, [cache_of(sharer) for sharer in known.sharers])
     fused = pair.fuse(batch.prompt, caches=caches, fusers=fusers, read_only=True)
-    fused.stage(batch.tail)
+    fused.stage(batch.tail, None if known is None else known.tail)
     return fused.cache

@@ -94,7 +94,7 @@ class FuserTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with _explain_shortage():
             if self.caches is not None:
-                self.caches.fill(self.args.per_device_train_batch_size)
+                self.caches.fill(self.args.per_device_train_batch_size, quiet=self.args.disable_tqdm)
             self.train(resume_from_checkpoint=last_whole_checkpoint(folder))
         # A run that did not end keeps its caches for the next
         if self.caches is not None:

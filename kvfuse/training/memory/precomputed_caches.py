@@ -1,8 +1,8 @@
-"""The models' caches of the training prompts, computed once and kept on disk for all epochs."""
+"""The models' caches of the training examples, computed once and kept on disk for all epochs."""
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +12,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from kvfuse.cache.kv import KV, KVSpec
 from kvfuse.cache.transformers_cache import read_cache
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.model import CacheToCache
-from kvfuse.prompts.alignment import stack
+from kvfuse.stages.prefill import ModelCaches
+from kvfuse.stages.response_fusion import TailKV
 from kvfuse.support.files import write_atomically
 from kvfuse.support.processes import processes
 from kvfuse.training.data.columns import EncodedExample, from_columns
-from kvfuse.training.loop.batches import PromptKV
+from kvfuse.training.loop.batches import PromptKV, collate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 EXAMPLES_PER_FILE = 64
 MAX_OPEN_FILES = 64
+TOKENS_PER_READ = 1024
+"""Tokens that a model reads at once: with more, a read is hardly faster for each of them."""
 PARTS = ("key", "value")
 
 
 class PrecomputedCaches:
     """Caches of a data set's prompts in safetensors files: one tensor per example, model and part.
+
+    Where the response is fused too, the caches of the responses are kept beside those of the prompts.
 
     Args:
         pair: The models.
@@ -42,17 +48,22 @@ class PrecomputedCaches:
         dtype: Of the sharers' caches: ``bfloat16``, or ``int8`` with one scale per token and head.
 
     Raises:
-        PairError: The models need more than keys and values of the prompts.
+        PairError: The models need more than keys and values.
         RecipeError: The disk has no room for the caches.
     """
 
     def __init__(self, pair: CacheToCache, examples: "Dataset", folder: Path, *, receiver: bool, dtype: str) -> None:
         # A layer without keys and values has a state that cannot be kept here
         partial = pair.receiver.kv_spec.num_layers != pair.receiver.model.config.num_hidden_layers
-        if pair.fuse_response or (receiver and partial):
+        if receiver and partial:
             raise PairError(
-                "expected fusers of prompts only, and a receiver with keys and values in every layer where its "
-                "caches are kept, got others; leave out train.keep_caches"
+                "expected a receiver with keys and values in every layer where its caches are kept, got another; "
+                "leave out train.keep_caches"
+            )
+        if pair.fuse_response and not receiver:
+            raise PairError(
+                "expected the caches of both models where the response is fused too, got the sharer's alone; "
+                "set train.keep_caches=both"
             )
         self.pair, self.examples, self.folder = pair, examples, folder
         self.models = {f"sharer_{index}": sharer for index, sharer in enumerate(pair.sharers)}
@@ -62,21 +73,33 @@ class PrecomputedCaches:
         self._require_room()
         self._open = lru_cache(MAX_OPEN_FILES)(lambda path: safe_open(path, framework="pt"))
 
-    def fill(self, batch_size: int) -> None:
-        """Compute the files that are missing; all processes share the work."""
+    def fill(self, batch_size: int, quiet: bool = False) -> None:
+        """Compute the files that are missing; all processes share the work.
+
+        Args:
+            batch_size: Examples to read at once; more where they are short (:data:`TOKENS_PER_READ`).
+            quiet: Show no progress bar.
+        """
         group, starts = processes(), range(0, len(self.examples), EXAMPLES_PER_FILE)
         self.folder.mkdir(parents=True, exist_ok=True)
         # A file that exists is complete: it was moved there after it was written
-        for start in starts[group.process_index :: group.num_processes]:
-            if not self._path(start).exists():
-                self._write(start, batch_size)
+        missing = [
+            start for start in starts[group.process_index :: group.num_processes] if not self._path(start).exists()
+        ]
+        hidden = quiet or not group.is_local_main_process
+        with tqdm(total=sum(len(self._rows(start)) for start in missing), desc="keeping caches", disable=hidden) as bar:
+            for start in missing:
+                self._write(start, batch_size, bar)
         group.wait_for_everyone()
 
     def load(self, rows: Sequence[int]) -> PromptKV:
         """Load the caches of a batch of examples, in the models' own dtypes."""
-        caches = {name: self._load(name, rows, model.model.dtype) for name, model in self.models.items()}
-        receiver = caches.pop("receiver", None)
-        return PromptKV(receiver, tuple(caches.values()))
+        prompts = {name: self._load(name, name, rows, "left") for name in self.models}
+        receiver, tail = prompts.pop("receiver", None), None
+        if self.pair.fuse_response:
+            tails = {name: self._load(name, f"{name}.tail", rows, "right") for name in self.models}
+            tail = TailKV(tails.pop("receiver"), tuple(tails.values()))
+        return PromptKV(receiver, tuple(prompts.values()), tail)
 
     def remove(self) -> None:
         """Delete all files, after every process has finished with them."""
@@ -89,10 +112,13 @@ class PrecomputedCaches:
     @property
     def bytes(self) -> int:
         """Size of all files."""
-        # Tokens per model, times the bytes of one token's cache
-        tokens = Counter(receiver=sum(map(len, self.examples["ids"][:])))
-        for sharer_ids in self.examples["sharer_ids"][:]:
-            tokens.update({f"sharer_{index}": len(ids) for index, ids in enumerate(sharer_ids)})
+        # Tokens per model, times the bytes of one token's cache; responses have none where they are not fused
+        tokens: Counter[str] = Counter()
+        columns = [("ids", "sharer_ids"), *([("response", "sharer_response")] if self.pair.fuse_response else [])]
+        for own, others in columns:
+            tokens["receiver"] += sum(map(len, self.examples[own][:]))
+            for sharer_ids in self.examples[others][:]:
+                tokens.update({f"sharer_{index}": len(ids) for index, ids in enumerate(sharer_ids)})
         return sum(
             tokens[name] * _bytes_per_token(model.kv_spec, self.dtypes[name]) for name, model in self.models.items()
         )
@@ -111,39 +137,52 @@ class PrecomputedCaches:
     def _path(self, row: int) -> Path:
         return self.folder / f"{row // EXAMPLES_PER_FILE:06d}.safetensors"
 
-    def _write(self, start: int, batch_size: int) -> None:
-        rows = range(start, min(start + EXAMPLES_PER_FILE, len(self.examples)))
-        examples = {row: from_columns(self.examples[row]) for row in rows}
-        # Batches of similar length have little padding
-        by_length = sorted(rows, key=lambda row: len(examples[row].prompt.receiver.ids))
+    def _rows(self, start: int) -> range:
+        return range(start, min(start + EXAMPLES_PER_FILE, len(self.examples)))
+
+    def _write(self, start: int, batch_size: int, bar: tqdm) -> None:
+        examples = {row: from_columns(self.examples[row]) for row in self._rows(start)}
         tensors: dict[str, Tensor] = {}
-        for first in range(0, len(by_length), batch_size):
-            batch = by_length[first : first + batch_size]
+        for batch in _batches({row: self.examples[row]["length"] for row in examples}, batch_size):
             tensors |= self._compute(batch, [examples[row] for row in batch])
+            bar.update(len(batch))
         write_atomically(self._path(start), lambda path: save_file(tensors, path))
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[int], examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """The tensors of one batch, without its padding."""
-        prompt = stack([example.prompt for example in examples])
-        # 1) Prefill the models
-        caches = {f"sharer_{index}": read_cache(cache) for index, cache in enumerate(self.pair.read_sharers(prompt))}
-        masks = {f"sharer_{index}": sharer.mask for index, sharer in enumerate(prompt.sharers)}
-        if "receiver" in self.models:
-            caches["receiver"], masks["receiver"] = read_cache(self.pair.read_receiver(prompt)), prompt.mask[:, :-1]
-        # 2) Cut out each example
-        tensors: dict[str, Tensor] = {}
-        for name, kv in caches.items():
-            for index, row in enumerate(rows):
-                padding = kv.key.shape[3] - int(masks[name][index].sum())
-                for part in PARTS:
-                    tensor = getattr(kv, part)[:, index, :, padding:].cpu()  # (L, H, T, D)
-                    for suffix, packed in _pack(tensor, self.dtypes[name]).items():
-                        tensors[f"{row}.{name}.{part}{suffix}"] = packed
-        return tensors
+        batch, kept = collate(examples), "receiver" in self.models
+        # 1) The prompts
+        prompt = batch.prompt
+        receiver = self.pair.read_receiver(prompt) if kept else None
+        sharers = self.pair.read_sharers(prompt)
+        parts = {
+            f"sharer_{index}": (read_cache(cache), prompt.sharers[index].mask) for index, cache in enumerate(sharers)
+        }
+        if receiver is not None:
+            parts["receiver"] = read_cache(receiver), prompt.mask[:, :-1]
+        # 2) The responses behind them
+        if receiver is not None and self.pair.fuse_response:
+            tail = self.pair.read_tail(prompt, ModelCaches(receiver, sharers), batch.tail)
+            parts["receiver.tail"] = tail.receiver, batch.tail.mask
+            for index, kv in enumerate(tail.sharers):
+                parts[f"sharer_{index}.tail"] = kv, batch.tail.sharers[index].mask
+        # 3) Cut out each example
+        return {
+            f"{row}.{name}.{part}{suffix}": packed
+            for name, (kv, mask) in parts.items()
+            for index, row in enumerate(rows)
+            for part in PARTS
+            for suffix, packed in _pack(
+                getattr(kv, part)[:, index][:, :, mask[index].bool()].cpu(),  # (L, H, T, D)
+                self.dtypes[name.removesuffix(".tail")],
+            ).items()
+        }
 
-    def _load(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> KV:
-        return KV(*(_pad_left([self._tensor(f"{row}.{name}.{part}", row).to(dtype) for row in rows]) for part in PARTS))
+    def _load(self, model: str, name: str, rows: Sequence[int], side: str) -> KV:
+        dtype = self.models[model].model.dtype
+        parts = ([self._tensor(f"{row}.{name}.{part}", row).to(dtype) for row in rows] for part in PARTS)
+        return KV(*(_pad(tensors, side) for tensors in parts))
 
     def _tensor(self, name: str, row: int) -> Tensor:
         file: Any = self._open(self._path(row))
@@ -166,7 +205,16 @@ def _bytes_per_token(spec: KVSpec, dtype: str) -> int:
     return spec.num_layers * spec.num_kv_heads * per_head
 
 
-def _pad_left(rows: Sequence[Tensor]) -> Tensor:
-    """``(L, H, T, D)`` each -> ``(L, B, H, T, D)``, padded left with zeros."""
-    by_token = pad_sequence([row.movedim(2, 0) for row in rows], padding_side="left")  # (T, B, L, H, D)
+def _pad(rows: Sequence[Tensor], side: str) -> Tensor:
+    """``(L, H, T, D)`` each -> ``(L, B, H, T, D)``, padded with zeros on the ``left`` or ``right``."""
+    by_token = pad_sequence([row.movedim(2, 0) for row in rows], padding_side=side)  # (T, B, L, H, D)
     return by_token.permute(2, 1, 3, 0, 4).contiguous()
+
+
+def _batches(lengths: dict[int, int], batch_size: int) -> Iterator[list[int]]:
+    """The rows in batches of similar length, which have little padding: at least ``batch_size``, more if short."""
+    rows = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    while rows:
+        count = max(batch_size, TOKENS_PER_READ // lengths[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
