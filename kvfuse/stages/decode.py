@@ -51,8 +51,8 @@ def decode(
     require_options(model, options)
     device = input_device(model)
     ids, mask = ids.to(device), mask.to(device)
-    wanted = effective(model, options, "num_beams", "num_return_sequences", *ASSISTED_DECODING)
-    is_assisted = any(wanted[name] for name in ASSISTED_DECODING)
+    wanted = effective(model, options)
+    is_assisted = any(wanted.get(name) for name in ASSISTED_DECODING)
     if response_fuser is not None and is_assisted:
         raise PromptError(
             f"expected none of {', '.join(ASSISTED_DECODING)} where the response is fused too, got one; leave it out"
@@ -63,7 +63,7 @@ def decode(
         # 1) generate repeats the ids for beams and samples, but not a cache it is given.
         if response_fuser is not None:
             _reorder_together(cache, response_fuser)
-        copies = max(wanted["num_beams"] or 1, wanted["num_return_sequences"] or 1)
+        copies = max(wanted.get("num_beams", 1), wanted.get("num_return_sequences", 1))
         if copies > 1:
             cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
         # 2) The cache is of the kind and length that were asked for already.

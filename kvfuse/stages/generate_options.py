@@ -47,24 +47,25 @@ def require_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
             raise PromptError(
                 f"expected options for the answer, got {name}, which the prompt and its cache decide; leave it out"
             )
-    for name, value in effective(model, options, *COUNTS).items():
-        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+    wanted, asked = effective(model, options), requested(model, options)
+    for name in COUNTS:
+        value = wanted.get(name, 1)
+        if not (isinstance(value, Integral) and int(value) >= 1):
             raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
     for name, decided in DECIDED_BY_CACHE.items():
-        value = requested(model, options, name)
-        if value is not None and value != decided:
+        if asked.get(name) not in (None, decided):
             raise PromptError(
-                f"expected no {name}, since generate goes on from a cache of the prompt, got {value!r}; leave it out"
+                f"expected no {name}, since generate goes on from a cache of the prompt, got {asked[name]!r}; "
+                "leave it out"
             )
 
 
 def resolve(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """The options for ``generate``, with those that the model's own generation_config must not decide."""
-    decided = dict(DECIDED_BY_CACHE)
-    if not requested(model, options, "return_dict_in_generate"):  # ids, unless the user wants more
+    decided, wanted = dict(DECIDED_BY_CACHE), effective(model, options)
+    if not requested(model, options).get("return_dict_in_generate"):  # ids, unless the user wants more
         decided["return_dict_in_generate"] = False
-    configured = effective(model, options, *decided)
-    return options | {name: value for name, value in decided.items() if configured[name] not in (None, value)}
+    return options | {name: value for name, value in decided.items() if wanted.get(name) not in (None, value)}
 
 
 def token_options(
@@ -87,42 +88,34 @@ def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str,
         PromptError: They ask for a cache that fused keys and values cannot be written into. Where the model's own
             generation_config asks for one, it grows.
     """
-    kind = requested(model, options, "cache_implementation")
+    kind = requested(model, options).get("cache_implementation")
     if kind is None and model.generation_config.cache_implementation == "static":
         kind = "static"
     if kind not in (None, "dynamic", "static"):
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
     if kind != "static":
         return None
-    capacity: int = effective(model, options, "max_cache_len")["max_cache_len"] or 0
+    capacity: int = effective(model, options).get("max_cache_len", 0)
     return max(total_length(model, prompt_length, options) - 1, capacity)
 
 
 def total_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int:
     """The most tokens that prompt and answer may have together."""
-    wanted = effective(model, options, "max_new_tokens", "max_length")
-    if wanted["max_new_tokens"] is not None:
+    wanted = effective(model, options)
+    if "max_new_tokens" in wanted:
         return prompt_length + int(wanted["max_new_tokens"])
-    return int(wanted["max_length"] or prompt_length + DEFAULT_NEW_TOKENS)
+    return int(wanted.get("max_length", prompt_length + DEFAULT_NEW_TOKENS))
 
 
-def effective(model: PreTrainedModel, options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What ``generate`` takes each option to be: the user's, else the model's own; None where neither says."""
-    return {name: _first_of(options.get(name), *_configured(model, options, name)) for name in names}
+def effective(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate`` takes its options to be, those that are set: the user's, else the model's own."""
+    given = options.get("generation_config")
+    layers = vars(model.generation_config), vars(given) if given is not None else {}, options
+    return {name: value for layer in layers for name, value in layer.items() if value is not None}
 
 
-def requested(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
-    """What the user asks an option to be; None for what only the model's own generation_config says."""
-    if name in options:
-        return options[name]
-    given, own = _configured(model, options, name)
-    return None if given == own else given
-
-
-def _configured(model: PreTrainedModel, options: dict[str, Any], name: str) -> tuple[Any, Any]:
-    """A field of the generation_config that the user gives, and of the model's own."""
-    return getattr(options.get("generation_config"), name, None), getattr(model.generation_config, name, None)
-
-
-def _first_of(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+def requested(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """What the user sets; not what a copy of the model's own generation_config repeats."""
+    given, own = options.get("generation_config"), vars(model.generation_config)
+    fields = {} if given is None else {name: value for name, value in vars(given).items() if value != own.get(name)}
+    return {**fields, **options}
