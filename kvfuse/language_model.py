@@ -82,8 +82,9 @@ class LanguageModel:
             PairError: There is no causal language model of that name.
         """
         source = select(model_options, SOURCE_OPTIONS)
+        options = {key: value for key, value in model_options.items() if key not in source}
         with reading("a causal language model", name, source) as (place, files):
-            model = AutoModelForCausalLM.from_pretrained(place, **{"dtype": "auto", **model_options, **files})
+            model = AutoModelForCausalLM.from_pretrained(place, **{"dtype": "auto", **options, **files})
         model.name_or_path = str(name)
         if model_options.get("dtype", "auto") == "auto":
             model = _in_fast_dtype(model)

@@ -1,5 +1,6 @@
 """Models and fusers by name: local folders, GGUF files and repositories of the Hub."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from kvfuse.errors import PairError, first_line
+from kvfuse.support.gguf import converted, gguf_file
 
 SOURCE_OPTIONS = (
     "cache_dir",
@@ -24,7 +26,7 @@ SOURCE_OPTIONS = (
 """Options of ``from_pretrained`` that say which files to read: of a model, its configuration and its tokenizer."""
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 """Those of them that hold for a fuser's repository too."""
-FAULTS = (OSError, ValueError, KeyError, ImportError, SafetensorError, HfHubHTTPError, HFValidationError)
+FAULTS = (OSError, struct.error, ValueError, KeyError, ImportError, SafetensorError, HfHubHTTPError, HFValidationError)
 """What transformers and huggingface_hub raise for files that are missing, damaged or out of reach."""
 
 
@@ -56,19 +58,22 @@ def reading(what: str, name: str | Path, source: dict[str, Any]) -> Iterator[tup
         source: Some of :data:`SOURCE_OPTIONS`.
 
     Yields:
-        Folder or Hub id; and ``source``, with the name of the GGUF file if there is one.
+        Folder or Hub id, that of the converted copy for a GGUF file; and what is left of ``source``.
 
     Raises:
         PairError: There is nothing of the kind.
     """
-    path, place = Path(name), str(name)
-    if path.suffix == ".gguf" and path.is_file():
-        place, source = str(path.parent), {**source, "gguf_file": path.name}
-    found = missing(place)
-    if found is not None:
-        raise PairError(f"expected {what} at {place!r}, got {found}; name a local folder or a Hub id")
     try:
-        yield place, source
+        gguf = gguf_file(name, source)
+        if gguf is not None:
+            yield str(converted(gguf)), {}
+            return
+        found = missing(name)
+        if found is not None:
+            raise PairError(f"expected {what} at {str(name)!r}, got {found}; name a local folder or a Hub id")
+        yield str(name), source
+    except PairError:
+        raise
     except FAULTS as error:
         got = first_line(error)
         raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
