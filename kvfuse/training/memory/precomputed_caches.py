@@ -86,7 +86,7 @@ class PrecomputedCaches:
         missing = [
             start for start in starts[group.process_index :: group.num_processes] if not self._path(start).exists()
         ]
-        hidden = quiet or not group.is_local_main_process
+        hidden = quiet or not missing or not group.is_local_main_process
         with tqdm(total=sum(len(self._rows(start)) for start in missing), desc="keeping caches", disable=hidden) as bar:
             for start in missing:
                 self._write(start, batch_size, bar)
