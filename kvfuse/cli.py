@@ -132,6 +132,9 @@ def evaluate(
     projected_only: Annotated[
         bool, Option("--projected-only", help="Control: the receiver's cache is removed.")
     ] = False,
+    audit: Annotated[
+        bool, Option("--audit", help="All controls that say which part of a gain is communication.")
+    ] = False,
     calibrated: Annotated[bool, Option("--calibrated", help="Control: the receiver without letter bias.")] = False,
     smoke: Annotated[
         bool, Option("--smoke", help="Run the recipe on tiny random models and made-up questions.")
@@ -142,14 +145,14 @@ def evaluate(
 
     kvfuse eval recipes/embedded.yaml --out runs/embedded-eval --calibrated
     """
-    from kvfuse.evaluation.recipe import CONTROLS, load_evaluation
+    from kvfuse.evaluation.recipe import AUDIT, CONTROLS, load_evaluation
     from kvfuse.evaluation.run import evaluate as run
 
     paths = {"data": data, "template": template}
     words = [*(overrides or []), *(f"evaluation.{key}={path}" for key, path in paths.items() if path)]
     flags = (zeroed, mismatched, shuffled, random_fuser, projected_only, calibrated)
     controls = [name for name, wanted in zip(CONTROLS, flags, strict=True) if wanted]
-    loaded = load_evaluation(recipe, words).with_controls(controls)
+    loaded = load_evaluation(recipe, words).with_controls([*(AUDIT if audit else ()), *controls])
     run(loaded, out, typer.echo, overwrite=overwrite, smoke=smoke)
 
 

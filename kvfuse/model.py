@@ -245,11 +245,18 @@ class CacheToCache:
                 )
         return aligned
 
-    def answer(self, prompt: AlignedPrompt, *, fusers: Sequence[nn.Module] | None = None, **options: Any) -> Any:
-        """Steps 2 to 4: read, fuse and decode. ``fusers`` as in :meth:`fuse`, the rest as in :meth:`generate`."""
+    def answer(self, prompt: AlignedPrompt, *, fuse: Callable[..., FusedPrompt] | None = None, **options: Any) -> Any:
+        """Steps 2 to 4: read, fuse and decode.
+
+        Args:
+            prompt: The batch.
+            fuse: In place of :meth:`fuse`, called with ``prompt`` and ``max_cache_len``.
+            options: See :meth:`generate`; and ``fusers``, as in :meth:`fuse`.
+        """
+        fusers = options.pop("fusers", None)
         require_options(self.receiver.model, options)
         capacity = static_length(self.receiver.model, prompt.ids.shape[1], options)
-        fused = self.fuse(prompt, fusers=fusers, max_cache_len=capacity)
+        fused = (fuse or partial(self.fuse, fusers=fusers))(prompt, max_cache_len=capacity)
         return self.decode(prompt, fused.cache, response_fuser=fused.response_fuser, **options)
 
     def prefill(
@@ -320,7 +327,7 @@ class CacheToCache:
                 cache = write_cache(config, caches.receiver, kv, max_cache_len, consume=consume)
         if not fuses_response:
             return FusedPrompt(cache)
-        return FusedPrompt(cache, self._response_fuser(prompt, caches, fusers))
+        return FusedPrompt(cache, self.response_fuser(prompt, caches, fusers))
 
     def read(self, prompt: AlignedPrompt, num_sharers: int | None = None) -> ModelCaches:
         """Step 2: the receiver and all sharers, or the first few, read prompts of two tokens or more.
@@ -352,7 +359,7 @@ class CacheToCache:
             caches: What :meth:`read` gave for it.
             tail: See :meth:`prefill`.
         """
-        return self._response_fuser(prompt, caches, self.fusers).read(tail)
+        return self.response_fuser(prompt, caches, self.fusers).read(tail)
 
     def fuse_kv(
         self,
@@ -398,7 +405,8 @@ class CacheToCache:
         models = [member.model for member in (self.receiver, *self.sharers)]
         return self.store.fuse(models=models, fusion=self.fusion, ropes=self.ropes, **caches)
 
-    def _response_fuser(self, prompt: AlignedPrompt, caches: ModelCaches, fusers: Sequence[nn.Module]) -> ResponseFuser:
+    def response_fuser(self, prompt: AlignedPrompt, caches: ModelCaches, fusers: Sequence[nn.Module]) -> ResponseFuser:
+        """Fuses the responses to a batch, of which ``caches`` hold what :meth:`read` gave."""
         tokens: list[Callable[..., Any]] = [
             partial(
                 response_tokens, fuser.config.token_alignment, receiver=self.receiver.tokenizer, sharer=sharer.tokenizer

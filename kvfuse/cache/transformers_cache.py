@@ -178,6 +178,13 @@ def start_cache(config: PreTrainedConfig, layers: Layers, tokens: int, extra_tok
     return cache
 
 
+def overwrite(cache: Cache, kv: KV) -> None:
+    """Put ``kv`` ``(L, B, H, T, D)`` in the place of the keys and values that a cache holds."""
+    for i, key, value in _by_layer(cache, kv):
+        cache.layers[i].keys.copy_(key)
+        cache.layers[i].values.copy_(value)
+
+
 def stage(cache: Cache, kv: KV) -> None:
     """Make a model store and attend to ``kv`` for the tokens it reads next, instead of the keys and values it computes.
 

@@ -10,9 +10,22 @@ from kvfuse.errors import RecipeError
 from kvfuse.evaluation.predictions import Published
 from kvfuse.evaluation.report.published_figures import as_rows
 from kvfuse.methods import WITHOUT_FUSER, find_method
+from kvfuse.methods.audit import DERANGEMENTS
 from kvfuse.support.config import Section, check, read_recipe
 
 FOREIGN_SECTIONS = ("fuser", "data", "train", "token_alignment")
+AUDIT = (
+    "receiver",
+    "sharer",
+    "text-to-text",
+    "cache-to-cache",
+    *(f"deranged-{seed}" for seed in DERANGEMENTS),
+    "adapter-only",
+    "zeroed",
+    "moment-matched",
+    "random-fuser",
+)
+"""The methods of ``kvfuse eval --audit``."""
 CONTROLS = ("zeroed", "mismatched", "shuffled", "random-fuser", "projected-only", "calibrated")
 
 Fusers = list[str | list[str]]
@@ -108,7 +121,7 @@ class EvaluationRecipe(Section):
     evaluation: EvaluationSection
 
     def with_controls(self, controls: Sequence[str]) -> "EvaluationRecipe":
-        """Returns the same recipe with some of :data:`CONTROLS` added to its methods."""
+        """Returns the same recipe with some of :data:`CONTROLS`, or :data:`AUDIT`, added to its methods."""
 
         def add(section: Any) -> Any:
             return section.model_copy(update={"methods": list(dict.fromkeys([*section.methods, *controls]))})

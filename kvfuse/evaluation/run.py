@@ -20,6 +20,7 @@ from kvfuse.evaluation.predictions import LATENCY, PREDICTIONS, append, read_pre
 from kvfuse.evaluation.recipe import EvaluationRecipe
 from kvfuse.evaluation.report.comparison import write_comparison
 from kvfuse.evaluation.report.write import HTML, write_report
+from kvfuse.evaluation.scoring.audit import table as audit_table
 from kvfuse.evaluation.smoke import tiny
 from kvfuse.evaluation.tasks import load_task
 from kvfuse.methods import Method, Unfused
@@ -109,7 +110,10 @@ def evaluate_pair(recipe: EvaluationRecipe, folder: Path, say: Say, quiet: bool,
         _time(recipe, models.pair(0), tasks, folder, say)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         record = write_report(folder)
-        say("\n".join(f"{name}: {task['verdict']}" for name, task in record["tasks"].items()))
+        for name, task in record["tasks"].items():
+            say(f"{name}: {(task['audit'] or task)['verdict']}")
+            for label, figure in audit_table(task["audit"]) if task["audit"] else ():
+                say(f"  {label}: {figure}")
         say(f"written to {folder / HTML}{f'. {section.note}' if section.note else ''}")
     processes().wait_for_everyone()
 

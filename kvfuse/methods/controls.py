@@ -59,8 +59,12 @@ class Mismatched(Fused):
         # a question that occurs twice must not be its own donor
         unique = {_key(prompt): prompt for prompt in prompts}
         keys = sorted(unique)
-        donors = zip(keys, choose_donors(keys, key=len), strict=True)
+        donors = zip(keys, self.choose(keys), strict=True)
         self._donors = {key: unique[keys[donor]] for key, donor in donors if donor is not None}
+
+    def choose(self, keys: Sequence[str]) -> list[int | None]:
+        """The donor of each prompt, as :func:`kvfuse.methods.donors.choose_donors` gives it."""
+        return choose_donors(keys, key=len)
 
     def align(self, prompt: Prompt) -> AlignedRow:
         """Returns the prompt for the receiver and its donor for the sharers."""

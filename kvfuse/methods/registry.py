@@ -6,10 +6,12 @@ A package offers a method by an entry point of the group ``kvfuse.methods``: its
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from kvfuse.errors import MethodError, nearest
 from kvfuse.language_model import LanguageModel
+from kvfuse.methods.audit import DERANGEMENTS, AdapterOnly, Deranged, MomentMatched
 from kvfuse.methods.augmented import FewShot
 from kvfuse.methods.base import Method
 from kvfuse.methods.cache_to_cache import Fused
@@ -129,6 +131,10 @@ def _cascade(context: MethodContext) -> Cascade:
     return Cascade(receiver=receiver, sharer=sharer, share=CASCADE_SHARE if context.share is None else context.share)
 
 
+def _deranged(seed: int, context: MethodContext) -> Deranged:
+    return Deranged(context.pair, seed)
+
+
 METHODS: dict[str, MethodMaker] = {
     "receiver": lambda context: context.receiver_alone,
     "sharer": lambda context: context.sharer_alone,
@@ -140,6 +146,9 @@ METHODS: dict[str, MethodMaker] = {
     "hybrid": lambda context: _text_to_text(context, Hybrid, Fused(context.pair)),
     "zeroed": lambda context: Zeroed(context.pair),
     "mismatched": lambda context: Mismatched(context.pair, context.donor),
+    **{f"deranged-{seed}": partial(_deranged, seed) for seed in DERANGEMENTS},
+    "adapter-only": lambda context: AdapterOnly(context.pair),
+    "moment-matched": lambda context: MomentMatched(context.pair),
     "shuffled": lambda context: Shuffled(context.pair, context.seed),
     "random-fuser": lambda context: RandomFuser(context.pair, context.seed),
     "projected-only": lambda context: ProjectedOnly(context.pair),

@@ -14,6 +14,7 @@ from kvfuse.evaluation.report.document import Block, Code, Facts, Heading, Pictu
 from kvfuse.evaluation.report.published_figures import select, sources, with_published
 from kvfuse.evaluation.report.samples import failures, samples
 from kvfuse.evaluation.report.verdict import FUSED, RECEIVER, SHARER, difference, points
+from kvfuse.evaluation.scoring.audit import table as audit_table
 from kvfuse.evaluation.scoring.metrics import Figures, all_phases, metrics
 from kvfuse.support.files import write_file
 from kvfuse.support.plots import svg
@@ -130,6 +131,10 @@ def _task(name: str, task: Figures, published: Sequence[Published]) -> Iterator[
     yield from sources(published)
     estimates = [(label, method["accuracy"], method["interval"]) for label, method in task["methods"].items()]
     yield Picture(svg(figures.forest(estimates, axis), f"{name} methods"), f"{name}: {measure} of each method.")
+    if task["audit"]:
+        yield Heading("Audit", level=3)
+        yield Text(task["audit"]["verdict"])
+        yield Table(["figure", "points [95%]"], audit_table(task["audit"]))
     # 2) pairs of methods, their overlap, and categories, where there are several
     if task["pairs"]:
         yield from _differences(name, task)

@@ -10,6 +10,7 @@ import numpy as np
 from kvfuse.evaluation.predictions import Run, Timing
 from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER, verdict
 from kvfuse.evaluation.scoring import statistics
+from kvfuse.evaluation.scoring.audit import audit
 from kvfuse.evaluation.scoring.statistics import Interval
 from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
 from kvfuse.stages.phases import PHASES
@@ -40,6 +41,7 @@ def task_figures(task: TaskScores) -> Figures:
         "methods": {name: _method(task, name) for name in task.scores if task.answered(name).any()},
         "pairs": _pairs(task),
         "content": _content(task),
+        "audit": audit(task),
         "overlap": _overlap(task),
         "categories": _categories(task),
     }
