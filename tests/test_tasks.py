@@ -26,7 +26,7 @@ from kvfuse.evaluation.tasks.longbench import (
     word_f1,
 )
 from kvfuse.evaluation.tasks.made_up import GPQA, REDUX
-from kvfuse.evaluation.tasks.readouts import NO_SCORE, likeliest
+from kvfuse.evaluation.tasks.readouts import NO_SCORE, likeliest, likeliest_text
 from kvfuse.evaluation.tasks.sources import SOURCES
 from kvfuse.methods import Method
 from kvfuse.methods.base import OptionScore, Reply
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("quiet_logs")
 COUNTS = {"mmlu_redux": 5632, "openbookqa": 500, "arc_challenge": 1150, "ceval": 1346, "gsm8k": 1319}
 ROWS = {name.replace("-", "_"): row for name, row in made_up.ROWS.items()}
 CHOICES = [name for name in ROWS if f"{name}_options" in task_names()]
+CLOZE = [name for name in ROWS if f"{name}_cloze" in task_names()]
 
 
 class Told(Method):
@@ -88,6 +89,27 @@ def test_options_are_asked_and_read_in_both_ways(tmp_path, name):
         assert accuracy(scored, f"\nThe correct answer is {letter}") == right
     assert accuracy(written, "No idea.", "answered") == 0
     assert written.doc_to_text(doc) == scored.doc_to_text(doc)
+
+
+@pytest.mark.parametrize("name", CLOZE)
+def test_the_texts_of_options_are_compared(tmp_path, name):
+    task = load_task(f"{name}_cloze", write(tmp_path, [ROWS[name]]))
+    doc = task.eval_docs[0]
+    for index, text in enumerate(doc["choices"]):
+        assert accuracy(task, f" {text}") == accuracy(task, f" {text}", "acc_sum") == (index == doc["answer"])
+    assert doc["question"] in task.doc_to_text(doc)
+
+
+def test_a_cloze_is_read_by_characters_and_by_sums():
+    doc = {"choices": ["a", "a long text"], "answer": 1}
+    graded = likeliest_text(doc, [(-1.0, False), (-2.0, False)])
+    assert graded == {"acc": 1.0, "acc_sum": 0.0, "answered": 1.0}
+    assert likeliest_text(doc, [(NO_SCORE, False), (NO_SCORE, False)]) == {"acc": 0, "acc_sum": 0, "answered": 0}
+
+
+@pytest.mark.parametrize(("name", "count"), [("arc_easy", 2376), ("hellaswag", 2000), ("boolq", 3270)])
+def test_real_files_are_read_whole(shared, name, count):
+    assert len(load_task(f"{name}_cloze", shared / "data").eval_docs) == count
 
 
 def test_questions_are_asked_as_in_training(tmp_path):

@@ -56,6 +56,27 @@ def arc_challenge(row: Row, subject: str) -> Item | None:
     return None if numbered or row["answerKey"].isdigit() else _labelled(row["question"], row)
 
 
+def arc_easy(row: Row, subject: str) -> Item:
+    """ARC-Easy: all of its questions, whatever names its options."""
+    return _labelled(row["question"], row)
+
+
+def piqa(row: Row, subject: str) -> Item:
+    """PIQA: two ways to a goal."""
+    return choice(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]), "")
+
+
+def hellaswag(row: Row, subject: str) -> Item:
+    """HellaSwag: endings of a text about an activity."""
+    return choice(f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"]), "")
+
+
+def boolq(row: Row, subject: str) -> Item:
+    """BoolQ: a passage and a question to answer with yes or no."""
+    question = row["question"].strip().removesuffix("?")
+    return choice(f"{row['passage']}\nQuestion: {question}?", ["no", "yes"], int(row["answer"]), "")
+
+
 def ceval(row: Row, subject: str) -> Item:
     """C-Eval: one column per option."""
     return choice(row["question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["answer"]), subject)

@@ -20,7 +20,9 @@ FOLDER = Path(__file__).parent
 
 
 def task_names() -> list[str]:
-    """Returns kvfuse's own tasks: ``..._generate`` reads a written answer, ``..._options`` compares log-likelihoods."""
+    """Returns kvfuse's own tasks: ``..._generate`` reads a written answer, ``..._options`` compares log-likelihoods of
+    letters, ``..._cloze`` of the options' texts.
+    """
     return sorted(file.stem for file in FOLDER.glob("[!_]*.yaml"))
 
 

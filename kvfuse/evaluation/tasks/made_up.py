@@ -21,6 +21,10 @@ ROWS: dict[str, Row] = {
     "mmlu-redux": REDUX,
     "openbookqa": {"question_stem": "Water is", "choices": LABELLED, "answerKey": "B"},
     "arc-challenge": {"question": "Water is", "choices": LABELLED, "answerKey": "C"},
+    "arc-easy": {"question": "Water is", "choices": LABELLED, "answerKey": "A"},
+    "piqa": {"goal": "Boil water", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0},
+    "hellaswag": {"activity_label": "Tea", "ctx": "She boils", "endings": ["water.", "stones.", "air."], "label": "0"},
+    "boolq": {"question": "is water wet", "passage": "Water wets.", "answer": True},
     "ceval": {"question": "水是", "A": "冰", "B": "汽", "C": "雾", "D": "石", "answer": "D"},
     "mmmlu": {"Question": "Wasser ist", "A": "Eis", "B": "Dampf", "C": "Nebel", "D": "Stein", "Answer": "A"},
     "mmlu-pro": {"question": "Which?", "options": [f"option {n}" for n in range(10)], "answer": "J", "category": "law"},
@@ -30,7 +34,7 @@ ROWS: dict[str, Row] = {
     "longbench": LONG,
 }
 """By data set, see :data:`kvfuse.evaluation.tasks.sources.SOURCES`."""
-QUESTIONS = ("question", "question_stem", "Question", "problem", "input")
+QUESTIONS = ("goal", "ctx", "question", "question_stem", "Question", "problem", "input")
 LENGTHS = (3999, 4000, 8000)
 
 

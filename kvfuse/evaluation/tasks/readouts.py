@@ -77,5 +77,15 @@ def likeliest(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str,
     return {"acc": float(scored and scores.index(max(scores)) == doc["answer"]), "answered": float(scored)}
 
 
+def likeliest_text(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Returns the same of log-likelihoods per character of the options' texts, and of their sums as ``acc_sum``."""
+    scores = [score for score, _ in results]
+    scored = min(scores) > NO_SCORE
+    by_character = [score / max(len(text), 1) for score, text in zip(scores, doc["choices"], strict=True)]
+    right = {"acc": by_character, "acc_sum": scores}
+    graded = {name: float(scored and values.index(max(values)) == doc["answer"]) for name, values in right.items()}
+    return {**graded, "answered": float(scored)}
+
+
 def _graded(right: bool, results: Sequence[str]) -> dict[str, float]:
     return {"acc": float(right), "answered": float(bool(results[0]))}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 READABLE = (*JSON, *TABLES)
 SPLITS = ("train", "dev", "validation", "val", "test")
+HELD_OUT = {"dev", "validation", "val"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ SOURCES = {
     "mmlu-redux": Source("edinburgh-dawg/mmlu-redux-2.0", items.mmlu_redux, config=None),
     "openbookqa": Source("allenai/openbookqa", items.openbookqa, config="main"),
     "arc-challenge": Source("allenai/ai2_arc", items.arc_challenge, config="ARC-Challenge"),
+    "arc-easy": Source("allenai/ai2_arc", items.arc_easy, config="ARC-Easy"),
+    "piqa": Source("ybisk/piqa", items.piqa, split="validation", config="plain_text"),
+    "hellaswag": Source("Rowan/hellaswag", items.hellaswag, split="validation"),
+    "boolq": Source("google/boolq", items.boolq, split="validation"),
     "ceval": Source("ceval/ceval-exam", items.ceval, split="val", config=None),
     "mmmlu": Source("openai/MMMLU", items.mmmlu, config=None),
     "mmlu-pro": Source("TIGER-Lab/MMLU-Pro", items.mmlu_pro),
@@ -140,8 +145,11 @@ def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | N
     files = sorted(file for file in folder.rglob("*") if kind_of(file) in READABLE)
     if subjects is not None:
         files = [file for file in files if _subject(file) in subjects]
-    of_split = [file for file in files if split in _split_words(file, folder)]
-    chosen = of_split or [file for file in files if not _split_words(file, folder)]
+    words = {file: _split_words(file, folder) for file in files}
+    of_split = [file for file in files if split in words[file]]
+    if not of_split and split in HELD_OUT:  # the same split by another name
+        of_split = [file for file in files if words[file] & HELD_OUT]
+    chosen = of_split or [file for file in files if not words[file]]
     if not chosen:
         raise EvaluationError(
             f"expected files of {name}, split {split}, in {folder}, got none of {', '.join(READABLE)}; check the folder"
