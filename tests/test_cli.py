@@ -195,7 +195,7 @@ def test_train_runs_a_recipe(folders, tmp_path):
     ("changed", "message"),
     [
         ({"-r": "no/such/model"}, "expected a causal language model"),
-        ({"-f": "no/such/fuser"}, "found no such folder"),
+        ({"-f": "no/such/fuser"}, "no such folder"),
         ({"-f": "{-r}"}, "got a model of type 'qwen3'"),
         ({"-s": "{-r}"}, "expected a sharer with 4 layers"),
     ],
