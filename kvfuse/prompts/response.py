@@ -98,8 +98,9 @@ def stack_responses(prompt: AlignedPrompt, responses: Sequence[Response]) -> Ali
         prompt.sharers, zip(*(response.sharers for response in responses), strict=True), strict=False
     ):
         sharer_ids, visible = zip(*rows, strict=True)
-        read = dict(zip(("ids", "mask", "positions"), _append(before, sharer_ids), strict=True))
-        sharers.append(SharerPrompt(**read, index=_pad_right(visible, -1)[0]))
+        tail_ids, tail_mask, tail_positions = _append(before, sharer_ids)
+        index, _ = _pad_right(visible, -1)
+        sharers.append(SharerPrompt(ids=tail_ids, mask=tail_mask, positions=tail_positions, index=index))
     return AlignedPrompt(ids=ids, mask=mask, positions=positions, sharers=tuple(sharers), fuse_mask=mask.bool())
 
 
