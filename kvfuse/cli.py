@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option, Typer
@@ -11,7 +12,7 @@ from typer import Argument, Option, Typer
 from kvfuse import __version__
 
 if TYPE_CHECKING:
-    from kvfuse.model import CacheToCache
+    from kvfuse.conversation import Conversation
 
 app = Typer(
     name="kvfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -44,6 +45,12 @@ NewFolder = Annotated[Path, Argument(help="Folder to write.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the fuser that the folder holds.")]
 StartAgain = Annotated[bool, Option("--overwrite", help="Start again where the folder holds another run.")]
 Subfolder = Annotated[str, Option(help="Folder of the fuser inside its repository.")]
+# Of every command that loads models and reads no recipe, which names its own; _loading() takes both
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option(help="Of the models' weights. auto: as stored, or float32 on a CPU that is faster with it."),
+]
+Device = Annotated[str, Option(help="For the models, e.g. cpu or cuda:1. auto: spread over what there is.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,6 +66,8 @@ def kvfuse(
     ] = False,
 ) -> None:
     """Language models that communicate through their KV-caches instead of text."""
+    if not sys.stderr.isatty():
+        _hide_progress_bars()
 
 
 # Answer
@@ -72,24 +81,27 @@ def chat(
     prompt: Annotated[str | None, Argument(help="Question. Default: a conversation, until an empty line.")] = None,
     subfolder: Subfolder = "",
     fusion: Annotated[str, Option(help="With several sharers: parallel or sequential.")] = "parallel",
+    system: Annotated[str | None, Option(help="Instructions before the first question.")] = None,
     max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 256,
+    temperature: Annotated[float | None, Option(help="0: greedy. Default: as the receiver's authors sample.")] = None,
+    seed: Annotated[int | None, Option(help="Of the sampling.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Ask two models that answer together.
 
     kvfuse chat -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser "Why is the sky blue?"
     """
+    from kvfuse.conversation import Conversation, sampling
     from kvfuse.model import CacheToCache
-    from kvfuse.stages.prefix_store import PrefixStore
 
-    pair = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, device_map="auto")
+    options = {"max_new_tokens": max_new_tokens, **sampling(temperature, seed)}
+    pair = CacheToCache.from_pretrained(receiver, sharer or None, fuser, subfolder, fusion, **_loading(dtype, device))
+    conversation = Conversation(pair, system, **options)
     if prompt is not None:
-        _answer(pair, [{"role": "user", "content": prompt}], max_new_tokens)
-        return
-    pair.store = PrefixStore()  # each turn reads only what is new
-    messages: list[dict[str, str]] = []
-    while question := typer.prompt("you", default="", show_default=False):
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _answer(pair, messages, max_new_tokens)})
+        _print_pieces(conversation.ask(prompt))
+    else:
+        _converse(conversation)
 
 
 # Train and evaluate
@@ -187,6 +199,8 @@ def generate(
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a response.")] = 512,
     batch_size: Annotated[int, Option(min=1, help="Prompts per batch.")] = 8,
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 42,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Generate a model's own responses to any prompts, as training data. A killed run resumes.
 
@@ -199,7 +213,7 @@ def generate(
 
     data = load_data(source, overrides or [])
     sampling = Sampling(temperature, top_p, max_new_tokens, batch_size, seed)
-    run(data, LanguageModel.from_pretrained(model, device_map="auto"), out, sampling, typer.echo)
+    run(data, LanguageModel.from_pretrained(model, **_loading(dtype, device)), out, sampling, typer.echo)
 
 
 # Look inside a pair
@@ -250,6 +264,8 @@ def analyze(
     receiver: Receiver = None,
     sharer: Sharers = None,
     limit: Annotated[int | None, Option(min=1, help="Maximum number of questions.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Answer one of the paper's questions about a pair, with figures and a picture.
 
@@ -262,26 +278,33 @@ def analyze(
     from kvfuse.analysis.study import choose
 
     module_of(name)  # refuses an unknown name before anything is loaded
-    study = choose(fuser or (), data, receiver, sharer or (), limit, smoke)
+    study = choose(fuser or (), data, receiver, sharer or (), limit, smoke, **_loading(dtype, device))
     finding = run(name, study, **parse_options(options or []))
     typer.echo(finding.reading)
     typer.echo(f"wrote {', '.join(map(str, finding.save(out, name)))}")
 
 
 @app.command()
-def doctor(fuser: Fusers = None, receiver: Receiver = None, sharer: Sharers = None) -> None:
+def doctor(
+    fuser: Fusers = None,
+    receiver: Receiver = None,
+    sharer: Sharers = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
     """Check a pair: shapes, tokenizers, alignment, gates, memory, time, and whether closed gates change nothing.
 
     kvfuse doctor -r Qwen/Qwen3-0.6B -s Qwen/Qwen2.5-0.5B-Instruct -f my-fuser
     """
     if not fuser:
         _hide_progress_bars()
-    from rich.console import Console
+    _say("loading the pair")
+    from kvfuse.analysis.doctor import examine, line, sample_of, verdict
 
-    from kvfuse.analysis.doctor import examine, sample_of, table, verdict
-
-    checks = examine(sample_of(fuser or (), receiver, sharer or ()))
-    Console().print(table(checks))
+    study, checks = sample_of(fuser or (), receiver, sharer or (), **_loading(dtype, device)), []
+    for check in examine(study, _say):
+        typer.secho(line(check), fg=None if check.well else "red")
+        checks.append(check)
     typer.echo(verdict(checks))
     if not all(check.well for check in checks):
         raise typer.Exit(1)
@@ -333,10 +356,10 @@ def pairs() -> None:
 
 @list_app.command()
 def methods() -> None:
-    """List the methods that evaluations compare."""
-    from kvfuse.methods import METHODS
+    """List the methods that evaluations compare, each with what answers."""
+    from kvfuse.evaluation.describe_methods import lines
 
-    typer.echo("\n".join(METHODS))
+    typer.echo("\n".join(lines()))
 
 
 @list_app.command()
@@ -393,30 +416,91 @@ def build(folder: Annotated[Path, Argument(help="Folder for facts, models, fuser
     run(folder)
 
 
-def _answer(pair: "CacheToCache", messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """Print an answer as it is generated, and return it."""
-    pieces = []
-    for piece in pair.stream(messages, max_new_tokens=max_new_tokens):
-        typer.echo(piece, nl=False)
-        pieces.append(piece)
-    typer.echo()
-    return "".join(pieces)
+def _converse(conversation: "Conversation") -> None:
+    """Ask until an empty line or the end of the input; what one question makes wrong does not end the conversation."""
+    from kvfuse.errors import KVFuseError
+
+    while question := _read_line("you: "):
+        dropped = conversation.dropped
+        try:
+            answer = conversation.ask(question)
+            if conversation.dropped > dropped:
+                _say(f"the context is full; the oldest questions are no longer read, {conversation.dropped} so far")
+            _print_pieces(answer)
+        except KVFuseError as error:
+            _say(f"error: {error}")
+
+
+def _read_line(prompt: str) -> str:
+    """Read a line, without the spaces around it; the end of the input is an empty one."""
+    try:
+        line = "" if sys.stdin is None else input(prompt).strip()
+    except EOFError:
+        line = ""
+    if not (line and sys.stdin.isatty()):
+        typer.echo(line)  # nobody pressed Enter behind the prompt
+    return line
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    """Print an answer as it is generated, and end the line whatever happens."""
+    started = False
+    try:
+        for piece in pieces:
+            started = True
+            typer.echo(piece, nl=False)
+    finally:
+        if started:
+            typer.echo()
+
+
+def _loading(dtype: str, device: str) -> dict[str, Any]:
+    """The options for loading models that a command's ``--dtype`` and ``--device`` ask for."""
+    from kvfuse.language_model import require_device
+
+    return {"dtype": dtype, "device_map": require_device(device)}
 
 
 def _hide_progress_bars() -> None:
-    """Hide the Hub's progress bars, for pairs that download nothing. Must run before huggingface_hub is imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Hide progress bars, in pipes and for pairs that download nothing. Must run before huggingface_hub is imported."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+
+
+def _end_progress_bars() -> None:
+    """Let progress bars that an error has left open end their lines."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+
+
+def _say(line: str) -> None:
+    """Print a line that is no result."""
+    typer.echo(line, err=True)
 
 
 def main() -> None:
-    """Entry point: an error that kvfuse raises on purpose becomes one line and exit status 1."""
+    """Entry point: an error that kvfuse raises on purpose, or a file system, becomes one line and exit status 2.
+
+    Any other is a fault of kvfuse and stays a traceback. Ctrl-C ends with 130.
+    """
     from kvfuse.errors import KVFuseError
 
     try:
         app()
     except KVFuseError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _end_progress_bars()
+        _say(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None:  # not from the operating system
+            raise
+        _end_progress_bars()
+        name = "" if error.filename is None else f"{error.filename}: "
+        _say(f"error: expected a file or folder that can be used, got {name}{error.strerror}; choose another place")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import (
 from kvfuse.backends.dtypes import fast_dtype
 from kvfuse.backends.offloading import loaded
 from kvfuse.cache.kv import KVSpec
-from kvfuse.errors import PairError
+from kvfuse.errors import PairError, first_line
 from kvfuse.prompts.reading import Reading, set_reading
 from kvfuse.stages.context import context_length
 from kvfuse.stages.prefill import continues_exactly, probe
@@ -128,6 +128,21 @@ class LanguageModel:
             weights=_sample_weights(self.model),
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
+
+
+def require_device(name: str) -> str:
+    """A device by name, as ``device_map`` takes it, e.g. ``cuda:1`` or ``auto``.
+
+    Raises:
+        PairError: This machine has no such device.
+    """
+    try:
+        if name != "auto":
+            torch.zeros(1, device=name).item()  # which the device meta cannot
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        got = f"got {name!r}: {first_line(error)}"
+        raise PairError(f"expected a device of this machine, such as cpu or cuda:0, {got}; choose one") from error
+    return name
 
 
 def load_tokenizer(name: str | Path, **source: Any) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvfuse.analysis.doctor import examine, sample_of, table, verdict
+from kvfuse.analysis.doctor import Check, examine, line, sample_of, verdict
 from kvfuse.analysis.study import Study
 from kvfuse.checkpoint import save_fuser
 from kvfuse.cli import app
@@ -22,10 +22,27 @@ def wrong(study):
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_next"])
 def test_a_pair_that_is_well(family):
-    checks = examine(Study.tiny(family))
+    checks = list(examine(Study.tiny(family)))
     assert [check.name for check in checks if not check.well] == []
     assert verdict(checks) == f"all {len(checks)} checks passed"
-    assert table(checks).row_count == len(checks)
+
+
+def test_each_check_is_given_as_soon_as_it_is_made():
+    """A line says what comes next before it is measured, and no later part runs before the earlier ones are given."""
+    said = []
+    checks = examine(Study.tiny(), said.append)
+    assert next(checks).name == "receiver"
+    assert said == ["checking models"]
+    list(checks)
+    assert said[-1] == "checking memory and time"
+
+
+def test_a_line_is_wrapped_below_what_was_seen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = line(Check("gates closed = receiver alone", "word " * 30, well=False)).splitlines()
+    assert lines[0].startswith("WRONG  gates closed = receiver alone")
+    assert {len(text) - len(text.lstrip()) for text in lines[1:]} == {lines[0].index("word")}
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_pair_that_fuses_the_response_is_well():
@@ -62,7 +79,7 @@ def test_a_receiver_that_changes_under_closed_gates_is_told(monkeypatch):
 def test_a_prompt_that_cannot_be_read_is_a_check_that_failed():
     study = Study.tiny()
     long = replace(study.questions[0], prompt=[{"role": "user", "content": "Oslo " * 400}])
-    assert "closed gates" in wrong(replace(study, questions=[long]))
+    assert {"alignment", "answers", "costs"} <= set(wrong(replace(study, questions=[long])))
 
 
 def test_models_need_a_fuser():

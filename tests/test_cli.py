@@ -1,16 +1,26 @@
+import os
 import re
 import shutil
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
+import tqdm
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from kvfuse.checkpoint import save_fuser
 from kvfuse.cli import app, main
+from kvfuse.errors import KVFuseError
+from kvfuse.evaluation.describe_methods import DESCRIPTIONS
 from kvfuse.language_model import LanguageModel
+from kvfuse.methods import METHODS
 from kvfuse.model import CacheToCache
 from kvfuse.testing import tiny_fuser
+
+BUILT_IN = list(METHODS)  # before tests register others
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def fails(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["kvfuse", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
-        assert stop.value.code == 1
+        assert stop.value.code == 2
         captured = capsys.readouterr()
         lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
@@ -89,6 +99,27 @@ def test_chat_goes_on_until_an_empty_line(folders):
     result = run("chat", *words(folders), "--max-new-tokens", "2", text="one\ntwo\n\n")
     assert result.exit_code == 0
     assert result.output.count("you:") == 3
+
+
+def test_chat_ends_quietly_with_the_input(folders):
+    result = run("chat", *words(folders), "--max-new-tokens", "2", text="one\ntwo")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "you: "
+    assert not result.stdout.endswith("\n\n")
+
+
+def test_a_question_that_cannot_be_read_does_not_end_the_conversation(folders):
+    result = run("chat", *words(folders), "--max-new-tokens", "2", text="word " * 400 + "\nfour\n")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1].startswith("error: expected a prompt of at most 256 tokens")
+    assert result.stdout.count("you:") == 3
+
+
+def test_options_of_a_chat_reach_models_and_sampling(folders):
+    options = ["--max-new-tokens", "8", "--dtype", "bfloat16", "--device", "cpu", "hello"]
+    ask = partial(run, "chat", *words(folders), "--temperature", "5", *options)
+    one, same, other = ask("--seed", "1").stdout, ask("--seed", "1").stdout, ask("--seed", "2").stdout
+    assert one == same != other
 
 
 def test_align_prints_two_columns(folders):
@@ -195,7 +226,7 @@ def test_train_runs_a_recipe(folders, tmp_path):
     ("changed", "message"),
     [
         ({"-r": "no/such/model"}, "expected a causal language model"),
-        ({"-f": "no/such/fuser"}, "no such folder"),
+        ({"-f": "no/such/fuser"}, "got no such folder"),
         ({"-f": "{-r}"}, "got a model of type 'qwen3'"),
         ({"-s": "{-r}"}, "expected a sharer with 4 layers"),
     ],
@@ -217,6 +248,10 @@ def test_wrong_prompts_give_one_line(folders, fails, prompt, message):
     [
         (["--max-new-tokens", "0", "hello"], "expected max_new_tokens to be a whole number of at least 1, got 0"),
         (["--max-new-tokens", "-3", "hello"], "at least 1, got -3"),
+        (["--temperature", "-1", "hello"], "expected a temperature of at least 0, got -1"),
+        (["--seed", "-1", "hello"], "expected a seed from 0"),
+        (["--device", "spam", "hello"], "expected a device of this machine"),
+        (["--device", "meta", "hello"], "expected a device of this machine"),
         (["caf\udce9"], r"the lone surrogate '\udce9'"),  # as Python passes a byte that is not UTF-8
     ],
 )
@@ -241,3 +276,54 @@ def test_a_truncated_model_gives_one_line(folders, fails, tmp_path):
 def test_a_wrong_recipe_gives_one_line(fails, tmp_path):
     (tmp_path / "recipe.yaml").write_text("receiver: a\nsharer: b\noutput: c\ndata: {path: d}\n")
     assert "did you mean 'steps'?" in fails("train", f"{tmp_path}/recipe.yaml", "train.stps=3")
+
+
+def test_an_error_stands_on_a_line_of_its_own(monkeypatch, capsys):
+    """A progress bar that an error has left open ends its line first."""
+
+    def fail():
+        fail.bar = tqdm.tqdm(total=2)
+        raise KVFuseError("expected this")
+
+    monkeypatch.setattr("kvfuse.cli.app", fail)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith("\nerror: expected this\n")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
+def test_what_is_no_fault_of_kvfuse_gives_no_traceback(monkeypatch, error, status):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("kvfuse.cli.app", fail)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == status
+
+
+def test_lists_load_no_heavy_library():
+    names = ("torch", "transformers", "datasets", "lm_eval")
+    lists = ["analyses", "methods", "tasks", "pairs"]
+    check = (
+        f"import sys; from typer.testing import CliRunner; from kvfuse.cli import app\n"
+        f"print([CliRunner().invoke(app, ['list', name]).exit_code for name in {lists}])\n"
+        f"print([name for name in {names} if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["[0, 0, 0, 0]", "[]"]
+
+
+def test_every_method_is_listed():
+    assert list(DESCRIPTIONS) == BUILT_IN
+    assert [line.split()[0] for line in run("list", "methods").output.splitlines()] == BUILT_IN
+
+
+def test_progress_bars_are_for_terminals(monkeypatch):
+    """Read by huggingface_hub, transformers and tqdm when they are imported, which commands do after this."""
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    run("list", "pairs")
+    assert [os.environ.get(name) for name in names] == ["1", "1"]

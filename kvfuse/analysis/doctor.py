@@ -1,16 +1,20 @@
 """``kvfuse doctor``: is this pair well? Checks are made on the loaded models; each reports what it saw."""
 
+import copy
+import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from kvfuse.analysis.layers import FusedLayers
-from kvfuse.analysis.study import Study
+from kvfuse.analysis.study import Question, Study
+from kvfuse.demo.pair_folder import PairFolder
+from kvfuse.demo.score import held_out
 from kvfuse.errors import AnalysisError, KVFuseError
 from kvfuse.fusers import describe_gates
 from kvfuse.language_model import LanguageModel
@@ -33,13 +37,15 @@ MIN_COVERAGE = 0.9
 MIN_FUSED = 0.5
 """Share of the receiver's tokens that must be fused, where all may be."""
 NOT_FINITE = "weights that are not finite"
+INDENT = 37
+"""Columns of a line before what was seen: those of the mark and of the longest name."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of logits, relative to the largest: the same sums in another order."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
+    """One line of the result.
 
     Attributes:
         name: What was checked.
@@ -53,10 +59,19 @@ class Check:
 
 
 Part = Callable[[CacheToCache, Sequence[Prompt]], Iterator[Check]]
+Say = Callable[[str], Any]
 
 
-def sample_of(fuser: Sequence[str] = (), receiver: str | None = None, sharer: Sequence[str] = ()) -> Study:
+def sample_of(
+    fuser: Sequence[str] = (), receiver: str | None = None, sharer: Sequence[str] = (), **model_options: Any
+) -> Study:
     """Returns the user's own pair, else the embedded one, with questions that any pair can read.
+
+    Args:
+        fuser: Folder or Hub id, one per sharer.
+        receiver: By default the one that the fuser names.
+        sharer: By default those that the fusers name.
+        model_options: For the user's own pair, as in :meth:`CacheToCache.from_pretrained`.
 
     Raises:
         AnalysisError: Models without a fuser.
@@ -65,30 +80,41 @@ def sample_of(fuser: Sequence[str] = (), receiver: str | None = None, sharer: Se
         raise AnalysisError(
             "expected --fuser for a pair of your own, got models without one; name the fuser's folder or Hub id"
         )
-    embedded = Study.embedded(NUM_PROMPTS)
     if not fuser:
-        return embedded
-    pair = CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), device_map="auto")
-    return replace(embedded, pair=pair)
+        return Study.embedded(NUM_PROMPTS)
+    questions = [Question(item.text) for item in held_out(PairFolder(), NUM_PROMPTS)]
+    return Study(CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), **model_options), questions)
 
 
-def examine(study: Study) -> list[Check]:
+def examine(study: Study, say: Say = lambda line: None) -> Iterator[Check]:
     """Check a pair, also on a few prompts.
 
     Args:
         study: The pair, with prompts; answers are not needed.
+        say: Receives lines about what is checked next.
+
+    Yields:
+        The checks, each as soon as it is made.
     """
     prompts = [question.prompt for question in study.spread(NUM_PROMPTS).questions]
-    parts = (_models, _fusers, _alignment, _closed_gates, _fused, _costs)
-    return [check for part in parts for check in _run(part, study.pair, prompts)]
+    answers = f"answers to {len(prompts)} prompts: the receiver alone, with closed gates, and fused"
+    parts: dict[str, Part] = {
+        "models": _models,
+        "fusers": _fusers,
+        "alignment": _alignment,
+        answers: _answers,
+        "memory and time": _costs,
+    }
+    for name, part in parts.items():
+        say(f"checking {name}")
+        yield from _run(part, study.pair, prompts)
 
 
-def table(checks: Sequence[Check]) -> Table:
-    """Returns the checks as a table for a terminal."""
-    out = Table("", "check", "what was seen", box=None, header_style="bold")
-    for check in checks:
-        out.add_row("ok" if check.well else "WRONG", check.name, check.seen, style=None if check.well else "bold red")
-    return out
+def line(check: Check) -> str:
+    """Returns a check for a terminal: its mark, its name and what was seen, wrapped below itself."""
+    head = f"{'ok' if check.well else 'WRONG':<7}{check.name:<{INDENT - 7}}"
+    width = max(2 * INDENT, shutil.get_terminal_size().columns)
+    return textwrap.fill(check.seen, width, initial_indent=head, subsequent_indent=" " * INDENT)
 
 
 def verdict(checks: Sequence[Check]) -> str:
@@ -152,30 +178,28 @@ def _alignment(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]
         yield Check(_numbered("alignment", pair, number), seen if well else f"{seen}; see 'kvfuse align'", well)
 
 
-def _closed_gates(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
-    """With every gate closed the receiver must answer as it does alone."""
+def _answers(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
+    """With every gate closed the receiver must answer as it does alone; fused, its logits must be finite."""
     closed = FusedLayers(pair, []).fusers
-    equal, difference, largest = 0, 0.0, 1e-9
-    for same, logits, own in (_answer(pair, prompt, closed) for prompt in prompts):
-        equal += same
+    equal, changed, is_finite, difference, largest = 0, 0, True, 0.0, 1e-9
+    for prompt in prompts:
+        (alone, own), (same, logits), (fused, new) = _answer(pair, prompt, closed)
+        equal += torch.equal(alone, same)
+        changed += not torch.equal(alone, fused)
+        is_finite &= bool(own.isfinite().all() and new.isfinite().all())
         # answers of different lengths are unequal anyway
         if logits.shape == own.shape:
             difference = max(difference, float((logits - own).abs().max()))
             largest = max(largest, float(own.abs().max()))
+    # 1) Closed
     tolerance = TOLERANCES.get(pair.receiver.model.dtype, 1e-2) * largest
     answers = f"{equal} of {len(prompts)} answers equal the receiver's, token by token"
     seen = f"{answers}; logits differ by {difference:.1e} of {largest:.1f}"
     yield Check("gates closed = receiver alone", seen, equal == len(prompts) and difference <= tolerance)
-
-
-def _fused(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
-    """Fused logits must be finite; the number of answers that change is reported."""
-    answers = [_answer(pair, prompt) for prompt in prompts]
-    changed = sum(not same for same, *_ in answers)
-    finite = all(bool(part.isfinite().all()) for _, *logits in answers for part in logits)
+    # 2) Fused
     seen = f"{changed} of {len(prompts)} answers differ from the receiver's, in the first {NEW_TOKENS} tokens"
     problem = "logits that are not finite; load the models in another dtype"
-    yield Check("fused answers", seen if finite else problem, finite)
+    yield Check("fused answers", seen if is_finite else problem, is_finite)
 
 
 def _costs(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
@@ -198,18 +222,20 @@ def _costs(pair: CacheToCache, prompts: Sequence[Prompt]) -> Iterator[Check]:
     yield Check("time", f"{1000 * total:.0f} ms for {tokens} ({phases})")
 
 
-def _answer(
-    pair: CacheToCache, prompt: Prompt, fusers: Sequence[nn.Module] | None = None
-) -> tuple[bool, Tensor, Tensor]:
-    """Answer a prompt greedily from its fused cache, and with the receiver's own ``generate``.
+def _answer(pair: CacheToCache, prompt: Prompt, closed: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Answer a prompt greedily with the receiver's own ``generate``, and from its cache with closed and own fusers.
 
     Returns:
-        Whether the tokens of both are equal, and the logits that chose each answer, ``(new, V)`` float32.
+        Of each answer the ids, ``(1, T + new)`` int64, and the logits that chose them, ``(new, V)`` float32.
     """
     batch = stack([pair.align(prompt)])  # (1, T)
-    fused, alone = pair.answer(batch, fusers=fusers, **GREEDY), pair.decode(batch, None, **GREEDY)
-    logits, own = (torch.cat(out.logits).float().cpu() for out in (fused, alone))
-    return torch.equal(fused.sequences, alone.sequences), logits, own
+    answers = [pair.decode(batch, None, **GREEDY)]
+    # every model reads the prompt once; answers that fuse the response write into what was read
+    caches = pair.read(batch)
+    for fusers in (closed, pair.fusers):
+        fused = pair.fuse(batch, caches=copy.deepcopy(caches), fusers=fusers)
+        answers.append(pair.decode(batch, fused.cache, response_fuser=fused.response_fuser, **GREEDY))
+    return [(answer.sequences, torch.cat(answer.logits).float().cpu()) for answer in answers]
 
 
 def _models_by_name(pair: CacheToCache) -> dict[str, LanguageModel]:

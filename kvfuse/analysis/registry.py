@@ -5,12 +5,14 @@ import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvfuse.analysis.finding import Finding
-from kvfuse.analysis.study import Study
 from kvfuse.errors import AnalysisError, nearest
 from kvfuse.support.config import override
+
+if TYPE_CHECKING:  # both load torch
+    from kvfuse.analysis.finding import Finding
+    from kvfuse.analysis.study import Study
 
 # in the order of the paper's sections, as `kvfuse list analyses` prints them
 NAMES = (
@@ -30,7 +32,7 @@ ANALYSES = {name: f"kvfuse.analysis.{name.replace('-', '_')}" for name in NAMES}
 """Name -> module with a function ``run``; the first line of the module is the question that it answers."""
 
 
-def analyze(name: str, study: Study, **options: Any) -> Finding:
+def analyze(name: str, study: "Study", **options: Any) -> "Finding":
     """Run an analysis.
 
     Args:

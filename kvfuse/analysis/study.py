@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -122,6 +122,7 @@ def choose(
     sharer: Sequence[str] = (),
     limit: int | None = None,
     smoke: bool = False,
+    **model_options: Any,
 ) -> Study:
     """Returns a command's study: the user's own pair and data, tiny models for a smoke run, else the embedded pair.
 
@@ -133,13 +134,14 @@ def choose(
         sharer: By default those that the fusers name.
         limit: Number of questions.
         smoke: See :class:`Study`.
+        model_options: For the user's own pair, as in :meth:`CacheToCache.from_pretrained`.
 
     Raises:
         AnalysisError: A fuser without data, data or models without a fuser, or no question in the data.
     """
     if fuser and data:
         questions = _read_questions(data, limit)
-        pair = CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), device_map="auto")
+        pair = CacheToCache.from_pretrained(receiver, list(sharer) or None, list(fuser), **model_options)
         return Study(pair, questions, smoke)
     if fuser or data or receiver or sharer:
         raise AnalysisError(
