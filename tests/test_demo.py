@@ -1,8 +1,12 @@
+import io
+import itertools
 import json
 import math
+import re
 
 import pytest
 from answers import answers, run_of, timings
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvfuse.cli import app
@@ -13,6 +17,8 @@ from kvfuse.demo.lessons import SHARERS_LANGUAGE, Teacher, state_hint
 from kvfuse.demo.pair_folder import SHIPPED, PairFolder
 from kvfuse.demo.questions import KINDS, all_questions
 from kvfuse.demo.score import donors, figures, held_out, sample
+from kvfuse.demo.show import rows as rows_of
+from kvfuse.demo.show import side_by_side, table
 from kvfuse.errors import CheckpointError, RecipeError
 from kvfuse.evaluation.report.verdict import difference
 from kvfuse.evaluation.scoring.metrics import metrics
@@ -135,10 +141,29 @@ def test_json_holds_all_figures(tmp_path):
 
 
 def test_the_table_and_the_questions_are_shown():
-    shown = run("--limit", 8, "--seed", 1).output
+    shown = run("--limit", 8, "--seed", 1).stdout
+    assert not set(shown) & {"\x1b", "\r", "━"}, "a pipe gets text alone"
+    assert "fusers of 1 seed," in shown
     assert all(name in shown for name in METHODS)
     assert "Side by side" in shown
     assert "keeps" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_tables_are_whole(folder, width):
+    """Every name, figure and word is there, between the left edge and the 80th column, without an ellipsis."""
+    record = folder.provenance["figures"]
+    long = "Which language do people speak in Aktogay?"
+    rows = [answers(name, [1.0, 0.0], category=["compound"] * 2, question=[long] * 2, seed=0) for name in METHODS]
+    console = Console(width=width, file=io.StringIO())
+    console.print(table(record), side_by_side(run_of(*rows).predictions))
+    shown = console.file.getvalue()
+    assert sum(bool(re.search(r"\[\d.*\d\]", line)) for line in shown.splitlines()) == len(METHODS)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert all(any(line.split()[:1] == [name] for line in shown.splitlines()) for name in METHODS)
+    words = shown.replace("│", " ").split()
+    assert set(" ".join(itertools.chain(*rows_of(record)[1:], [long])).split()) <= set(words)
 
 
 def test_one_question_is_asked_of_every_method_without_a_donor():

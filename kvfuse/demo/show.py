@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -44,7 +45,7 @@ def run(
     seeds, questions = list(seeds or folder.seeds), held_out(folder, limit)
     # 1) score
     columns = TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         runs = len(METHODS) + (len(seeds) - 1) * len(METHODS_PER_SEED)
         task = bar.add_task("loading", total=runs * len(questions))
         scored = score(folder, seeds, questions, lambda name, done: bar.update(task, advance=done, description=name))
@@ -68,7 +69,7 @@ def answer_one(question: str, path: Path | None = None) -> None:
     if not question.strip():
         raise PromptError("expected a question, got an empty one; ask for example 'What currency is used in Norway?'")
     folder, console = PairFolder(path or SHIPPED), Console()
-    answers = Table("method", "answer", "ms", "tokens", box=None, header_style="bold")
+    answers = _table(["method", "answer", "ms", "tokens"])
     for name, method in make_methods(folder, folder.seeds[0], []).items():
         if name not in CONTROLS:
             method.generate([as_prompt(question)], **OPTIONS)  # warm-up
@@ -92,9 +93,9 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
 def table(record: dict[str, Any]) -> Table:
     """Returns :func:`rows` for a terminal."""
     asked = f"{record['questions']} questions about places no fuser has seen"
-    title = f"{asked}, fusers of {len(record['seeds'])} seeds, accuracy in %"
+    seeds = "1 seed" if len(record["seeds"]) == 1 else f"{len(record['seeds'])} seeds"
     header, *body = rows(record)
-    out = Table(*header, title=title, title_justify="left", header_style="bold")
+    out = _table(header, title=f"{asked}, fusers of {seeds}, accuracy in %")
     for column in out.columns[1:]:
         column.justify = "right"
     for row in body:
@@ -133,10 +134,27 @@ def side_by_side(predictions: Sequence[Prediction]) -> Table:
     fused = answers[FUSED].values()
     chosen = [next((row for row in fused if row.category == kind and row.score), None) for kind in KINDS]
     chosen.append(next((row for row in fused if not row.score), None))
-    header = ("question", "answer", *SIDE_BY_SIDE)
-    out = Table(*header, title="Side by side", title_justify="left", header_style="bold", show_lines=True)
+    out = _table(
+        ["question", "answer", *SIDE_BY_SIDE],
+        title="Side by side",
+        box=box.HORIZONTALS,
+        padding=(0, 1),
+        show_lines=True,
+    )
     for row in filter(None, chosen):
         out.add_row(row.question, row.target, *(answers[name][row.item].answer for name in SIDE_BY_SIDE))
+    return out
+
+
+def _table(header: Sequence[str], title: str | None = None, **options: Any) -> Table:
+    """A table that 80 columns hold whole: narrow headers, and cells that are wrapped, never cut."""
+    out = Table(
+        title=title,
+        **{"title_justify": "left", "header_style": "bold", "box": None, "padding": (0, 1, 0, 0), **options},
+    )
+    for name in header:
+        lines = name.replace(" ", "\n").replace("-", "-\n").replace("-\nto", "-to")  # sharer-|knows, cache-to-|cache
+        out.add_column(lines, overflow="fold", no_wrap=name == "method")
     return out
 
 

@@ -216,7 +216,7 @@ class HarnessModel(LM):
         answers: dict[int, Any] = {}
         lengths, num_failed = [len(context) for context, _ in units], 0
         batches = in_batches(lengths, lambda chosen: answer([units[unit] for unit in chosen]), self.batch_size)
-        hidden = not self.progress or self.rank > 0
+        hidden = not self.progress or self.rank > 0 or None  # None: hidden in pipes
         for unit, results in tqdm(batches, self.method.name, len(units), disable=hidden):
             _, indices = units[unit]
             if isinstance(results, Exception):  # counts as wrong, and is listed in the report
