@@ -135,7 +135,7 @@ def evaluate(
     overrides: Overrides = None,
     *,
     out: Annotated[Path, Option(file_okay=False, help="Folder for answers, figures and report.")],
-    data: Annotated[Path | None, Option(help="Folder with the tasks' files. Default: the Hub.")] = None,
+    data: Annotated[Path | None, Option(exists=True, help="Folder with the tasks' files. Default: the Hub.")] = None,
     template: Annotated[Path | None, Option(help="Jinja file that replaces the tasks' prompts.")] = None,
     zeroed: Annotated[bool, Option("--zeroed", help="Control: the sharer's cache is zero.")] = False,
     mismatched: Annotated[bool, Option("--mismatched", help="Control: the sharer reads another question.")] = False,
@@ -279,6 +279,7 @@ def analyze(
 
     module_of(name)  # refuses an unknown name before anything is loaded
     study = choose(fuser or (), data, receiver, sharer or (), limit, smoke, **_loading(dtype, device))
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be written, say so before the work
     finding = run(name, study, **parse_options(options or []))
     typer.echo(finding.reading)
     typer.echo(f"wrote {', '.join(map(str, finding.save(out, name)))}")
@@ -303,7 +304,7 @@ def doctor(
 
     study, checks = sample_of(fuser or (), receiver, sharer or (), **_loading(dtype, device)), []
     for check in examine(study, _say):
-        typer.secho(line(check), fg=None if check.well else "red")
+        typer.echo(line(check))
         checks.append(check)
     typer.echo(verdict(checks))
     if not all(check.well for check in checks):

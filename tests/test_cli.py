@@ -302,6 +302,16 @@ def test_what_is_no_fault_of_kvfuse_gives_no_traceback(monkeypatch, error, statu
     assert stop.value.code == status
 
 
+@pytest.mark.parametrize(
+    "command", [("analyze", "gates", "--smoke", "--out"), ("demo", "--limit", "4", "--json"), ("quantize", "{-f}")]
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(folders, fails, tmp_path, monkeypatch, command):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("kvfuse.model.CacheToCache.read", None)  # nothing is answered
+    command = [word.format(**folders) for word in command]
+    assert f"can be used, got {tmp_path}/file" in fails(*command, f"{tmp_path}/file/inside/out")
+
+
 def test_lists_load_no_heavy_library():
     names = ("torch", "transformers", "datasets", "lm_eval")
     lists = ["analyses", "methods", "tasks", "pairs"]

@@ -5,6 +5,7 @@ import gzip
 import json
 import string
 
+import datasets
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -157,6 +158,16 @@ def test_results_are_compared(tmp_path, source, reply, right):
         accuracy(load_task(f"{source.replace('-', '')}_generate", write(tmp_path, [made_up.ROWS[source]])), reply)
         == right
     )
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it"), ValueError("no such config")])
+def test_data_that_the_hub_does_not_give_are_one_line(monkeypatch, error):
+    def load_dataset(*names, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(EvaluationError, match=rf"allenai/openbookqa on the Hub, got: {error}; .*--data DIR"):
+        load_task("openbookqa_generate")
 
 
 def test_the_embedded_facts_are_asked_by_kind():

@@ -1,6 +1,7 @@
 """``kvfuse demo``: the table, some questions side by side, the figures as JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ def run(
         seeds: Fusers to score; by default all.
         limit: Number of questions; by default all.
     """
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # where it cannot be written, say so before the work
     torch.set_num_threads(1)  # fastest for models this small
-    folder, console = PairFolder(path or SHIPPED), Console()
+    folder, console = PairFolder(path or SHIPPED), _console()
     seeds, questions = list(seeds or folder.seeds), held_out(folder, limit)
     # 1) score
     columns = TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -68,7 +71,7 @@ def answer_one(question: str, path: Path | None = None) -> None:
     """
     if not question.strip():
         raise PromptError("expected a question, got an empty one; ask for example 'What currency is used in Norway?'")
-    folder, console = PairFolder(path or SHIPPED), Console()
+    folder, console = PairFolder(path or SHIPPED), _console()
     answers = _table(["method", "answer", "ms", "tokens"])
     for name, method in make_methods(folder, folder.seeds[0], []).items():
         if name not in CONTROLS:
@@ -144,6 +147,11 @@ def side_by_side(predictions: Sequence[Prediction]) -> Table:
     for row in filter(None, chosen):
         out.add_row(row.question, row.target, *(answers[name][row.item].answer for name in SIDE_BY_SIDE))
     return out
+
+
+def _console() -> Console:
+    """A console whose text is plain where the user sets NO_COLOR (rich would keep bold)."""
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def _table(header: Sequence[str], title: str | None = None, **options: Any) -> Table:

@@ -58,12 +58,22 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file next to its destination, flush it to disk, and move it there."""
+    """Let ``write`` make a file next to its destination, flush it to disk, and move it there.
+
+    A link stays one. What is there and no file, such as a device, is written into as it is: a move would replace it.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        write(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
-    write(scratch)
-    _flush(scratch)
-    scratch.rename(path)
+    try:
+        write(scratch)
+        _flush(scratch)
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -129,14 +129,20 @@ def _kept(questions: Iterator[Item], kinds: set[str]) -> Iterator[Item]:
 def _hub_rows(source: Source, subjects: Sequence[str] | None) -> Iterator[tuple[str, int, str, Row]]:
     import datasets
 
-    configs = (
-        [source.config]
-        if source.config
-        else subjects or set(datasets.get_dataset_config_names(source.hub)) - {"default"}
-    )
-    for config in sorted(configs):
-        rows = datasets.load_dataset(source.hub, config, split=source.split)
-        yield from ((f"{source.hub}/{config}", number, config, row) for number, row in enumerate(rows, start=1))
+    try:
+        configs = (
+            [source.config]
+            if source.config
+            else subjects or set(datasets.get_dataset_config_names(source.hub)) - {"default"}
+        )
+        for config in sorted(configs):
+            rows = datasets.load_dataset(source.hub, config, split=source.split)
+            yield from ((f"{source.hub}/{config}", number, config, row) for number, row in enumerate(rows, start=1))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a lost connection is an OSError
+        raise EvaluationError(
+            f"expected the data set {source.hub} on the Hub, got: {first_line(error)}; "
+            "connect to it, or name a folder with its files, --data DIR"
+        ) from error
 
 
 def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | None) -> list[Path]:
