@@ -21,11 +21,13 @@ from kvfuse.backends.dtypes import fast_dtype
 from kvfuse.backends.offloading import loaded
 from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
+from kvfuse.prompts.reading import Reading, set_reading
 from kvfuse.stages.context import context_length
 from kvfuse.stages.prefill import continues_exactly, probe
 from kvfuse.stages.rope import RoPE, measure_rope
 from kvfuse.support.hub import SOURCE_OPTIONS, reading, select
 
+SWITCHES = ("escape_special_tokens", "system_in_user")
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
 
@@ -76,19 +78,22 @@ class LanguageModel:
             name: Folder, Hub id or GGUF file.
             model_options: For ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map``. ``dtype`` is that of the
                 weights by default, or float32 on a CPU that is faster with it. Options that say which files to read
-                (:data:`kvfuse.support.hub.SOURCE_OPTIONS`) reach the tokenizer too.
+                (:data:`kvfuse.support.hub.SOURCE_OPTIONS`) reach the tokenizer too. ``escape_special_tokens`` and
+                ``system_in_user`` are the switches of :class:`kvfuse.prompts.reading.Reading`.
 
         Raises:
             PairError: There is no causal language model of that name.
         """
-        source = select(model_options, SOURCE_OPTIONS)
-        options = {key: value for key, value in model_options.items() if key not in source}
+        source, switches = select(model_options, SOURCE_OPTIONS), select(model_options, SWITCHES)
+        options = {key: value for key, value in model_options.items() if key not in {**source, **switches}}
         with reading("a causal language model", name, source) as (place, files):
             model = AutoModelForCausalLM.from_pretrained(place, **{"dtype": "auto", **options, **files})
         model.name_or_path = str(name)
         if model_options.get("dtype", "auto") == "auto":
             model = _in_fast_dtype(model)
-        return cls(model.eval().requires_grad_(False), load_tokenizer(name, **source))
+        tokenizer = load_tokenizer(name, **source)
+        set_reading(tokenizer, Reading(**switches))
+        return cls(model.eval().requires_grad_(False), tokenizer)
 
     @cached_property
     def context(self) -> int | None:

@@ -1,12 +1,15 @@
 """Helpers of several test modules: random caches, comparisons of caches, the operations that a computation runs."""
 
 from html.parser import HTMLParser
+from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvfuse.cache.kv import KV, KVSpec
 from kvfuse.fusers.base import Fuser
+from kvfuse.testing import FAMILIES
 
 
 def random_kv(spec: KVSpec, batch: int = 2, tokens: int = 5) -> KV:
@@ -86,3 +89,16 @@ class CheckedHTML(HTMLParser):
         self.handle_starttag(tag, attrs)
         if tag not in self.VOID:
             self.open.pop()
+
+
+CORE_FAMILIES = ("qwen3", "gemma2", "gpt2", "mpt", "qwen3_next")
+"""A plain one, sliding windows, learned positions, ALiBi, linear attention: the others are asked in the long run."""
+
+
+def families(*left_out: str) -> list[Any]:
+    """Parameters of a test for each family, those beside :data:`CORE_FAMILIES` marked slow."""
+    return [
+        pytest.param(family, marks=() if family in CORE_FAMILIES else pytest.mark.slow)
+        for family in FAMILIES
+        if family not in left_out
+    ]

@@ -283,3 +283,17 @@ def test_composed_accents_belong_to_their_letter(real):
 def test_special_tokens_that_swallow_white_space_are_no_message(real):
     row = align(chat(" Oslo "), real["phi-4"], [(real["qwen3"], "span")], fuse="messages")
     assert [real["phi-4"].decode([token]) for token in row.receiver.ids[row.fusable]] == ["Os", "lo"]
+
+
+def test_a_token_over_two_messages_covers_both():
+    """Of a template that writes nothing between two messages."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}<|assistant|>"
+    chat = [{"role": "user", "content": "What is the cap"}, {"role": "user", "content": "ital of Norway?"}]
+    tokenized = tokenize(chat, tokenizer)
+    border = len(chat[0]["content"])
+    over = [i for i, (low, high) in enumerate(tokenized.offsets.tolist()) if low < border < high]
+    assert over, "the words of the test must be one token"
+    assert message_axis.covered(tokenized).all()
+    located = message_axis.locate(tokenized).characters[over[0]]
+    assert located.tolist() == tokenized.offsets[over[0]].tolist()

@@ -39,6 +39,7 @@ def test_it_runs_and_is_saved(name, study, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANALYSES)
 def test_it_runs_on_another_family(name):
     figures = analyze(name, Study.tiny("gpt2")).figures

@@ -42,6 +42,7 @@ def test_value_and_gradients_are_those_of_the_plain_formula(tensors, dropout, ke
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_gradients_are_right_numerically(tensors, keep):
     def block(*inputs):

@@ -136,3 +136,18 @@ def test_a_model_that_leaves_its_cache_is_refused(own, pair, monkeypatch):
             eos_token_id=None,
             pad_token_id=0,
         )
+
+
+def test_gemma_answers_with_the_configuration_that_it_is_shipped_with(sharer):
+    """A hybrid cache, sampling, and two tokens that end an answer."""
+    plain, shipped = tiny_model("gemma3_text"), tiny_model("gemma3_text")
+    config = shipped.model.generation_config
+    config.cache_implementation, config.do_sample, config.top_k, config.top_p = "hybrid", True, 64, 0.95
+    config.eos_token_id = [1, 106]
+    expected = answer(plain, sharer, do_sample=False, eos_token_id=[1, 106])
+    assert torch.equal(answer(shipped, sharer, do_sample=False), expected)
+    torch.manual_seed(0)
+    sampled = answer(shipped, sharer)
+    torch.manual_seed(0)
+    wanted = answer(plain, sharer, do_sample=True, top_k=64, top_p=0.95, eos_token_id=[1, 106])
+    assert torch.equal(sampled, wanted)

@@ -98,6 +98,7 @@ def test_messages_are_where_measuring_finds_them(data, like):
     check_after(*data.draw(chats_of_a_shape(tokenizer)), tokenizer)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(data=st.data(), model=st.sampled_from(REAL))
 def test_messages_are_where_measuring_finds_them_in_real_templates(data, model, shared):

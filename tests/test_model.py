@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_kv_close, assert_kv_equal
+from helpers import assert_kv_close, assert_kv_equal, families
 from transformers import StaticCache, StoppingCriteria, TextStreamer
 
 from kvfuse.cache.transformers_cache import CACHE, is_filled, read_cache
@@ -35,7 +35,7 @@ UNFIT = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families())
 def any_pair(request, sharer):
     receiver = tiny_model(request.param)
     return CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
@@ -252,7 +252,7 @@ def leave(how, pieces, steps, cancel):
 LONG = {"min_new_tokens": 150, "max_new_tokens": 150, "do_sample": False}
 
 
-@pytest.mark.parametrize("fuse_response", [False, True])
+@pytest.mark.parametrize("fuse_response", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["close", "throw", "cancel", "drop"])
 def test_leaving_a_stream_stops_the_generation(receiver, sharer, how, fuse_response):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer, fuse_response=fuse_response)])

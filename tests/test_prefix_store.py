@@ -7,7 +7,7 @@ from itertools import takewhile
 
 import pytest
 import torch
-from helpers import assert_kv_close, assert_kv_equal
+from helpers import assert_kv_close, assert_kv_equal, families
 
 from kvfuse.cache.kv import KV
 from kvfuse.cache.prefix_cache import MIN_REUSED_TOKENS
@@ -96,12 +96,12 @@ def assert_each_turn_reads_only_what_is_new(pair):
             before.append(one)
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", families(*STATEFUL))
 def test_a_receiver_of_each_family(family):
     assert_each_turn_reads_only_what_is_new(pair_of(receiver=family))
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", families(*STATEFUL))
 def test_a_sharer_of_each_family(family):
     assert_each_turn_reads_only_what_is_new(pair_of(sharer=family))
 

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from helpers import families
 
 from kvfuse.cache.kv import KV
 from kvfuse.cache.transformers_cache import has_state
 from kvfuse.errors import PairError
 from kvfuse.fusers.execution import by_group
 from kvfuse.model import CacheToCache
-from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model
+from kvfuse.testing import tiny_fuser, tiny_model
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
 from kvfuse.training.loop.batches import collate
@@ -30,7 +31,7 @@ def loss_and_gradients(pair, recompute):
 
 
 @pytest.mark.parametrize("fuse_response", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_loss_and_gradients_are_equal(family, fuse_response, sharer):
     receiver = tiny_model(family)
     if has_state(receiver.model.config):

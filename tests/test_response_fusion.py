@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers import families
 
 from kvfuse.cache.transformers_cache import CACHE, read_cache
 from kvfuse.errors import PairError, PromptError
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import count_positions, pad_left, stack
 from kvfuse.stages.prefill import prefill
-from kvfuse.testing import FAMILIES, tiny_fuser, tiny_model, tiny_tokenizer
+from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 from kvfuse.training.data.encoding import Encoder
 from kvfuse.training.data.examples import Example
 from kvfuse.training.loop.batches import collate
@@ -35,7 +36,7 @@ def followed(request, receiver):
     return pair_of(receiver, tiny_model("llama", **SHARERS[request.param]))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families())
 def any_followed(request, sharer):
     return pair_of(tiny_model(request.param), sharer)
 
@@ -94,7 +95,7 @@ def losses_token_by_token(pair, example):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_token_by_token_equals_all_at_once(family, receiver):
     """With one tokenizer, decoding and training compute the same, for every family as receiver."""
     pair = pair_of(tiny_model(family), tiny_model("llama", seed=4))

@@ -118,6 +118,10 @@ class EvaluationRecipe(Section):
     """Folder in which ``kvfuse train`` put the fuser."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the models."""
+    escape_special_tokens: bool = False
+    """Read the names of special tokens in messages as plain text."""
+    system_in_user: bool = False
+    """Put a system message before the first user's, for models whose template refuses one."""
     evaluation: EvaluationSection
 
     def with_controls(self, controls: Sequence[str]) -> "EvaluationRecipe":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,8 +56,12 @@ class OptionBatch:
 
 def _select_rows(prompt: AlignedPrompt, rows: Tensor) -> AlignedPrompt:
     """The given rows of a batch, ``(N, T)``; a row may occur several times or not at all."""
+
+    def select(values: Any) -> Any:
+        return None if values is None else values[rows]
+
     sharers = tuple(
-        SharerPrompt(**{name: tensor[rows] for name, tensor in vars(sharer).items()}) for sharer in prompt.sharers
+        SharerPrompt(**{name: select(values) for name, values in vars(sharer).items()}) for sharer in prompt.sharers
     )
     tensors = {name: tensor[rows] for name, tensor in vars(prompt).items() if name != "sharers"}
     return AlignedPrompt(**tensors, sharers=sharers)

@@ -40,12 +40,15 @@ class SharerPrompt:
         mask: ``(B, T_s)`` int64, 1 where there is a token.
         positions: ``(B, T_s)`` int64, for RoPE; counted from each row's first token, so that padding shifts nothing.
         index: ``(B, T)`` int64, for each receiver position the position in ``ids`` to read; -1: nothing to read.
+        texts: ``(B,)`` str, the prompts' texts, which the ids of a normalising tokenizer no longer tell; None where
+            nothing follows them.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     index: Tensor
+    texts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +250,8 @@ def _stack_sharer(rows: Sequence[tuple[TokenizedPrompt, np.ndarray]]) -> SharerP
     # padding moves the tokens that the index points to
     moved = [np.where(index >= 0, index + length - len(read.ids), -1) for read, index in rows]
     positions = _pad_left([read.positions for read, _ in rows], 0)
-    return SharerPrompt(ids=ids, mask=mask, positions=positions, index=_pad_left(moved, -1))
+    texts = np.array([read.prompt.text for read, _ in rows], dtype=object)  # (B,)
+    return SharerPrompt(ids=ids, mask=mask, positions=positions, index=_pad_left(moved, -1), texts=texts)
 
 
 def _largest_overlap(*, receiver: np.ndarray, sharer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Messages -> the text a model reads, and which characters of it come from messages rather than the template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
 from kvfuse.prompts.messages import Message, Prompt, fill_texts, join_parts, replace_texts, require_roles, texts_of
+from kvfuse.prompts.reading import reading_of, split_system, without_system
 from kvfuse.prompts.template_spans import Layout, Span, find_spans
 
 TEMPLATE_ERRORS = (
@@ -72,12 +73,23 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
         return _join(contents)
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
     joined = join_parts(prompt)
+    # 1) The chat as it is, else with strings for parts
     try:
-        return _render_chat(prompt, contents, tokenizer, options)
-    except PromptError:
-        if joined == prompt:
+        try:
+            return _render_chat(prompt, contents, tokenizer, options)
+        except PromptError:
+            if joined == prompt:
+                raise
+        return _render_chat(joined, contents, tokenizer, options)
+    # 2) Else with the system's text before the first user's
+    except PromptError as error:
+        merged = without_system(joined, contents)
+        if merged is None:
             raise
-    return _render_chat(joined, contents, tokenizer, options)
+        if not reading_of(tokenizer).system_in_user:
+            raise PromptError(f"{error}; or load the model with system_in_user=True") from error
+    rendered = _render_chat(merged, texts_of(merged), tokenizer, options)
+    return replace(rendered, messages=contents, spans=split_system(rendered.spans, contents))
 
 
 def _render_chat(

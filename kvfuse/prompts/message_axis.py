@@ -107,9 +107,14 @@ def locate(tokenized: TokenizedPrompt, order: Sequence[int] | None = None, drop_
     first, last = tokenized.offsets.T
     start, end, shift = table[table[1:, 0].searchsorted(last)].T  # (n,) each
     # 2) The part of the token within it
-    first, last = np.maximum(first, start), np.minimum(last, end)
-    covers = last > first
-    return TokensOnAxis(tokenized, spans, np.array([(first + shift) * covers, (last + shift) * covers]).T)
+    begins, ends = np.maximum(first, start) + shift, np.minimum(last, end) + shift
+    covers = ends > begins
+    # 3) A token that begins in an earlier span covers both, where nothing else stands between them on the axis
+    _, earlier_end, earlier_shift = table[table[1:, 0].searchsorted(first, side="right")].T
+    earlier = first + earlier_shift
+    touches_both = covers & (first < start) & (first < earlier_end)
+    begins = np.where(touches_both & (earlier < begins) & (ends - earlier <= last - first), earlier, begins)
+    return TokensOnAxis(tokenized, spans, np.array([begins * covers, ends * covers]).T)
 
 
 def covered(tokenized: TokenizedPrompt, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
 from kvfuse.prompts.ends import end_id
 from kvfuse.prompts.reencode import reencoding
-from kvfuse.prompts.tokenized import TokenizedPrompt, encode
+from kvfuse.prompts.tokenized import TokenizedPrompt, encode_cut
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ def tokenize_continuation(
         Ids ``(n,)`` int64, and the number of characters of the text up to the end of each ``(n,)`` int64.
     """
     length, origin = len(prompt.ids), len(prompt.prompt.text)
-    encoded = encode(prompt.prompt.text + text, tokenizer, add_special_tokens=not prompt.prompt.templated)
-    if encoded.ids[:length] != prompt.ids.tolist():
-        encoded, length, origin = encode(text, tokenizer, add_special_tokens=False), 0, 0
-    starts, ends = np.array(encoded.offsets[length:], dtype=np.int64).reshape(-1, 2).T - origin
+    special = not prompt.prompt.templated
+    ids, offsets = encode_cut(prompt.prompt.text + text, tokenizer, prompt.cuts, add_special_tokens=special)
+    if ids[:length] != prompt.ids.tolist():
+        (ids, offsets), length, origin = encode_cut(text, tokenizer, (), add_special_tokens=False), 0, 0
+    starts, ends = np.array(offsets[length:], dtype=np.int64).reshape(-1, 2).T - origin
     ends[:-1] = np.minimum(ends[:-1], starts[1:])  # only the last piece of a character completes it
-    return np.array(encoded.ids[length:], dtype=np.int64), ends
+    return np.array(ids[length:], dtype=np.int64), ends
 
 
 def stack_responses(prompt: AlignedPrompt, responses: Sequence[Response]) -> AlignedPrompt:
@@ -97,8 +98,9 @@ def stack_responses(prompt: AlignedPrompt, responses: Sequence[Response]) -> Ali
         prompt.sharers, zip(*(response.sharers for response in responses), strict=True), strict=False
     ):
         sharer_ids, visible = zip(*rows, strict=True)
-        read = dict(zip(("ids", "mask", "positions"), _append(before, sharer_ids), strict=True))
-        sharers.append(SharerPrompt(**read, index=_pad_right(visible, -1)[0]))
+        tail_ids, tail_mask, tail_positions = _append(before, sharer_ids)
+        index, _ = _pad_right(visible, -1)
+        sharers.append(SharerPrompt(ids=tail_ids, mask=tail_mask, positions=tail_positions, index=index))
     return AlignedPrompt(ids=ids, mask=mask, positions=positions, sharers=tuple(sharers), fuse_mask=mask.bool())
 
 

@@ -5,7 +5,7 @@ reads its own tokens of the text so far; where a new piece changes how the text 
 last ids back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ def response_tokens(
     receiver: PreTrainedTokenizerBase,
     sharer: PreTrainedTokenizerBase,
     receiver_ids: list[int],
-    sharer_ids: list[int],
+    text: str | None,
 ) -> ResponseTokens:
     """What follows a prompt.
 
@@ -39,15 +39,15 @@ def response_tokens(
         receiver: The receiver's tokenizer.
         sharer: The sharer's.
         receiver_ids: The prompt as the receiver reads it.
-        sharer_ids: The prompt as the sharer reads it.
+        text: The prompt as the sharer's template wrote it; None where the sharer has read the receiver's tokens.
     """
     if alignment == "identity":
         return SameTokens()
     if alignment in REENCODINGS:
         return ReencodedTokens(reencoding(receiver=receiver, sharer=sharer, strategy=alignment))
     ids = receiver_ids[-CONTEXT_TOKENS:]
-    context = sharer.decode(sharer_ids[-CONTEXT_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return RetokenizedText(receiver, sharer, ids, _decode(receiver, ids), context)
+    # The text, not what the ids decode to, of which a normaliser may have removed the last line break
+    return RetokenizedText(receiver, sharer, ids, _decode(receiver, ids), (text or "")[-CONTEXT_CHARACTERS:])
 
 
 class SameTokens:
@@ -75,12 +75,17 @@ class ReencodedTokens:
 class RetokenizedText:
     """The sharer's own tokens of the text so far.
 
+    They are those of :func:`kvfuse.prompts.response.tokenize_continuation` for a whole response: behind the prompt, or
+    separately where a token would span both.
+
     Attributes:
         receiver: Turns the receiver's ids into text.
         sharer: Turns text into the sharer's ids.
         ids: The receiver's last ids.
         text: Their text, as far as characters are whole.
-        context: The last characters that the sharer has read.
+        context: The last characters of the prompt that the sharer has read.
+        response: The response so far.
+        held: The sharer's ids of it.
     """
 
     receiver: PreTrainedTokenizerBase
@@ -88,6 +93,8 @@ class RetokenizedText:
     ids: list[int]
     text: str
     context: str
+    response: str = ""
+    held: list[int] = field(default_factory=list)
 
     def next(self, token: int) -> tuple[int, list[int]]:
         ids = [*self.ids, token]
@@ -95,17 +102,24 @@ class RetokenizedText:
         self.ids = ids
         if text.endswith("\ufffd") or len(text) <= len(self.text):  # half a character, or a token without text
             return 0, []
-        # 1) Tokenize the last characters without and with the new ones.
-        longer = self.context + text[len(self.text) :]
-        before, after = (encode(part, self.sharer, add_special_tokens=False).ids for part in (self.context, longer))
-        # 2) Ids from the first difference on are taken back and read anew.
-        shared = min(len(before), len(after))
-        same = next((i for i in range(shared) if before[i] != after[i]), shared)
-        # 3) Keep a context of bounded length.
-        self.context = longer[-CONTEXT_CHARACTERS:]
+        # 1) Tokenize the response so far
+        self.response += text[len(self.text) :]
+        wanted = self._tokenize()
+        # 2) Ids from the first difference on are taken back and read anew
+        shared = min(len(self.held), len(wanted))
+        same = next((i for i in range(shared) if self.held[i] != wanted[i]), shared)
+        removed, self.held = len(self.held) - same, wanted
+        # 3) Of the receiver's ids, those are kept that the next characters may need
         self.ids = ids[-CONTEXT_TOKENS:]
         self.text = _decode(self.receiver, self.ids)
-        return len(before) - same, after[same:]
+        return removed, wanted[same:]
+
+    def _tokenize(self) -> list[int]:
+        texts = self.context, self.context + self.response
+        before, both = (encode(text, self.sharer, add_special_tokens=False).ids for text in texts)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return encode(self.response, self.sharer, add_special_tokens=False).ids
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

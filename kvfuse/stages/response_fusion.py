@@ -46,7 +46,8 @@ class ResponseFuser:
         sharers: The models that only read.
         prompt: The prompt that all of them have read.
         caches: Their caches of it, which are extended.
-        tokens: For each sharer what makes the :class:`ResponseTokens` of a row, of ``receiver_ids`` and ``sharer_ids``.
+        tokens: For each sharer what makes the :class:`ResponseTokens` of a row, of ``receiver_ids`` and the ``text``
+            that the sharer reads.
         fuse: See :data:`Fuse`.
     """
 
@@ -176,7 +177,8 @@ class _SharerReader:
         self.rows = _unpad(prompt.ids, prompt.mask)
         last = prompt.positions[:, -1].tolist()
         self.skipped = [position + 1 - len(row) for position, row in zip(last, self.rows, strict=True)]
-        self._prompts = list(zip(receiver_rows, self.rows, strict=True))
+        texts = [None] * len(self.rows) if prompt.texts is None else list(prompt.texts)
+        self._prompts = list(zip(receiver_rows, texts, strict=True))
         self._make_tokens = make_tokens
         self._tokens: list[ResponseTokens] = []
 
@@ -193,7 +195,7 @@ class _SharerReader:
         """
         # 1) The ids that each row should hold.
         if not self._tokens:
-            self._tokens = [self._make_tokens(receiver_ids=ours, sharer_ids=ids) for ours, ids in self._prompts]
+            self._tokens = [self._make_tokens(receiver_ids=ids, text=text) for ids, text in self._prompts]
         changes = [tokens.next(token) for tokens, token in zip(self._tokens, receiver_tokens, strict=True)]
         feed = max(len(added) for _, added in changes)
         if feed == 0:

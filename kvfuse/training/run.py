@@ -1,6 +1,7 @@
 """``kvfuse train``: from a recipe to a fuser on disk, with its gain over the receiver alone."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -138,7 +139,7 @@ def prepare_data(recipe: Recipe, say: Say = print, quiet: bool = False) -> Prepa
 
 def new_pair(recipe: Recipe) -> CacheToCache:
     """Load both models and put a new fuser between them."""
-    options = {"dtype": recipe.dtype, "device_map": processes().device}
+    options = {"dtype": recipe.dtype, "device_map": processes().device, **asdict(recipe.reading)}
     receiver, sharer = (LanguageModel.from_pretrained(name, **options) for name in (recipe.receiver, recipe.sharer))
     torch.manual_seed(recipe.train.seed)
     return CacheToCache(receiver, [sharer], [_new_fuser(recipe, receiver=receiver, sharer=sharer)])

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_config, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, default_token_alignment
+from kvfuse.prompts.reading import Reading, reading_of, set_reading
 from kvfuse.prompts.response import tokenize_response
 from kvfuse.stages.context import context_length, rope_switch
 from kvfuse.training.data.columns import EncodedExample
@@ -28,6 +29,7 @@ ENCODING_MODULES = (
     "kvfuse.support.rows",
     "kvfuse.prompts.messages",
     "kvfuse.prompts.chat",
+    "kvfuse.prompts.reading",
     "kvfuse.prompts.template_spans",
     "kvfuse.prompts.ends",
     "kvfuse.prompts.tokenized",
@@ -71,10 +73,11 @@ class Reader:
         return cls(model.name, model.tokenizer, model.context, rope_switch(model.model.config))
 
     @classmethod
-    def load(cls, name: str) -> Self:
+    def load(cls, name: str, reading: Reading) -> Self:
         """Load without the weights. Raises PairError where tokenizer or configuration are missing."""
-        config = load_config(name)
-        return cls(name, load_tokenizer(name), context_length(config), rope_switch(config))
+        config, tokenizer = load_config(name), load_tokenizer(name)
+        set_reading(tokenizer, reading)
+        return cls(name, tokenizer, context_length(config), rope_switch(config))
 
     def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
         """Raises TooLongError for a length beyond the context or ``max_tokens``."""
@@ -100,6 +103,7 @@ class Reader:
             tokenizer.special_tokens_map,
             self.context,
             self.switch,
+            astuple(reading_of(tokenizer)),
         ]
 
 
@@ -131,7 +135,8 @@ class Encoder:
     @classmethod
     def load(cls, recipe: Recipe) -> Self:
         """The encoder for a recipe's models, of which only tokenizers and configurations are loaded."""
-        receiver, sharer = Reader.load(recipe.receiver), Reader.load(recipe.sharer)
+        reading = recipe.reading
+        receiver, sharer = Reader.load(recipe.receiver, reading), Reader.load(recipe.sharer, reading)
         identical = tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer)
         # Options that the recipe leaves out have the defaults of the fuser's configuration
         defaults, options = fuser_class(recipe.fuser.kind).config_class, recipe.fuser.options

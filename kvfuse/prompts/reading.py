@@ -1,0 +1,91 @@
+"""How one model reads chats, beside what its template says: two switches, both off as in transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+from kvfuse.prompts.messages import Message
+from kvfuse.prompts.template_spans import Span
+
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Switches of a model's tokenizer.
+
+    Attributes:
+        escape_special_tokens: Read the names of special tokens in messages as plain text, so that nobody's message can
+            end a turn or begin another one; of tokens that are not special, those that the chat template writes.
+        system_in_user: Where the template refuses a system message, put its text before the first user message.
+    """
+
+    escape_special_tokens: bool = False
+    system_in_user: bool = False
+
+
+_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Reading] = WeakKeyDictionary()
+
+
+def set_reading(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
+    """Set the switches of a tokenizer, for all that reads with it from now on."""
+    _READINGS[tokenizer] = reading
+
+
+def reading_of(tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """The switches of a tokenizer."""
+    return _READINGS.get(tokenizer, Reading())
+
+
+def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Where to cut a text so that no token's name is left whole in a message: after the name's first character.
+
+    Args:
+        text: As the template wrote it.
+        spans: The characters of messages in it.
+        tokenizer: The model's.
+    """
+    names = _control_names(tokenizer)
+    found = set()
+    for span in spans:
+        for name in names:
+            # A name may begin or end outside of the message, as far as one character is within
+            start = text.find(name, max(span.start - len(name) + 1, 0), span.end + len(name) - 1)
+            while start >= 0:
+                found.add(start + 1)
+                start = text.find(name, start + 1, span.end + len(name) - 1)
+    return tuple(sorted(found))
+
+
+def without_system(chat: Sequence[Message], contents: tuple[str, ...]) -> list[Message] | None:
+    """The chat with the system's text before that of the first user; None where it has no such two messages."""
+    if len(chat) < 2 or chat[0]["role"] != "system" or chat[1]["role"] != "user":
+        return None
+    return [{**chat[1], "content": contents[0] + SEPARATOR + contents[1]}, *chat[2:]]
+
+
+def split_system(spans: Sequence[Span], contents: tuple[str, ...]) -> tuple[Span, ...]:
+    """The spans of :func:`without_system`'s chat as those of the original messages."""
+    ends, begins = len(contents[0]), len(contents[0]) + len(SEPARATOR)
+    original: list[Span] = []
+    for span in spans:
+        if span.message > 0:
+            original.append(Span(span.start, span.end, span.message + 1, span.offset))
+            continue
+        last = span.offset + span.end - span.start
+        for message, low, high in ((0, 0, ends), (1, begins, last)):
+            first, end = max(span.offset, low), min(last, high)
+            if first < end:
+                start = span.start + first - span.offset
+                original.append(Span(start, start + end - first, message, first - low))
+    return tuple(original)
+
+
+def _control_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    template: Any = tokenizer.chat_template or ""
+    written = template if isinstance(template, str) else " ".join(template.values())
+    added = tokenizer.added_tokens_decoder.values()
+    return [token.content for token in added if len(token.content) > 1 and (token.special or token.content in written)]
