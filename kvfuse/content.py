@@ -80,6 +80,7 @@ def _weights(name: str) -> str:
 
 def _hash_files(folder: Path, patterns: Iterable[str]) -> str:
     """Names and contents of a folder's files."""
+    # One order, whatever the file system's
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     return hash_json(
         [(file.name, _configuration(file) if file.suffix == ".json" else file_content(file)) for file in files]
@@ -88,6 +89,7 @@ def _hash_files(folder: Path, patterns: Iterable[str]) -> str:
 
 def _configuration(file: Path) -> str:
     """A file of JSON, however it is written, without the keys that say where it comes from."""
+    # Two writers of one configuration may format it differently
     try:
         content = json.loads(file.read_bytes())
     except ValueError:

@@ -207,6 +207,7 @@ def check_identity(model: LanguageModel, *, role: str, expected: dict[str, Any])
 
 def _in_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
     """A model in the dtype that its device computes fastest; as it is where it is quantised or lies on disk."""
+    # Layers on disk stay in the dtype of their files
     is_movable = all(parameter.device == model.device for parameter in model.parameters())
     if not is_movable or model.device.type == "meta" or getattr(model, "is_quantized", False):
         return model

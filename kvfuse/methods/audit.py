@@ -88,8 +88,10 @@ class AdapterOnly(Fused):
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """See :class:`Method`."""
         batches = [self.option_batch([donors.align(prompt) for prompt in prompts], options) for donors in self._donors]
+        # 1) The mean cache of each prompt, repeated for its options
         fused = self.fuse(prompts, stack([self.align(prompt) for prompt in prompts]))
         fused.repeat(batches[0].rows)
+        # 2) Each donor reads the options behind its own prompt
         if isinstance(fused.response_fuser, _MeanResponseFuser):
             fused.response_fuser.tails = [batch.tail for batch in batches]
         fused.stage(batches[0].tail)
@@ -116,6 +118,7 @@ class MomentMatched(Fused):
         if batch.ids.shape[1] < 2:
             return FusedPrompt(None)
         caches = self.pair.read(batch)
+        # 1) Every prompt's noise in the place of what the sharer read
         for cache, reads, moments in zip(caches.sharers, batch.sharers, self._moments, strict=True):
             kv = read_cache(cache)
             for row, (ids, mask) in enumerate(zip(reads.ids, reads.mask, strict=True)):
@@ -123,6 +126,7 @@ class MomentMatched(Fused):
                 seed = zlib.crc32(ids[mask.bool()].numpy().tobytes())
                 kv = moments.replace(kv, row, int(mask.sum()), torch.Generator().manual_seed(seed))
             overwrite(cache, kv)
+        # 2) The fusers cannot tell the difference but by its content
         return self.pair.fuse(batch, caches=caches, max_cache_len=max_cache_len)
 
 

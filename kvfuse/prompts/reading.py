@@ -48,8 +48,10 @@ def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -
         spans: The characters of messages in it.
         tokenizer: The model's.
     """
+    # 1) What the tokenizer would read as one token
     names = _control_names(tokenizer)
     found = set()
+    # 2) Each place where such a name stands, overlapping ones too
     for span in spans:
         for name in names:
             # A name may begin or end outside of the message, as far as one character is within
@@ -75,6 +77,7 @@ def split_system(spans: Sequence[Span], contents: tuple[str, ...]) -> tuple[Span
         if span.message > 0:
             original.append(Span(span.start, span.end, span.message + 1, span.offset))
             continue
+        # The first message holds two: what lies before the separator, and what lies behind it
         last = span.offset + span.end - span.start
         for message, low, high in ((0, 0, ends), (1, begins, last)):
             first, end = max(span.offset, low), min(last, high)

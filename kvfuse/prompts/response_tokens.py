@@ -115,6 +115,7 @@ class RetokenizedText:
         return removed, wanted[same:]
 
     def _tokenize(self) -> list[int]:
+        # A token over prompt and response would change what the sharer has read of the prompt
         texts = self.context, self.context + self.response
         before, both = (encode(text, self.sharer, add_special_tokens=False).ids for text in texts)
         if both[: len(before)] == before:

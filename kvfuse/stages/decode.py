@@ -167,6 +167,7 @@ def score(
 
 def _require_used(model: PreTrainedModel, cache: Cache, output: Any) -> None:
     """Refuse an answer for which the model did not read and fill the cache to its end, as some do at some lengths."""
+    # A replaced cache stays as short as it was when the model left it
     total = getattr(output, "sequences", output).shape[1]
     used = int(cache.get_seq_length())
     if used < total - 1:  # the last token is not read

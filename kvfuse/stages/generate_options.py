@@ -47,11 +47,13 @@ def require_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
             raise PromptError(
                 f"expected options for the answer, got {name}, which the prompt and its cache decide; leave it out"
             )
+    # 1) Counts, whoever sets them
     wanted, asked = effective(model, options), requested(model, options)
     for name in COUNTS:
         value = wanted.get(name, 1)
         if not (isinstance(value, Integral) and int(value) >= 1):
             raise PromptError(f"expected {name} to be a whole number of at least 1, got {value!r}; correct it")
+    # 2) What only the user's own wish can be refused for
     for name, decided in DECIDED_BY_CACHE.items():
         if asked.get(name) not in (None, decided):
             raise PromptError(
@@ -109,6 +111,7 @@ def total_length(model: PreTrainedModel, prompt_length: int, options: dict[str, 
 
 def effective(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """What ``generate`` takes its options to be, those that are set: the user's, else the model's own."""
+    # Later layers come before earlier ones
     given = options.get("generation_config")
     layers = vars(model.generation_config), vars(given) if given is not None else {}, options
     return {name: value for layer in layers for name, value in layer.items() if value is not None}

@@ -24,6 +24,7 @@ def gguf_file(name: str | Path, source: dict[str, Any]) -> Path | None:
     file = source.get("gguf_file")
     if file is None:
         return None
+    # A file within a folder, or within a repository of the Hub
     if Path(name).is_dir():
         return Path(name, source.get("subfolder", ""), file)
     arguments = {key: source[key] for key in DOWNLOAD_ARGUMENTS if key in source}

@@ -64,10 +64,12 @@ def reading(what: str, name: str | Path, source: dict[str, Any]) -> Iterator[tup
         PairError: There is nothing of the kind.
     """
     try:
+        # 1) A GGUF file is read from its converted copy
         gguf = gguf_file(name, source)
         if gguf is not None:
             yield str(converted(gguf)), {}
             return
+        # 2) A path that is no folder would be taken for the id of a repository
         found = missing(name)
         if found is not None:
             raise PairError(f"expected {what} at {str(name)!r}, got {found}; name a local folder or a Hub id")

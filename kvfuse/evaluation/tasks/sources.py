@@ -151,6 +151,7 @@ def _find_files(folder: Path, name: str, split: str, subjects: Sequence[str] | N
     files = sorted(file for file in folder.rglob("*") if kind_of(file) in READABLE)
     if subjects is not None:
         files = [file for file in files if _subject(file) in subjects]
+    # The words of split names in each file's path
     words = {file: _split_words(file, folder) for file in files}
     of_split = [file for file in files if split in words[file]]
     if not of_split and split in HELD_OUT:  # the same split by another name
