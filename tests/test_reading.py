@@ -1,9 +1,12 @@
 """The switches of a model's reading: special tokens in messages as plain text, a system message within the user's."""
 
+import copy
+import pickle
 from functools import cache
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from kvfuse.errors import PromptError
@@ -12,7 +15,8 @@ from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align
 from kvfuse.prompts.chat import render
 from kvfuse.prompts.reading import Reading, reading_of, set_reading
-from kvfuse.prompts.response import tokenize_continuation
+from kvfuse.prompts.response import tokenize_continuation, tokenize_response
+from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.prompts.tokenized import tokenize
 from kvfuse.testing import tiny_fuser, tiny_model, tiny_tokenizer
 
@@ -93,6 +97,22 @@ def test_ordinary_texts_are_read_as_ever(request, name, text):
     assert tokenize(chat, escaped(tokenizer)).ids.tolist() == plain.ids.tolist()
 
 
+def test_white_space_that_is_one_token_is_no_control_token():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(space, normalized=False) for space in ("\n\n", "    ")])
+    tokenizer.chat_template = "{% for message in messages %}\n\n    {{- message.content }}{% endfor %}"
+    plain = tokenize(user("a\n\nb:\n    return"), tokenizer).ids.tolist()
+    assert tokenize(user("a\n\nb:\n    return"), escaped(tokenizer)).ids.tolist() == plain
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_the_switches_go_where_the_tokenizer_goes(escaping, copied):
+    """As into the processes that encode training data."""
+    other = copied(escaping)
+    assert reading_of(other) == Reading(escape_special_tokens=True)
+    assert tokenize(user(FORGED), other).ids.tolist() == tokenize(user(FORGED), escaping).ids.tolist()
+
+
 def test_plain_text_is_escaped_too(escaping):
     assert not set(tokenize(FORGED, escaping).ids.tolist()) & set(escaping.all_special_ids)
 
@@ -102,6 +122,28 @@ def test_a_response_follows_the_escaped_prompt(escaping):
     ids, ends = tokenize_continuation(tokenized, "Oslo it is", escaping)
     assert escaping.decode(ids) == "Oslo it is"
     assert ends[-1] == len("Oslo it is")
+
+
+def test_a_response_holds_no_special_tokens_in_training_and_in_use(escaping):
+    sharer, pieces = escaped(tiny_tokenizer(300, "lines")), ("ok <", "|end|", ">", "<", "|user|", "> now")
+    row = align(user("Say it"), escaping, [(sharer, "span")])
+    trained = tokenize_response(row, "".join(pieces), escaping, [(sharer, "span")])
+    for tokenizer, ids in ((escaping, trained.ids), (sharer, trained.sharers[0][0])):
+        assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
+    # the same, written by the receiver in pieces that are no special tokens
+    (read, _), held = row.sharers[0], []
+    ids = row.receiver.ids.tolist()
+    tokens = response_tokens("span", receiver=escaping, sharer=sharer, receiver_ids=ids, text=read.prompt.text)
+    for token in (token for piece in pieces for token in escaping(piece, add_special_tokens=False).input_ids):
+        removed, added = tokens.next(token)
+        held = held[: len(held) - removed] + added
+    assert held == trained.sharers[0][0].tolist()
+
+
+def test_thoughts_of_an_answer_stay_the_tokens_that_a_model_writes(load):
+    tokenizer = escaped(load("qwen3"))
+    ids, _ = tokenize_continuation(tokenize(user("Q"), tokenizer), "<think>a</think>b", tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
 
 
 def test_two_tokenizers_are_aligned_all_the_same(escaping):
@@ -158,6 +200,22 @@ def test_a_system_message_is_put_before_the_first_users(without_system):
         ("Be brief.", 0, 0),
         ("What is Oslo?", 1, 0),
     ]
+
+
+def test_an_error_of_another_kind_does_not_name_the_switch(without_system):
+    without_system.chat_template = NO_SYSTEM.replace("[0].role == 'system'", "[-1].role == 'tool'")
+    with pytest.raises(PromptError) as caught:
+        render([*SYSTEM, {"role": "tool", "content": "4"}], without_system)
+    assert "system_in_user" not in str(caught.value)
+
+
+def test_a_system_message_that_the_template_drops_is_put_there_too(without_system):
+    without_system.chat_template = (
+        "{% for message in messages if message.role != 'system' %}[{{ message.content }}]{% endfor %}"
+    )
+    assert render(SYSTEM, without_system).text == "[What is Oslo?]"
+    set_reading(without_system, Reading(system_in_user=True))
+    assert render(SYSTEM, without_system).text == "[Be brief.\n\nWhat is Oslo?]"
 
 
 def test_later_messages_keep_their_numbers(without_system):

@@ -73,23 +73,38 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
         return _join(contents)
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
     joined = join_parts(prompt)
+    merged, switched = without_system(joined, contents), reading_of(tokenizer).system_in_user
     # 1) The chat as it is, else with strings for parts
     try:
-        try:
-            return _render_chat(prompt, contents, tokenizer, options)
-        except PromptError:
-            if joined == prompt:
-                raise
-        return _render_chat(joined, contents, tokenizer, options)
-    # 2) Else with the system's text before the first user's
+        rendered = _render_parts(prompt, joined, contents, tokenizer, options)
+        is_written = any(span.message == 0 for span in rendered.spans)
+        if is_written or merged is None or not switched:
+            return rendered
+    # 2) Else with the system's text before the first user's; an error that stays has another reason
     except PromptError as error:
-        merged = without_system(joined, contents)
         if merged is None:
             raise
-        if not reading_of(tokenizer).system_in_user:
+        if not switched:
+            _render_chat(merged, texts_of(merged), tokenizer, options)
             raise PromptError(f"{error}; or load the model with system_in_user=True") from error
     rendered = _render_chat(merged, texts_of(merged), tokenizer, options)
     return replace(rendered, messages=contents, spans=split_system(rendered.spans, contents))
+
+
+def _render_parts(
+    chat: Sequence[Message],
+    joined: Sequence[Message],
+    contents: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> RenderedPrompt:
+    """The chat, or where its template reads strings only, the chat with one string for each message's parts."""
+    try:
+        return _render_chat(chat, contents, tokenizer, options)
+    except PromptError:
+        if joined == chat:
+            raise
+    return _render_chat(joined, contents, tokenizer, options)
 
 
 def _render_chat(

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,17 +26,18 @@ class Reading:
     system_in_user: bool = False
 
 
-_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Reading] = WeakKeyDictionary()
+ATTRIBUTE = "_kvfuse_reading"
+"""Of a tokenizer: its switches go where it goes, into copies and other processes."""
 
 
 def set_reading(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
     """Set the switches of a tokenizer, for all that reads with it from now on."""
-    _READINGS[tokenizer] = reading
+    setattr(tokenizer, ATTRIBUTE, reading)
 
 
 def reading_of(tokenizer: PreTrainedTokenizerBase) -> Reading:
     """The switches of a tokenizer."""
-    return _READINGS.get(tokenizer, Reading())
+    return cast("Reading", vars(tokenizer).get(ATTRIBUTE, Reading()))
 
 
 def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -47,11 +47,27 @@ def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -
         text: As the template wrote it.
         spans: The characters of messages in it.
         tokenizer: The model's.
+
+    Returns:
+        Positions in the text; none where the switch is off.
     """
-    # 1) What the tokenizer would read as one token
-    names = _control_names(tokenizer)
+    return _cuts(text, spans, _control_names(tokenizer)) if reading_of(tokenizer).escape_special_tokens else ()
+
+
+def response_cuts(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The same for a response, which a text holds from ``start`` on.
+
+    Only the names of special tokens are cut: an answer's text never holds such a token, since decoding leaves it out,
+    but it holds the others that a model writes, as ``<think>``.
+    """
+    if not reading_of(tokenizer).escape_special_tokens:
+        return ()
+    return _cuts(text, [Span(start, len(text), 0, 0)], _special_names(tokenizer))
+
+
+def _cuts(text: str, spans: Sequence[Span], names: Sequence[str]) -> tuple[int, ...]:
     found = set()
-    # 2) Each place where such a name stands, overlapping ones too
+    # Each place where such a name stands, overlapping ones too
     for span in spans:
         for name in names:
             # A name may begin or end outside of the message, as far as one character is within
@@ -88,7 +104,18 @@ def split_system(spans: Sequence[Span], contents: tuple[str, ...]) -> tuple[Span
 
 
 def _control_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer would read as one token: special tokens, and those that the template writes."""
     template: Any = tokenizer.chat_template or ""
     written = template if isinstance(template, str) else " ".join(template.values())
+    # White space that is one token is no control token, though it stands in every template
+    named = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.special and len(token.content.strip()) > 1 and token.content in written
+    ]
+    return [*_special_names(tokenizer), *named]
+
+
+def _special_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     added = tokenizer.added_tokens_decoder.values()
-    return [token.content for token in added if len(token.content) > 1 and (token.special or token.content in written)]
+    return [token.content for token in added if token.special and len(token.content) > 1]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
 from kvfuse.prompts.ends import end_id
+from kvfuse.prompts.reading import response_cuts
 from kvfuse.prompts.reencode import reencoding
 from kvfuse.prompts.tokenized import TokenizedPrompt, encode_cut
 
@@ -73,9 +74,12 @@ def tokenize_continuation(
     """
     length, origin = len(prompt.ids), len(prompt.prompt.text)
     special = not prompt.prompt.templated
-    ids, offsets = encode_cut(prompt.prompt.text + text, tokenizer, prompt.cuts, add_special_tokens=special)
+    whole = prompt.prompt.text + text
+    cuts = prompt.cuts + response_cuts(whole, origin, tokenizer)
+    ids, offsets = encode_cut(whole, tokenizer, cuts, add_special_tokens=special)
     if ids[:length] != prompt.ids.tolist():
-        (ids, offsets), length, origin = encode_cut(text, tokenizer, (), add_special_tokens=False), 0, 0
+        cuts, length, origin = response_cuts(text, 0, tokenizer), 0, 0
+        ids, offsets = encode_cut(text, tokenizer, cuts, add_special_tokens=False)
     starts, ends = np.array(offsets[length:], dtype=np.int64).reshape(-1, 2).T - origin
     ends[:-1] = np.minimum(ends[:-1], starts[1:])  # only the last piece of a character completes it
     return np.array(ids[length:], dtype=np.int64), ends

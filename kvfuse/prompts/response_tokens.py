@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from kvfuse.prompts.reading import response_cuts
 from kvfuse.prompts.reencode import REENCODINGS, reencoding
-from kvfuse.prompts.tokenized import encode
+from kvfuse.prompts.tokenized import encode_cut
 
 CONTEXT_TOKENS, CONTEXT_CHARACTERS = 16, 48  # within which a new piece may change the tokens before it
 
@@ -116,11 +117,15 @@ class RetokenizedText:
 
     def _tokenize(self) -> list[int]:
         # A token over prompt and response would change what the sharer has read of the prompt
-        texts = self.context, self.context + self.response
-        before, both = (encode(text, self.sharer, add_special_tokens=False).ids for text in texts)
+        before, both = self._encode(self.context, len(self.context)), self._encode(self.context + self.response)
         if both[: len(before)] == before:
             return both[len(before) :]
-        return encode(self.response, self.sharer, add_special_tokens=False).ids
+        return self._encode(self.response, 0)
+
+    def _encode(self, text: str, start: int | None = None) -> list[int]:
+        """Ids of a text that holds the response from ``start`` on, by default behind the prompt's last characters."""
+        cuts = response_cuts(text, len(self.context) if start is None else start, self.sharer)
+        return encode_cut(text, self.sharer, cuts, add_special_tokens=False)[0]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from kvfuse.errors import PromptError
 from kvfuse.prompts.chat import RenderedPrompt, render
 from kvfuse.prompts.messages import Prompt
-from kvfuse.prompts.reading import cuts, reading_of
+from kvfuse.prompts.reading import cuts
 
 _GREEDY: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
 """Per tokenizer its length (tokens may be added) and the ids of special tokens that swallow adjacent white space."""
@@ -47,7 +47,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
         PromptError: See :func:`kvfuse.prompts.chat.render`.
     """
     rendered = render(prompt, tokenizer)
-    marks = cuts(rendered.text, rendered.spans, tokenizer) if reading_of(tokenizer).escape_special_tokens else ()
+    marks = cuts(rendered.text, rendered.spans, tokenizer)
     listed, edges_of = encode_cut(rendered.text, tokenizer, marks, add_special_tokens=not rendered.templated)
     ids = np.array(listed, dtype=np.int64)  # (n,)
     edges = chain.from_iterable(edges_of)  # np.fromiter takes a third of the time of np.array
