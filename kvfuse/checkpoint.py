@@ -12,7 +12,7 @@ from kvfuse.fusers.folder import dtype_of, locate, require_new, size_of
 from kvfuse.published.reader import find_projectors, read_published
 from kvfuse.published.writer import require_new_published, write_published
 from kvfuse.support.files import write_folder
-from kvfuse.support.hub import DOWNLOAD_OPTIONS
+from kvfuse.support.hub import pop_download
 
 
 def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser:
@@ -26,7 +26,7 @@ def load_fuser(source: str | Path, subfolder: str = "", **options: Any) -> Fuser
     Raises:
         CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of ours.
     """
-    download = {name: options.pop(name) for name in ("revision", *DOWNLOAD_OPTIONS) if name in options}
+    download = pop_download(options)
     folder = locate(source, subfolder, **download)
     if find_projectors(folder) is None:
         return Fuser.from_pretrained(folder, **options)

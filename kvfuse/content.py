@@ -12,6 +12,7 @@ from kvfuse.errors import PairError
 from kvfuse.fusers.folder import locate
 from kvfuse.language_model import load_config, load_tokenizer, tokenizer_hash
 from kvfuse.published.reader import find_projectors
+from kvfuse.support.files import sha256
 from kvfuse.support.run_folder import Inputs
 
 CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json", "*.py")
@@ -51,8 +52,7 @@ def file_content(file: str | Path | None) -> str:
     """The bytes of a file; ``none`` where there is no file."""
     if file is None or not Path(file).is_file():
         return NO_FILE
-    with Path(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256(Path(file))
 
 
 def hash_json(value: Any) -> str:

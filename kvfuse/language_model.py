@@ -21,13 +21,12 @@ from kvfuse.backends.dtypes import fast_dtype
 from kvfuse.backends.offloading import loaded
 from kvfuse.cache.kv import KVSpec
 from kvfuse.errors import PairError, first_line
-from kvfuse.prompts.reading import Reading, set_reading
+from kvfuse.prompts.chat_options import CHAT_OPTIONS, ChatOptions, set_chat_options
 from kvfuse.stages.context import context_length
 from kvfuse.stages.prefill import continues_exactly, probe
 from kvfuse.stages.rope import RoPE, measure_rope
 from kvfuse.support.hub import SOURCE_OPTIONS, reading, select
 
-SWITCHES = ("escape_special_tokens", "system_in_user")
 SAMPLED_TENSORS, SAMPLES_PER_TENSOR = 32, 4
 
 
@@ -79,12 +78,12 @@ class LanguageModel:
             model_options: For ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map``. ``dtype`` is that of the
                 weights by default, or float32 on a CPU that is faster with it. Options that say which files to read
                 (:data:`kvfuse.support.hub.SOURCE_OPTIONS`) reach the tokenizer too. ``escape_special_tokens`` and
-                ``system_in_user`` are the switches of :class:`kvfuse.prompts.reading.Reading`.
+                ``system_in_user`` are the switches of :class:`kvfuse.prompts.chat_options.ChatOptions`.
 
         Raises:
             PairError: There is no causal language model of that name.
         """
-        source, switches = select(model_options, SOURCE_OPTIONS), select(model_options, SWITCHES)
+        source, switches = select(model_options, SOURCE_OPTIONS), select(model_options, CHAT_OPTIONS)
         options = {key: value for key, value in model_options.items() if key not in {**source, **switches}}
         with reading("a causal language model", name, source) as (place, files):
             model = AutoModelForCausalLM.from_pretrained(place, **{"dtype": "auto", **options, **files})
@@ -92,7 +91,7 @@ class LanguageModel:
         if model_options.get("dtype", "auto") == "auto":
             model = _in_fast_dtype(model)
         tokenizer = load_tokenizer(name, **source)
-        set_reading(tokenizer, Reading(**switches))
+        set_chat_options(tokenizer, ChatOptions(**switches))
         return cls(model.eval().requires_grad_(False), tokenizer)
 
     @cached_property

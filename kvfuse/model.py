@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, Self, cast, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from kvfuse.errors import PairError, PromptError
 from kvfuse.fusers import Fuser
 from kvfuse.fusers.execution.fold_norms import fold_norms
 from kvfuse.language_model import LanguageModel, check_identity
-from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, align, count_positions, stack
-from kvfuse.prompts.messages import Prompt, as_chat
+from kvfuse.prompts.alignment import Aligned, AlignedPrompt, AlignedRow, align, as_prompt, count_positions, stack
+from kvfuse.prompts.messages import Prompt, Prompts, as_batch, as_chat, is_single
 from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.stages.decode import decode, stream
 from kvfuse.stages.fuse import FUSIONS, SelectedTokens, fuse, select_tokens
@@ -32,11 +32,6 @@ from kvfuse.stages.prefill import ModelCaches, Prefill, prefill
 from kvfuse.stages.prefix_store import PrefixStore
 from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser, TailKV
 from kvfuse.support.hub import DOWNLOAD_OPTIONS, select
-
-Prompts = Prompt | Sequence[Prompt]
-"""One text or chat, or several."""
-Aligned = AlignedPrompt | AlignedRow | Sequence[AlignedRow]
-"""What :meth:`CacheToCache.align` gives, one prompt or several, padded into a batch already or not."""
 
 
 class CacheToCache:
@@ -194,7 +189,7 @@ class CacheToCache:
         Raises:
             PromptError: A prompt is empty, or longer than a model's context.
         """
-        return self.answer(stack([self.align(prompt) for prompt in _as_batch(prompts)]), **options)
+        return self.answer(stack([self.align(prompt) for prompt in as_batch(prompts)]), **options)
 
     @overload
     def chat(self, messages: Prompt, **options: Any) -> str: ...
@@ -205,10 +200,10 @@ class CacheToCache:
     @torch.no_grad()
     def chat(self, messages: Prompts, **options: Any) -> str | list[str]:
         """Answer one chat or question, as text, or several, as a list. ``options`` are those of :meth:`generate`."""
-        prompt = stack([self.align(as_chat(chat)) for chat in _as_batch(messages)])
+        prompt = stack([self.align(as_chat(chat)) for chat in as_batch(messages)])
         ids = self.answer(prompt, **options)[:, prompt.ids.shape[1] :]
         texts: list[str] = self.receiver.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts[0] if _is_single(messages) else texts
+        return texts[0] if is_single(messages) else texts
 
     def stream(self, messages: Prompt, *, cancel: Event | None = None, **options: Any) -> Iterator[str]:
         """Answer one chat piece by piece, as it is generated.
@@ -245,15 +240,22 @@ class CacheToCache:
                 )
         return aligned
 
-    def answer(self, prompt: AlignedPrompt, *, fuse: Callable[..., FusedPrompt] | None = None, **options: Any) -> Any:
+    def answer(
+        self,
+        prompt: AlignedPrompt,
+        *,
+        fusers: Sequence[nn.Module] | None = None,
+        fuse: Callable[..., FusedPrompt] | None = None,
+        **options: Any,
+    ) -> Any:
         """Steps 2 to 4: read, fuse and decode.
 
         Args:
             prompt: The batch.
+            fusers: See :meth:`fuse`.
             fuse: In place of :meth:`fuse`, called with ``prompt`` and ``max_cache_len``.
-            options: See :meth:`generate`; and ``fusers``, as in :meth:`fuse`.
+            options: See :meth:`generate`.
         """
-        fusers = options.pop("fusers", None)
         require_options(self.receiver.model, options)
         capacity = static_length(self.receiver.model, prompt.ids.shape[1], options)
         fused = (fuse or partial(self.fuse, fusers=fusers))(prompt, max_cache_len=capacity)
@@ -280,7 +282,7 @@ class CacheToCache:
         Returns:
             The receiver's cache of all positions but the last, fused; None for prompts of one token.
         """
-        fused = self.fuse(_as_prompt(prompt), fusers=fusers, max_cache_len=max_cache_len)
+        fused = self.fuse(as_prompt(prompt), fusers=fusers, max_cache_len=max_cache_len)
         if tail is not None:
             fused.stage(tail)
         return fused.cache
@@ -388,7 +390,7 @@ class CacheToCache:
 
     def decode(self, prompt: Aligned, cache: Cache | None, **options: Any) -> Any:
         """Step 4: the receiver goes on from a fused cache, which is consumed. Options as those of :meth:`generate`."""
-        prompt = _as_prompt(prompt)
+        prompt = as_prompt(prompt)
         options = token_options(self.receiver.model, self.receiver.tokenizer, options)
         if not torch.equal(prompt.positions, count_positions(prompt.mask)):
             options["position_ids"] = prompt.positions.to(self.device)
@@ -466,26 +468,3 @@ def _require_fit(*, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser
 
 def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | Path) else list(value)
-
-
-def _is_single(prompts: Prompts) -> bool:
-    """Whether these are one text or chat, not several."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-
-
-def _as_batch(prompts: Prompts) -> Sequence[Prompt]:
-    """One or several prompts as several; each is checked when it is rendered."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        raise PromptError(
-            f"expected a text, a chat or a list of them, got {type(prompts).__name__}; give a str or a list"
-        )
-    if not prompts and not isinstance(prompts, str):
-        raise PromptError("expected at least one prompt, got an empty list; write a question")
-    return cast("Sequence[Prompt]", [prompts] if _is_single(prompts) else prompts)
-
-
-def _as_prompt(prompt: Aligned) -> AlignedPrompt:
-    """A batch of aligned prompts as it is; one or several padded into a batch."""
-    if isinstance(prompt, AlignedPrompt):
-        return prompt
-    return stack([prompt] if isinstance(prompt, AlignedRow) else prompt)

@@ -113,7 +113,10 @@ def test_noise_has_the_moments_of_the_sharers_cache():
     mixing = torch.randn(2, 12, 12)
     tokens = torch.randn(2, 4000, 12) @ mixing + 3.0
     cache = KV(*(tokens.reshape(2, 4000, 3, 4).transpose(1, 2)[:, None] * scale for scale in (1.0, 0.1)))
-    noise = Moments.of([cache]).replace(cache, 0, 4000, torch.Generator().manual_seed(1))
+    moments = Moments(cache.spec)
+    for key, value in zip(cache.key.chunk(2, dim=3), cache.value.chunk(2, dim=3), strict=True):
+        moments.add(KV(key, value))
+    noise = moments.replace(cache, 0, 4000, torch.Generator().manual_seed(1))
     for part in ("key", "value"):
         real, drawn = (getattr(kv, part)[:, 0].transpose(1, 2).flatten(2) for kv in (cache, noise))
         spread = real.std()

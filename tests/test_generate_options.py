@@ -111,7 +111,7 @@ def test_ids_come_back_unless_an_object_is_asked_for(sharer, own):
 def test_the_longest_answer_is_that_of_transformers(receiver, options, total):
     ids = torch.full((1, 10), 7)
     output = receiver.model.generate(ids, eos_token_id=None, pad_token_id=0, **options)
-    assert output.shape[1] == total == total_length(receiver.model, 10, options)
+    assert output.shape[1] == total == total_length(10, effective(receiver.model, options))
 
 
 def test_a_model_that_leaves_its_cache_is_refused(own, pair, monkeypatch):

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device that a model's ids belong on."""
+    device = model.device
+    if device.type != "meta":
+        return device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    if model.device.type != "meta" or hook is None:
-        return model.device
-    return torch.device(hook.execution_device)
+    return device if hook is None else torch.device(hook.execution_device)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from kvfuse.demo.questions import Question, all_questions
 from kvfuse.evaluation import asking
 from kvfuse.evaluation.predictions import Prediction, Run
 from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER
-from kvfuse.evaluation.scoring.metrics import RIGHT, latency, paired
+from kvfuse.evaluation.scoring.metrics import latency, paired
 from kvfuse.evaluation.scoring.statistics import bootstrap_mean
-from kvfuse.evaluation.scoring.task_scores import TaskScores
+from kvfuse.evaluation.scoring.task_scores import RIGHT, TaskScores
 from kvfuse.methods import Method, make_method
 from kvfuse.methods.donors import choose_donors
 

@@ -1,7 +1,7 @@
 """Build a recipe's models, fusers and methods."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from kvfuse.checkpoint import load_fuser
 from kvfuse.errors import EvaluationError, first_line
 from kvfuse.evaluation.recipe import EvaluationRecipe
-from kvfuse.language_model import SWITCHES, LanguageModel
+from kvfuse.language_model import LanguageModel
 from kvfuse.methods import Method, Router, Unfused, make_method
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.messages import Message
@@ -32,8 +32,7 @@ class Models:
 
     def __post_init__(self) -> None:
         recipe, section = self.recipe, self.recipe.evaluation
-        switches = {name: getattr(recipe, name) for name in SWITCHES}
-        options = {"dtype": recipe.dtype, "device_map": processes().device, **switches}
+        options = {"dtype": recipe.dtype, "device_map": processes().device, **asdict(recipe.chat_options)}
         self.fuse, self._first = recipe.fuse, self._load_alone(options) if not recipe.fuse else None
         self.num_seeds = len(recipe.fusers()) if recipe.fuse else 1
         if recipe.fuse:

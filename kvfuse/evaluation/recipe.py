@@ -11,6 +11,7 @@ from kvfuse.evaluation.predictions import Published
 from kvfuse.evaluation.report.published_figures import as_rows
 from kvfuse.methods import WITHOUT_FUSER, find_method
 from kvfuse.methods.audit import DERANGEMENTS
+from kvfuse.prompts.chat_options import ChatOptionKeys
 from kvfuse.support.config import Section, check, read_recipe
 
 FOREIGN_SECTIONS = ("fuser", "data", "train", "token_alignment")
@@ -107,7 +108,7 @@ class EvaluationSection(Section):
     """Note that reports begin with."""
 
 
-class EvaluationRecipe(Section):
+class EvaluationRecipe(ChatOptionKeys):
     """A pair and its evaluation."""
 
     receiver: str | None = None
@@ -118,10 +119,6 @@ class EvaluationRecipe(Section):
     """Folder in which ``kvfuse train`` put the fuser."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the models."""
-    escape_special_tokens: bool = False
-    """Read the names of special tokens in messages as plain text."""
-    system_in_user: bool = False
-    """Put a system message before the first user's, for models whose template refuses one."""
     evaluation: EvaluationSection
 
     def with_controls(self, controls: Sequence[str]) -> "EvaluationRecipe":

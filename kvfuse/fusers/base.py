@@ -16,7 +16,7 @@ from kvfuse.errors import CheckpointError, PairError
 from kvfuse.fusers import folder as fuser_folder
 from kvfuse.fusers.layer_alignment import align_layers
 from kvfuse.fusers.registry import class_of
-from kvfuse.support.hub import DOWNLOAD_OPTIONS
+from kvfuse.support.hub import pop_download
 
 ROPES = ("kept", "removed")
 
@@ -156,8 +156,7 @@ class Fuser(PreTrainedModel):
             CheckpointError: The folder, or a file in it, is missing, damaged, a pickle, or no fuser of this kind, or a
                 weight is NaN or infinite.
         """
-        download = {key: options.pop(key) for key in ("revision", *DOWNLOAD_OPTIONS) if key in options}
-        folder = fuser_folder.locate(source, subfolder, **download)
+        folder = fuser_folder.locate(source, subfolder, **pop_download(options))
         kind = class_of(fuser_folder.read_config(folder))
         if not issubclass(kind, cls):
             raise CheckpointError(f"expected a {cls.__name__} in {folder}, got a {kind.__name__}; load it with Fuser")

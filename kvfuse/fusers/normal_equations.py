@@ -35,6 +35,11 @@ class NormalEquations:
         self.xy.baddbmm_(x.mT, y)
         self.yy += y.square().sum(dim=1)
 
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Means of ``x``, ``(G, 1, P)``, and the sums of products of its deviations from them, ``(G, P, P)``."""
+        mean = self.xx[:, -1:, :-1] / self.count
+        return mean, self.xx[:, :-1, :-1] - self.count * mean.mT @ mean
+
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """``W = (S_xx + penalty * diag(S_xx))^-1 S_xy``, ``b = mean(y) - mean(x) W``, with ``S`` the centred moments.
 
@@ -44,8 +49,8 @@ class NormalEquations:
         Returns:
             ``(G, P, C)`` and ``(G, 1, C)``, float64.
         """
-        x, y = (part[:, -1:] / self.count for part in (self.xx[:, :, :-1], self.xy))  # means, (G, 1, P) and (G, 1, C)
-        covariance = self.xx[:, :-1, :-1] - self.count * x.mT @ x
+        x, covariance = self.centred()  # (G, 1, P), (G, P, P)
+        y = self.xy[:, -1:] / self.count  # (G, 1, C)
         variance = covariance.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST)
         weight = torch.linalg.solve(
             covariance + penalty * torch.diag_embed(variance), self.xy[:, :-1] - self.count * x.mT @ y

@@ -1,16 +1,18 @@
 """Controls of the audit: what remains of a gain when the sharer's message is another's, an average, or mere noise."""
 
+import copy
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvfuse.cache.kv import KV
+from kvfuse.cache.kv import KV, KVSpec
 from kvfuse.cache.transformers_cache import overwrite, read_cache, stage, write_cache
+from kvfuse.fusers.normal_equations import NormalEquations
 from kvfuse.methods.base import OptionScore
 from kvfuse.methods.cache_to_cache import Fused
 from kvfuse.methods.controls import Mismatched
@@ -18,6 +20,7 @@ from kvfuse.methods.donors import choose_donors
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import AlignedPrompt, stack
 from kvfuse.prompts.messages import Prompt
+from kvfuse.stages.prefill import ModelCaches
 from kvfuse.stages.response_fusion import FusedPrompt, ResponseFuser, TailKV
 
 DERANGEMENTS = (1, 2, 3)
@@ -66,10 +69,11 @@ class AdapterOnly(Fused):
         """See :meth:`Fused.fuse`."""
         if batch.ids.shape[1] < 2:
             return FusedPrompt(None)
-        # 1) All models read the prompt with each of the donors.
+        # 1) The receiver reads the prompt, the sharers read each of the donors
+        receiver = self.pair.read_receiver(batch)
         batches = [stack([donors.align(prompt) for prompt in prompts]) for donors in self._donors]
-        caches = [self.pair.read(donated) for donated in batches]
-        # 2) Fuse each, and average.
+        caches = [ModelCaches(receiver, self.pair.read_sharers(donated)) for donated in batches]
+        # 2) Fuse each, and average
         fused = [
             self.pair.fuse_kv(
                 prompt=donated, receiver=read_cache(read.receiver), sharers=[read_cache(each) for each in read.sharers]
@@ -80,8 +84,11 @@ class AdapterOnly(Fused):
         cache = write_cache(config, caches[0].receiver, _mean(fused), max_cache_len)
         if not self.pair.fuse_response:
             return FusedPrompt(cache)
-        fusers = self.pair.fusers
-        parts = [self.pair.response_fuser(*both, fusers) for both in zip(batches, caches, strict=True)]
+        # 3) Each donor's response is read behind a cache of its own
+        parts = [
+            self.pair.response_fuser(donated, ModelCaches(copy.deepcopy(receiver), read.sharers), self.pair.fusers)
+            for donated, read in zip(batches, caches, strict=True)
+        ]
         return FusedPrompt(cache, _MeanResponseFuser(parts))
 
     @torch.no_grad()
@@ -105,13 +112,16 @@ class MomentMatched(Fused):
 
     def __init__(self, pair: CacheToCache) -> None:
         super().__init__(pair)
-        self._moments: list[Moments] = []
+        self._moments = [Moments(sharer.kv_spec) for sharer in pair.sharers]
 
     @torch.no_grad()
     def prepare(self, prompts: Sequence[Prompt], **options: Any) -> None:
         """Measure the sharers' caches of the first prompts of the run."""
-        read = [self.pair.read_sharers(stack([self.align(prompt)])) for prompt in prompts[:MEASURED_PROMPTS]]
-        self._moments = [Moments.of(list(map(read_cache, caches))) for caches in zip(*read, strict=True)]
+        self._moments = [Moments(sharer.kv_spec) for sharer in self.pair.sharers]
+        for prompt in prompts[:MEASURED_PROMPTS]:
+            caches = self.pair.read_sharers(stack([self.align(prompt)]))
+            for moments, cache in zip(self._moments, caches, strict=True):
+                moments.add(read_cache(cache))
 
     def fuse(self, prompts: Sequence[Prompt], batch: AlignedPrompt, max_cache_len: int | None = None) -> FusedPrompt:
         """See :meth:`Fused.fuse`."""
@@ -130,34 +140,43 @@ class MomentMatched(Fused):
         return self.pair.fuse(batch, caches=caches, max_cache_len=max_cache_len)
 
 
-@dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of the tokens of a cache, over the channels of all heads of a layer.
+    """Mean and covariance of a cache's tokens, over the channels of all heads of a layer; on the CPU, in float64.
 
-    Attributes:
-        means: ``(L, 1, C)`` float64, of keys and of values.
-        roots: ``(L, C, C)``, symmetric roots of the covariances.
+    Args:
+        spec: Of the cache.
     """
 
-    means: tuple[Tensor, Tensor]
-    roots: tuple[Tensor, Tensor]
+    def __init__(self, spec: KVSpec) -> None:
+        widths = (spec.num_kv_heads * dim for dim in (spec.key_dim, spec.value_dim))
+        self._sums = [NormalEquations(spec.num_layers, width, 0, torch.device("cpu")) for width in widths]
 
-    @classmethod
-    def of(cls, caches: Sequence[KV]) -> Self:
-        """Measure caches ``(L, 1, H, T, D)``."""
-        key, value = (_moments([getattr(kv, part)[:, 0] for kv in caches]) for part in ("key", "value"))
-        return cls((key[0], value[0]), (key[1], value[1]))
+    def add(self, kv: KV) -> None:
+        """See more tokens, ``(L, B, H, T, D)`` without padding."""
+        for sums, part in zip(self._sums, (kv.key, kv.value), strict=True):
+            tokens = part.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2).cpu()  # (L, B * T, C)
+            sums.add(tokens, tokens[..., :0])
 
     def replace(self, kv: KV, row: int, tokens: int, generator: torch.Generator) -> KV:
         """Draw the last tokens of a row of ``(L, B, H, T, D)`` anew."""
         drawn = []
-        for part, mean, root in zip((kv.key, kv.value), self.means, self.roots, strict=True):
+        for part, (mean, root) in zip((kv.key, kv.value), self._moments, strict=True):
             layers, _, heads, _, width = part.shape
             draws = torch.randn(layers, tokens, heads * width, generator=generator, dtype=torch.float64)
-            noise = (mean + draws.to(mean.device) @ root).reshape(layers, tokens, heads, width).transpose(1, 2)
+            noise = (mean + draws @ root).reshape(layers, tokens, heads, width).transpose(1, 2)
             drawn.append(part.clone())
             drawn[-1][:, row, :, part.shape[3] - tokens :] = noise.to(part)
         return KV(*drawn)
+
+    @cached_property
+    def _moments(self) -> list[tuple[Tensor, Tensor]]:
+        """Of keys and of values the mean ``(L, 1, C)`` and the symmetric root of the covariance ``(L, C, C)``."""
+        found = []
+        for sums in self._sums:
+            mean, scatter = sums.centred()
+            values, vectors = torch.linalg.eigh(scatter / sums.count)
+            found.append((mean, (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT))
+        return found
 
 
 class _MeanResponseFuser(ResponseFuser):
@@ -183,15 +202,6 @@ class _MeanResponseFuser(ResponseFuser):
         """See :class:`ResponseFuser`."""
         for part in self.parts:
             part.reorder(rows)
-
-
-def _moments(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean ``(L, 1, C)`` and a root of the covariance ``(L, C, C)`` of tokens ``(L, H, T, D)``."""
-    tokens = torch.cat([part.transpose(1, 2).flatten(2).double() for part in parts], dim=1)  # (L, N, C)
-    mean = tokens.mean(1, keepdim=True)
-    centred = tokens - mean
-    values, vectors = torch.linalg.eigh(centred.mT @ centred / tokens.shape[1])
-    return mean, (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
 
 
 def _mean(parts: Sequence[KV]) -> KV:

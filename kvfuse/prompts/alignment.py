@@ -232,6 +232,10 @@ def align_reencoded(
     )
 
 
+Aligned = AlignedPrompt | AlignedRow | Sequence[AlignedRow]
+"""What :meth:`kvfuse.CacheToCache.align` gives, one prompt or several, padded into a batch already or not."""
+
+
 def pad_left(rows: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     """Stack rows of unequal length into ``(B, T)`` int64, padded left, with a mask that is 1 where a row is."""
     return _pad_left(rows, fill), _pad_left([np.ones(len(row), dtype=np.int64) for row in rows], 0)
@@ -242,6 +246,13 @@ def _pad_left(rows: Sequence[np.ndarray], fill: int) -> Tensor:
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) :] = row
     return torch.from_numpy(padded)
+
+
+def as_prompt(prompt: Aligned) -> AlignedPrompt:
+    """A batch of aligned prompts as it is; one or several padded into a batch."""
+    if isinstance(prompt, AlignedPrompt):
+        return prompt
+    return stack([prompt] if isinstance(prompt, AlignedRow) else prompt)
 
 
 def _stack_sharer(rows: Sequence[tuple[TokenizedPrompt, np.ndarray]]) -> SharerPrompt:

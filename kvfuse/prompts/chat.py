@@ -13,8 +13,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
+from kvfuse.prompts.chat_options import chat_options_of, split_system, without_system
 from kvfuse.prompts.messages import Message, Prompt, fill_texts, join_parts, replace_texts, require_roles, texts_of
-from kvfuse.prompts.reading import reading_of, split_system, without_system
 from kvfuse.prompts.template_spans import Layout, Span, find_spans
 
 TEMPLATE_ERRORS = (
@@ -73,7 +73,7 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_option
         return _join(contents)
     options = {"add_generation_prompt": True, "enable_thinking": False, **template_options, "tokenize": False}
     joined = join_parts(prompt)
-    merged, switched = without_system(joined, contents), reading_of(tokenizer).system_in_user
+    merged, switched = without_system(joined, contents), chat_options_of(tokenizer).system_in_user
     # 1) The chat as it is, else with strings for parts
     try:
         rendered = _render_parts(prompt, joined, contents, tokenizer, options)

@@ -2,13 +2,16 @@
 
 import io
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from kvfuse.errors import PromptError
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]
 """Plain text, read as it is, or a chat, read through each model's own template."""
+
+Prompts = Prompt | Sequence[Prompt]
+"""One text or chat, or several."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORM = "{'role': ..., 'content': text}"
@@ -19,6 +22,22 @@ def as_chat(prompt: Prompt) -> Sequence[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def is_single(prompts: Prompts) -> bool:
+    """Whether these are one text or chat, not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+
+
+def as_batch(prompts: Prompts) -> Sequence[Prompt]:
+    """One or several prompts as several; each is checked when it is rendered."""
+    if not _is_sequence(prompts):
+        raise PromptError(
+            f"expected a text, a chat or a list of them, got {type(prompts).__name__}; give a str or a list"
+        )
+    if not prompts and not isinstance(prompts, str):
+        raise PromptError("expected at least one prompt, got an empty list; write a question")
+    return cast("Sequence[Prompt]", [prompts] if is_single(prompts) else prompts)
+
+
 def texts_of(prompt: Any) -> tuple[str, ...]:
     """The text of each message of a prompt; plain text is one message.
 
@@ -27,7 +46,7 @@ def texts_of(prompt: Any) -> tuple[str, ...]:
     """
     if isinstance(prompt, str):
         texts: tuple[str, ...] = (prompt,)
-    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+    elif not _is_sequence(prompt):
         raise PromptError(
             f"expected a prompt that is a text or a list of messages, got {type(prompt).__name__}; "
             "give a str, or [{'role': ..., 'content': text}]"
@@ -76,6 +95,11 @@ def fill_texts(chat: Sequence[Message], characters: str) -> list[Message]:
     """The chat with other characters, as many, in place of those of its messages."""
     stream = io.StringIO(characters)
     return replace_texts(chat, lambda text: stream.read(len(text)))
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a value is a text or a list, not bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
 
 
 def _text(message: Any) -> str:

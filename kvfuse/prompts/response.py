@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.alignment import AlignedPrompt, AlignedRow, SharerPrompt, pad_left
+from kvfuse.prompts.chat_options import response_cuts
 from kvfuse.prompts.ends import end_id
-from kvfuse.prompts.reading import response_cuts
 from kvfuse.prompts.reencode import reencoding
 from kvfuse.prompts.tokenized import TokenizedPrompt, encode_cut
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kvfuse.prompts.reading import response_cuts
+from kvfuse.prompts.chat_options import response_cuts
 from kvfuse.prompts.reencode import REENCODINGS, reencoding
 from kvfuse.prompts.tokenized import encode_cut
 

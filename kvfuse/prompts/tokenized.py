@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfuse.errors import PromptError
 from kvfuse.prompts.chat import RenderedPrompt, render
+from kvfuse.prompts.chat_options import cuts
 from kvfuse.prompts.messages import Prompt
-from kvfuse.prompts.reading import cuts
 
 _GREEDY: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
 """Per tokenizer its length (tokens may be added) and the ids of special tokens that swallow adjacent white space."""
@@ -29,7 +29,7 @@ class TokenizedPrompt:
         pad_id: The id to pad ``ids`` with.
         positions: ``(n,)`` int64, the position of each token, for RoPE.
         cuts: Where the text was cut, so that messages hold no special tokens
-            (:attr:`kvfuse.prompts.reading.Reading.escape_special_tokens`).
+            (:attr:`kvfuse.prompts.chat_options.ChatOptions.escape_special_tokens`).
     """
 
     ids: np.ndarray

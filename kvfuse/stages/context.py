@@ -41,6 +41,11 @@ def rope_switch(config: PreTrainedConfig) -> int | None:
     return int(length) if length else None
 
 
+def crosses(switch: int | None, *, read: int, total: int) -> bool:
+    """Whether a model with ``read`` positions in its cache would rotate them otherwise before it has ``total``."""
+    return switch is not None and read <= switch < total
+
+
 def require_one_rope(model: PreTrainedModel, *, read: int, total: int) -> None:
     """Refuse to go on from a cache across the length at which all of its keys would be rotated otherwise.
 
@@ -54,10 +59,10 @@ def require_one_rope(model: PreTrainedModel, *, read: int, total: int) -> None:
     Raises:
         PromptError: Names the length.
     """
-    limit = rope_switch(model.config)
-    if limit is not None and read <= limit < total:
+    switch = rope_switch(model.config)
+    if switch is not None and crosses(switch, read=read, total=total):
         raise PromptError(
-            f"expected a prompt and an answer of at most {limit + 1} tokens together, since {type(model).__name__} "
+            f"expected a prompt and an answer of at most {switch + 1} tokens together, since {type(model).__name__} "
             f"rotates all keys otherwise beyond, got {read + 1} and up to {total - read}; ask for fewer new tokens"
         )
 

@@ -59,7 +59,7 @@ def decode(
         )
     options = resolve(model, options)
     if cache is not None:
-        require_one_rope(model, read=cache.get_seq_length(), total=total_length(model, ids.shape[1], options) - 1)
+        require_one_rope(model, read=cache.get_seq_length(), total=total_length(ids.shape[1], wanted) - 1)
         # 1) generate repeats the ids for beams and samples, but not a cache it is given.
         if response_fuser is not None:
             _reorder_together(cache, response_fuser)

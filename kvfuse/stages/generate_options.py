@@ -97,13 +97,12 @@ def static_length(model: PreTrainedModel, prompt_length: int, options: dict[str,
         raise PromptError(f"expected cache_implementation to be dynamic or static, got {kind!r}; choose one of the two")
     if kind != "static":
         return None
-    capacity: int = effective(model, options).get("max_cache_len", 0)
-    return max(total_length(model, prompt_length, options) - 1, capacity)
-
-
-def total_length(model: PreTrainedModel, prompt_length: int, options: dict[str, Any]) -> int:
-    """The most tokens that prompt and answer may have together."""
     wanted = effective(model, options)
+    return max(total_length(prompt_length, wanted) - 1, wanted.get("max_cache_len", 0))
+
+
+def total_length(prompt_length: int, wanted: dict[str, Any]) -> int:
+    """The most tokens that prompt and answer may have together, by the options that :func:`effective` gives."""
     if "max_new_tokens" in wanted:
         return prompt_length + int(wanted["max_new_tokens"])
     return int(wanted.get("max_length", prompt_length + DEFAULT_NEW_TOKENS))

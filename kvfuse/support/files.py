@@ -1,15 +1,22 @@
-"""Reading of text that other programs wrote, and whole-or-nothing writing.
+"""ChatOptions of text that other programs wrote, and whole-or-nothing writing.
 
 What is written lies beside its destination until it is complete and on disk.
 """
 
 import codecs
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def sha256(file: Path) -> str:
+    """64 hex digits of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_text(path: Path) -> str:

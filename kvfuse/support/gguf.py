@@ -1,34 +1,14 @@
 """GGUF files: transformers dequantises them in minutes, so a converted copy is kept beside the Hub's cache."""
 
-import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 
-from kvfuse.support.files import write_folder
+from kvfuse.support.files import sha256, write_folder
 
-DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 DIGITS = 32  # of the file's hash, in the name of its copy
-
-
-def gguf_file(name: str | Path, source: dict[str, Any]) -> Path | None:
-    """The GGUF file that a model's name and options mean, downloaded if need be; None where they mean none.
-
-    Args:
-        name: GGUF file; or a folder or repository of the Hub, with the file's name in ``source["gguf_file"]``.
-        source: Some of :data:`kvfuse.support.hub.SOURCE_OPTIONS`.
-    """
-    if Path(name).suffix == ".gguf" and Path(name).is_file():
-        return Path(name)
-    file = source.get("gguf_file")
-    if file is None:
-        return None
-    # A file within a folder, or within a repository of the Hub
-    if Path(name).is_dir():
-        return Path(name, source.get("subfolder", ""), file)
-    arguments = {key: source[key] for key in DOWNLOAD_ARGUMENTS if key in source}
-    return Path(hf_hub_download(str(name), file, **arguments))
 
 
 def converted(file: Path) -> Path:
@@ -36,10 +16,15 @@ def converted(file: Path) -> Path:
 
     Copies are named by the file's content, so that a moved file keeps its copy and another file gets its own.
     """
-    with file.open("rb") as opened:
-        content = hashlib.file_digest(opened, "sha256").hexdigest()[:DIGITS]
-    folder = Path(constants.HF_HOME, "kvfuse", "gguf", content)
+    state = file.stat()
+    folder = Path(constants.HF_HOME, "kvfuse", "gguf", _content(file.resolve(), state.st_size, state.st_mtime_ns))
     return folder if folder.is_dir() else write_folder(folder, lambda fresh: _convert(file, fresh))
+
+
+@cache
+def _content(file: Path, size: int, changed: int) -> str:
+    """Digits of a file's hash, computed once while its size and time of change stay."""
+    return sha256(file)[:DIGITS]
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from kvfuse.errors import PairError, first_line
-from kvfuse.support.gguf import converted, gguf_file
+from kvfuse.support.gguf import converted
 
 SOURCE_OPTIONS = (
     "cache_dir",
@@ -25,7 +26,7 @@ SOURCE_OPTIONS = (
 )
 """Options of ``from_pretrained`` that say which files to read: of a model, its configuration and its tokenizer."""
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
-"""Those of them that hold for a fuser's repository too."""
+"""Those of them that hold for a fuser's repository too; ``revision`` is each repository's own."""
 FAULTS = (OSError, struct.error, ValueError, KeyError, ImportError, SafetensorError, HfHubHTTPError, HFValidationError)
 """What transformers and huggingface_hub raise for files that are missing, damaged or out of reach."""
 
@@ -33,6 +34,11 @@ FAULTS = (OSError, struct.error, ValueError, KeyError, ImportError, SafetensorEr
 def select(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """The options of these names."""
     return {name: options[name] for name in names if name in options}
+
+
+def pop_download(options: dict[str, Any]) -> dict[str, Any]:
+    """Take from the options those for downloading one repository."""
+    return {name: options.pop(name) for name in ("revision", *DOWNLOAD_OPTIONS) if name in options}
 
 
 def is_path(name: str | Path) -> bool:
@@ -65,7 +71,7 @@ def reading(what: str, name: str | Path, source: dict[str, Any]) -> Iterator[tup
     """
     try:
         # 1) A GGUF file is read from its converted copy
-        gguf = gguf_file(name, source)
+        gguf = _gguf_file(name, source)
         if gguf is not None:
             yield str(converted(gguf)), {}
             return
@@ -79,3 +85,16 @@ def reading(what: str, name: str | Path, source: dict[str, Any]) -> Iterator[tup
     except FAULTS as error:
         got = first_line(error)
         raise PairError(f"expected {what} at {str(name)!r}, got: {got}; name a local folder or a Hub id") from error
+
+
+def _gguf_file(name: str | Path, source: dict[str, Any]) -> Path | None:
+    """The GGUF file that a name and its options mean, downloaded if need be; None where they mean none."""
+    if Path(name).suffix == ".gguf" and Path(name).is_file():
+        return Path(name)
+    file = source.get("gguf_file")
+    if file is None:
+        return None
+    # A file within a folder, or within a repository of the Hub
+    if Path(name).is_dir():
+        return Path(name, source.get("subfolder", ""), file)
+    return Path(hf_hub_download(str(name), file, **select(source, ("revision", "subfolder", *DOWNLOAD_OPTIONS))))

@@ -115,13 +115,8 @@ def plan(recipe: Recipe, prepared: Prepared) -> Plan:
     # 4) Time in multiply-adds: both prefills and the fuser forward and twice backward over the prompt, the receiver
     #    forward and once backward over the response
     products = prompt * (receiver.parameters + sharer.parameters + 3 * trainable) + 2 * response * receiver.parameters
-    seconds = (
-        steps
-        * recipe.train.accumulation
-        * batch
-        * products
-        / products_per_second(receiver.dtype, torch.device(processes().device))
-    )
+    speed = products_per_second(receiver.dtype, processes().device)
+    seconds = steps * recipe.train.accumulation * batch * products / speed
     return Plan(receiver, sharer, trainable, len(training), (prompt, response), steps, memory, seconds)
 
 
@@ -136,7 +131,7 @@ def shape_of(name: str, dtype: str) -> ModelShape:
             f"expected a causal language model at {name!r}, got: {first_line(error)}; check the name"
         ) from error
     # "auto" is no attribute of torch: it is the dtype that the weights are stored in
-    chosen = getattr(torch, dtype, None) or fast_dtype(config.dtype or torch.float32, torch.device(processes().device))
+    chosen = getattr(torch, dtype, None) or fast_dtype(config.dtype or torch.float32, processes().device)
     return ModelShape(name, model.num_parameters(), chosen, probe(model), config.get_text_config().vocab_size)
 
 

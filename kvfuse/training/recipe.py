@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from kvfuse.errors import PairError, RecipeError
 from kvfuse.fusers import FuserConfig, fuser_class
-from kvfuse.prompts.reading import Reading
+from kvfuse.prompts.chat_options import ChatOptionKeys
 from kvfuse.support.config import Section, check, override, read_recipe
 from kvfuse.support.rows import DOCUMENT_SEPARATOR
 
@@ -113,7 +113,7 @@ class TrainSection(Section):
     """Logger of Trainer, written to every 50 steps: ``tensorboard``, ``trackio``, ``wandb``, …"""
 
 
-class Recipe(Section):
+class Recipe(ChatOptionKeys):
     """Everything that makes a fuser."""
 
     receiver: str
@@ -126,18 +126,9 @@ class Recipe(Section):
     """Dtype of the two models; the fuser always trains in float32."""
     token_alignment: Literal["auto", "identity", "span", "reencode-first", "reencode-longest"] = "auto"
     """``auto``: identity for identical tokenizers, else span."""
-    escape_special_tokens: bool = False
-    """Read the names of special tokens in messages as plain text, with both models."""
-    system_in_user: bool = False
-    """Put a system message before the first user's, for models whose template refuses one."""
     fuser: FuserSection = FuserSection()
     data: DataSection
     train: TrainSection = TrainSection()
-
-    @property
-    def reading(self) -> Reading:
-        """How both models read chats."""
-        return Reading(self.escape_special_tokens, self.system_in_user)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -139,7 +139,7 @@ def prepare_data(recipe: Recipe, say: Say = print, quiet: bool = False) -> Prepa
 
 def new_pair(recipe: Recipe) -> CacheToCache:
     """Load both models and put a new fuser between them."""
-    options = {"dtype": recipe.dtype, "device_map": processes().device, **asdict(recipe.reading)}
+    options = {"dtype": recipe.dtype, "device_map": processes().device, **asdict(recipe.chat_options)}
     receiver, sharer = (LanguageModel.from_pretrained(name, **options) for name in (recipe.receiver, recipe.sharer))
     torch.manual_seed(recipe.train.seed)
     return CacheToCache(receiver, [sharer], [_new_fuser(recipe, receiver=receiver, sharer=sharer)])

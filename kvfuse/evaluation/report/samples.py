@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from kvfuse.evaluation.predictions import Prediction
 from kvfuse.evaluation.report.document import Block, Heading, Table, Text
-from kvfuse.evaluation.scoring.metrics import RIGHT
+from kvfuse.evaluation.scoring.task_scores import RIGHT
 
 MAX_SAMPLES, MAX_CHARACTERS = 6, 240
 

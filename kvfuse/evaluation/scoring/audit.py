@@ -18,13 +18,17 @@ RIVALS = (RECEIVER, SHARER, TEXT, "lora", "prefix")
 """What fusing must beat to be worth its cost: each model, text, and the receiver trained alone."""
 DERANGED = "deranged-"
 OTHERS = ("zeroed", "moment-matched", "random-fuser")
-RIGHT = 0.5  # an item counts as right from this score on
 
 Figures = dict[str, Any]
 
 
-def audit(task: TaskScores) -> Figures | None:
-    """Returns the audit of one task; None without answers of receiver, cache-to-cache and a derangement."""
+def audit(task: TaskScores, methods: Figures) -> Figures | None:
+    """Returns the audit of one task; None without answers of receiver, cache-to-cache and a derangement.
+
+    Args:
+        task: Its scores.
+        methods: Figures of each method, from :func:`kvfuse.evaluation.scoring.metrics.task_figures`.
+    """
     deranged = [name for name in task.scores if name.startswith(DERANGED)]
     if not deranged or not {RECEIVER, FUSED} <= task.scores.keys():
         return None
@@ -59,11 +63,8 @@ def audit(task: TaskScores) -> Figures | None:
             figures["retained"] = {"share": share, "interval": interval}
     best = max((name for name in RIVALS if name in scores), key=lambda name: float(scores[name].mean()))
     figures["best"] = {"method": best, **difference(scores[FUSED], scores[best])}
-    # 4) Kept and lost of what each model alone has right
-    for name in (RECEIVER, SHARER):
-        if name in scores and (known := scores[name] >= RIGHT).any():
-            kept, interval = statistics.accuracy(scores[FUSED][known], groups[known])
-            figures.setdefault("kept", {})[name] = {"share": kept, "interval": interval, "items": int(known.sum())}
+    # 4) Kept of what each model alone has right
+    figures["kept"] = methods[FUSED]["kept"]
     return {"verdict": _verdict(figures), **figures}
 
 
@@ -80,7 +81,7 @@ def table(figures: Figures) -> list[tuple[str, str]]:
         retained = figures["retained"]
         rows.append(("share of G that adapter-only keeps, %", points(retained["share"], retained["interval"])))
     rows.append((f"minus the best of the others ({figures['best']['method']})", _signed(figures["best"])))
-    for name, kept in figures.get("kept", {}).items():
+    for name, kept in figures["kept"].items():
         rows.append((f"kept of what the {name} alone has right, %", points(kept["share"], kept["interval"])))
     return rows
 

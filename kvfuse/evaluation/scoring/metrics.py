@@ -12,11 +12,8 @@ from kvfuse.evaluation.report.verdict import FUSED, MISMATCHED, RECEIVER, SHARER
 from kvfuse.evaluation.scoring import statistics
 from kvfuse.evaluation.scoring.audit import audit
 from kvfuse.evaluation.scoring.statistics import Interval
-from kvfuse.evaluation.scoring.task_scores import TaskScores, by_task
+from kvfuse.evaluation.scoring.task_scores import RIGHT, TaskScores, by_task
 from kvfuse.stages.phases import PHASES
-
-RIGHT = 0.5
-"""An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, overlap."""
 
 Figures = dict[str, Any]
 
@@ -34,14 +31,15 @@ def metrics(run: Run) -> Figures:
 
 def task_figures(task: TaskScores) -> Figures:
     """Returns the figures of one task."""
+    methods = {name: _method(task, name) for name in task.scores if task.answered(name).any()}
     figures: Figures = {
         "items": len(task.items),
         "groups": len(set(task.groups)),
         "graded": any(row.score not in (0, 1) for row in task.rows),
-        "methods": {name: _method(task, name) for name in task.scores if task.answered(name).any()},
+        "methods": methods,
         "pairs": _pairs(task),
         "content": _content(task),
-        "audit": audit(task),
+        "audit": audit(task, methods),
         "overlap": _overlap(task),
         "categories": _categories(task),
     }

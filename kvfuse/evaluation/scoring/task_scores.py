@@ -8,6 +8,9 @@ import numpy as np
 
 from kvfuse.evaluation.predictions import Prediction
 
+RIGHT = 0.5
+"""An item counts as right from this score on, where figures need a yes or no: helped, hurt, kept, overlap."""
+
 
 @dataclass(frozen=True)
 class TaskScores:

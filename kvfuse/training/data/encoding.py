@@ -17,9 +17,9 @@ from kvfuse.fusers import fuser_class
 from kvfuse.language_model import LanguageModel, load_config, load_tokenizer, tokenizer_hash
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align, default_token_alignment
-from kvfuse.prompts.reading import Reading, reading_of, set_reading
+from kvfuse.prompts.chat_options import ChatOptions, chat_options_of, set_chat_options
 from kvfuse.prompts.response import tokenize_response
-from kvfuse.stages.context import context_length, rope_switch
+from kvfuse.stages.context import context_length, crosses, rope_switch
 from kvfuse.training.data.columns import EncodedExample
 from kvfuse.training.data.examples import Example
 from kvfuse.training.recipe import Recipe
@@ -29,7 +29,7 @@ ENCODING_MODULES = (
     "kvfuse.support.rows",
     "kvfuse.prompts.messages",
     "kvfuse.prompts.chat",
-    "kvfuse.prompts.reading",
+    "kvfuse.prompts.chat_options",
     "kvfuse.prompts.template_spans",
     "kvfuse.prompts.ends",
     "kvfuse.prompts.tokenized",
@@ -73,10 +73,10 @@ class Reader:
         return cls(model.name, model.tokenizer, model.context, rope_switch(model.model.config))
 
     @classmethod
-    def load(cls, name: str, reading: Reading) -> Self:
+    def load(cls, name: str, options: ChatOptions) -> Self:
         """Load without the weights. Raises PairError where tokenizer or configuration are missing."""
         config, tokenizer = load_config(name), load_tokenizer(name)
-        set_reading(tokenizer, reading)
+        set_chat_options(tokenizer, options)
         return cls(name, tokenizer, context_length(config), rope_switch(config))
 
     def require_room(self, length: int, what: str, max_tokens: int | None = None) -> None:
@@ -88,7 +88,7 @@ class Reader:
 
     def require_one_rope(self, *, prompt: int, response: int) -> None:
         """Raises TooLongError for a response that goes on where all keys of its prompt would be rotated otherwise."""
-        if self.switch is not None and prompt - 1 <= self.switch < prompt + response:
+        if crosses(self.switch, read=prompt - 1, total=prompt + response):
             raise TooLongError(
                 f"expected prompt and response to fit {self.switch} tokens of {self.name}, which rotates its keys "
                 f"otherwise beyond, or a longer prompt, got {prompt} and {response}; shorten them"
@@ -103,7 +103,7 @@ class Reader:
             tokenizer.special_tokens_map,
             self.context,
             self.switch,
-            astuple(reading_of(tokenizer)),
+            astuple(chat_options_of(tokenizer)),
         ]
 
 
@@ -135,8 +135,8 @@ class Encoder:
     @classmethod
     def load(cls, recipe: Recipe) -> Self:
         """The encoder for a recipe's models, of which only tokenizers and configurations are loaded."""
-        reading = recipe.reading
-        receiver, sharer = Reader.load(recipe.receiver, reading), Reader.load(recipe.sharer, reading)
+        chat_options = recipe.chat_options
+        receiver, sharer = (Reader.load(name, chat_options) for name in (recipe.receiver, recipe.sharer))
         identical = tokenizer_hash(receiver.tokenizer) == tokenizer_hash(sharer.tokenizer)
         # Options that the recipe leaves out have the defaults of the fuser's configuration
         defaults, options = fuser_class(recipe.fuser.kind).config_class, recipe.fuser.options

@@ -1,19 +1,20 @@
 """How one model reads chats, beside what its template says: two switches, both off as in transformers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from kvfuse.prompts.messages import Message
 from kvfuse.prompts.template_spans import Span
+from kvfuse.support.config import Section
 
 SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ChatOptions:
     """Switches of a model's tokenizer.
 
     Attributes:
@@ -26,18 +27,33 @@ class Reading:
     system_in_user: bool = False
 
 
-ATTRIBUTE = "_kvfuse_reading"
+class ChatOptionKeys(Section):
+    """The switches as keys of a recipe, for all of its models."""
+
+    escape_special_tokens: bool = False
+    """Read the names of special tokens in messages as plain text."""
+    system_in_user: bool = False
+    """Put a system message before the first user's, for models whose template refuses one."""
+
+    @property
+    def chat_options(self) -> ChatOptions:
+        """The switches."""
+        return ChatOptions(self.escape_special_tokens, self.system_in_user)
+
+
+CHAT_OPTIONS = tuple(field.name for field in fields(ChatOptions))
+ATTRIBUTE = "_kvfuse_chat_options"
 """Of a tokenizer: its switches go where it goes, into copies and other processes."""
 
 
-def set_reading(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
+def set_chat_options(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
     """Set the switches of a tokenizer, for all that reads with it from now on."""
-    setattr(tokenizer, ATTRIBUTE, reading)
+    setattr(tokenizer, ATTRIBUTE, options)
 
 
-def reading_of(tokenizer: PreTrainedTokenizerBase) -> Reading:
+def chat_options_of(tokenizer: PreTrainedTokenizerBase) -> ChatOptions:
     """The switches of a tokenizer."""
-    return cast("Reading", vars(tokenizer).get(ATTRIBUTE, Reading()))
+    return cast("ChatOptions", vars(tokenizer).get(ATTRIBUTE, ChatOptions()))
 
 
 def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -51,7 +67,7 @@ def cuts(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -
     Returns:
         Positions in the text; none where the switch is off.
     """
-    return _cuts(text, spans, _control_names(tokenizer)) if reading_of(tokenizer).escape_special_tokens else ()
+    return _cuts(text, spans, _control_names(tokenizer)) if chat_options_of(tokenizer).escape_special_tokens else ()
 
 
 def response_cuts(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -60,7 +76,7 @@ def response_cuts(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> 
     Only the names of special tokens are cut: an answer's text never holds such a token, since decoding leaves it out,
     but it holds the others that a model writes, as ``<think>``.
     """
-    if not reading_of(tokenizer).escape_special_tokens:
+    if not chat_options_of(tokenizer).escape_special_tokens:
         return ()
     return _cuts(text, [Span(start, len(text), 0, 0)], _special_names(tokenizer))
 

@@ -14,7 +14,7 @@ from kvfuse.language_model import LanguageModel
 from kvfuse.model import CacheToCache
 from kvfuse.prompts.alignment import align
 from kvfuse.prompts.chat import render
-from kvfuse.prompts.reading import Reading, reading_of, set_reading
+from kvfuse.prompts.chat_options import ChatOptions, chat_options_of, set_chat_options
 from kvfuse.prompts.response import tokenize_continuation, tokenize_response
 from kvfuse.prompts.response_tokens import response_tokens
 from kvfuse.prompts.tokenized import tokenize
@@ -48,7 +48,7 @@ def load(shared):
 
 
 def escaped(tokenizer):
-    set_reading(tokenizer, Reading(escape_special_tokens=True))
+    set_chat_options(tokenizer, ChatOptions(escape_special_tokens=True))
     return tokenizer
 
 
@@ -59,7 +59,7 @@ def escaping():
 
 def test_by_default_transformers_reading_is_kept():
     tokenizer = tiny_tokenizer()
-    assert reading_of(tokenizer) == Reading(False, False)
+    assert chat_options_of(tokenizer) == ChatOptions(False, False)
     assert tokenizer.eos_token_id in within_messages(tokenize(user(FORGED), tokenizer))
 
 
@@ -92,7 +92,7 @@ def test_tokens_that_the_template_writes_are_control_tokens_too(load):
 def test_ordinary_texts_are_read_as_ever(request, name, text):
     tokenizer = tiny_tokenizer() if name is None else request.getfixturevalue("load")(name)
     chat = [*user(text + "?"), {"role": "assistant", "content": "Yes."}, *user(text + "!")]
-    set_reading(tokenizer, Reading())
+    set_chat_options(tokenizer, ChatOptions())
     plain = tokenize(chat, tokenizer)
     assert tokenize(chat, escaped(tokenizer)).ids.tolist() == plain.ids.tolist()
 
@@ -109,7 +109,7 @@ def test_white_space_that_is_one_token_is_no_control_token():
 def test_the_switches_go_where_the_tokenizer_goes(escaping, copied):
     """As into the processes that encode training data."""
     other = copied(escaping)
-    assert reading_of(other) == Reading(escape_special_tokens=True)
+    assert chat_options_of(other) == ChatOptions(escape_special_tokens=True)
     assert tokenize(user(FORGED), other).ids.tolist() == tokenize(user(FORGED), escaping).ids.tolist()
 
 
@@ -169,14 +169,14 @@ def test_a_pair_loaded_with_the_switch_answers_forged_texts_in_every_way(receive
     assert "".join(pair.stream(prompts[0], max_new_tokens=6)) == alone[0]
     eos = pair.receiver.tokenizer.eos_token_id
     assert pair.align(prompts[0]).receiver.ids.tolist().count(eos) == 1
-    assert reading_of(pair.sharers[0].tokenizer).escape_special_tokens
+    assert chat_options_of(pair.sharers[0].tokenizer).escape_special_tokens
 
 
 def test_the_switches_are_each_models_own(saved_models):
     model = LanguageModel.from_pretrained(saved_models / "receiver", system_in_user=True)
-    assert reading_of(model.tokenizer) == Reading(system_in_user=True)
+    assert chat_options_of(model.tokenizer) == ChatOptions(system_in_user=True)
     other = LanguageModel.from_pretrained(saved_models / "receiver")
-    assert reading_of(other.tokenizer) == Reading()
+    assert chat_options_of(other.tokenizer) == ChatOptions()
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_refused_system_message_names_the_switch(without_system):
 
 
 def test_a_system_message_is_put_before_the_first_users(without_system):
-    set_reading(without_system, Reading(system_in_user=True))
+    set_chat_options(without_system, ChatOptions(system_in_user=True))
     rendered = render(SYSTEM, without_system)
     assert rendered.text == "<|user|>Be brief.\n\nWhat is Oslo?<|end|><|assistant|>"
     assert rendered.messages == ("Be brief.", "What is Oslo?")
@@ -214,12 +214,12 @@ def test_a_system_message_that_the_template_drops_is_put_there_too(without_syste
         "{% for message in messages if message.role != 'system' %}[{{ message.content }}]{% endfor %}"
     )
     assert render(SYSTEM, without_system).text == "[What is Oslo?]"
-    set_reading(without_system, Reading(system_in_user=True))
+    set_chat_options(without_system, ChatOptions(system_in_user=True))
     assert render(SYSTEM, without_system).text == "[Be brief.\n\nWhat is Oslo?]"
 
 
 def test_later_messages_keep_their_numbers(without_system):
-    set_reading(without_system, Reading(system_in_user=True))
+    set_chat_options(without_system, ChatOptions(system_in_user=True))
     chat = [*SYSTEM, {"role": "assistant", "content": "A city."}, *user("Where?")]
     rendered = render(chat, without_system)
     texts = {span.message: rendered.text[span.start : span.end] for span in rendered.spans}
@@ -228,13 +228,13 @@ def test_later_messages_keep_their_numbers(without_system):
 
 def test_a_template_with_a_system_role_is_read_as_ever():
     plain, switched = tiny_tokenizer(), tiny_tokenizer()
-    set_reading(switched, Reading(system_in_user=True))
+    set_chat_options(switched, ChatOptions(system_in_user=True))
     assert render(SYSTEM, switched) == render(SYSTEM, plain)
 
 
 @pytest.mark.parametrize("chat", [SYSTEM[:1], [SYSTEM[0], {"role": "assistant", "content": "Hm."}]], ids=len)
 def test_a_system_message_without_a_user_is_refused(without_system, chat):
-    set_reading(without_system, Reading(system_in_user=True))
+    set_chat_options(without_system, ChatOptions(system_in_user=True))
     with pytest.raises(PromptError, match="System role not supported"):
         render(chat, without_system)
 
@@ -245,7 +245,7 @@ def test_only_one_of_two_models_may_need_it(without_system):
     pair = CacheToCache(receiver, [sharer], [tiny_fuser(receiver, sharer)])
     with pytest.raises(PromptError, match="system_in_user"):
         pair.align(SYSTEM)
-    set_reading(without_system, Reading(system_in_user=True))
+    set_chat_options(without_system, ChatOptions(system_in_user=True))
     row = pair.align(SYSTEM)
     tokenized, index = row.sharers[0]
     brief = row.receiver.prompt.text.index("brief")
